@@ -1,0 +1,148 @@
+"""Raw checkpoint files as dictionaries of memory-mapped tensors: safetensors, torch `.bin` / `.pth`, Meta's shards.
+
+Nothing is read until a tensor is used: a name maps to a view of the file, and the operating system pages it in. So a
+model can be built tensor by tensor with no second copy of it in memory. The safetensors layout is eight bytes of header
+length, a JSON header {name: {dtype, shape, data_offsets}}, then the raw little-endian bytes.
+
+    tensors = read_folder("checkpoints/opt-125m")      # {name: CPU tensor, a view of the file}
+    write_safetensors("out/model.safetensors", tensors)
+
+Left out: pickles that need code to load (weights_only is always on), and the 8-bit and 4-bit types of other libraries.
+"""
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, with the file's name in the error."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not valid JSON ({e}): download it again") from None
+
+
+def write_atomic(path: Path, write) -> None:
+    """Call write(file) on a temporary neighbour of path, then rename: readers see the old file or the whole new one."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as f:
+        write(f)
+    os.replace(part, path)
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """{name: tensor} of one .safetensors file; every tensor is a copy-on-write view of the mapped file."""
+    path = Path(path)
+    size = path.stat().st_size
+    data = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
+    n = struct.unpack("<Q", data[:8].tobytes())[0] if size >= 8 else size
+    if 8 + n > size:
+        raise ValueError(f"{path} is truncated: {size} bytes, its header alone needs {8 + n}; download it again")
+    try:
+        header = json.loads(data[8:8 + n].tobytes())
+    except ValueError:
+        raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from None
+    header.pop("__metadata__", None)
+    body, out = torch.from_numpy(data[8 + n:]), {}
+    for name, entry in header.items():
+        (a, b), dtype, shape = entry["data_offsets"], DTYPES.get(entry["dtype"]), entry["shape"]
+        if dtype is None:
+            raise ValueError(f"{path}: {name} has type {entry['dtype']}; known are {', '.join(DTYPES)}")
+        if b > len(body):
+            raise ValueError(f"{path} is truncated: {name} ends at byte {8 + n + b} of {size}; download it again")
+        if b - a != int(np.prod(shape)) * dtype.itemsize:
+            raise ValueError(f"{path}: {name} of shape {shape} in {entry['dtype']} cannot fill {b - a} bytes")
+        raw = body[a:b]
+        if raw.data_ptr() % dtype.itemsize:                     # an unaligned header: views need alignment, so copy
+            raw = raw.clone()
+        out[name] = raw.view(dtype).view(shape)
+    return out
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write {name: tensor} in the safetensors layout, one tensor at a time, to a temporary name and rename."""
+    kinds, header, at = {v: k for k, v in DTYPES.items()}, {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 64)                            # keeps every tensor aligned where sizes allow it
+
+    def write(f):
+        f.write(struct.pack("<Q", len(head)) + head)
+        for t in tensors.values():
+            f.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    write_atomic(path, write)
+
+
+def read_torch(path: Path) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a torch .bin / .pth / .pt file: mapped where its zip layout allows it, weights only."""
+    try:
+        with open(path, "rb") as f:
+            mapped = f.read(4) == b"PK\x03\x04"                 # files from before torch 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as e:                                      # torch raises a dozen kinds for a damaged file
+        raise ValueError(f"{path} cannot be read ({str(e).splitlines()[0][:120]}): download it again") from None
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face folder: one or many .safetensors, else one or many pytorch_model*.bin."""
+    folder = Path(folder)
+    for single, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
+        index = folder / f"{single}.index.json"
+        if index.exists():
+            names = read_json(index)["weight_map"]
+            missing = sorted({f for f in names.values() if not (folder / f).exists()})
+            if missing:
+                raise FileNotFoundError(f"{folder}: {index.name} lists {missing[0]} ({len(missing)} such), not found")
+            out = {}
+            for file in sorted(set(names.values())):
+                out.update(read(folder / file))
+            lost = sorted(set(names) - set(out))
+            if lost:
+                raise ValueError(f"{folder}: {index.name} lists {lost[0]}, which {names[lost[0]]} does not hold")
+            return out
+        if (folder / single).exists():
+            return read(folder / single)
+    raise FileNotFoundError(f"{folder} holds no weights: looked for model.safetensors, pytorch_model.bin, their "
+                            f"index files, and consolidated.*.pth")
+
+
+def read_meta(folder: Path) -> dict[str, torch.Tensor]:
+    """Meta's consolidated.NN.pth as whole tensors. With one shard they stay views; more are joined tensor by tensor.
+
+    Model-parallel layers split rows (wq wk wv w1 w3 output) or columns (wo w2); tok_embeddings splits columns in
+    LLaMA 1 and 2, rows in 3; norms are replicated. The caller joins with `join_meta`.
+    """
+    files = sorted(Path(folder).glob("consolidated.*.pth"))
+    shards = [read_torch(f) for f in files]
+    for f, shard in zip(files, shards):
+        if set(shard) != set(shards[0]):
+            raise ValueError(f"{f} holds other names than {files[0].name}: the shards are not of one model")
+    return LazyJoin(shards)
+
+
+class LazyJoin(dict):
+    """{name: tensor} over model-parallel shards; a tensor is joined when it is asked for."""
+
+    def __init__(self, shards: list[dict]):
+        super().__init__(shards[0])
+        self.shards = shards
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = [s[name] for s in self.shards]
+        if len(parts) == 1 or parts[0].dim() == 1:
+            return parts[0]
+        width = self.shards[0]["norm.weight"].numel()           # d_model, replicated in every shard
+        columns = name.endswith(("wo.weight", "w2.weight")) or (
+            name.startswith("tok_embeddings") and parts[0].shape[1] < width)
+        return torch.cat(parts, dim=1 if columns else 0)

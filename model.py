@@ -1,0 +1,430 @@
+"""LLaMA (1, 2, 3) and OPT as one readable Transformer, and raw checkpoints in and out.
+
+Both are decoders: embed, n blocks of (attention, MLP), norm, head. They differ in the norm (RMSNorm / LayerNorm), the
+positions (rotary, RoFormer 2104.09864 / learned), the MLP (gated SiLU / ReLU) and the biases: `Config` says which.
+
+    from model import load_model
+    model = load_model("checkpoints/opt-125m")          # or a Meta folder, or any Hugging Face LLaMA / OPT folder
+    logits = model(tokens)                              # (B, T) int64 -> (B, T, vocab)
+
+`embed`, `stem`, `blocks`, `head` can be called one by one, and `Block.steps` shows the input of every Linear as it goes,
+so that compressing a model needs no hooks. Left out: training dropout, and rotary scalings other than linear and llama3.
+"""
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from data.checkpoint import read_folder, read_json, read_meta, write_atomic, write_safetensors
+
+
+@dataclass
+class Config:
+    family: str                       # "llama" or "opt"
+    vocab_size: int
+    d_model: int
+    n_layer: int
+    n_head: int
+    d_ff: int
+    n_kv_head: int = 0                # 0: as many as n_head; fewer is grouped-query attention
+    head_dim: int = 0                 # 0: d_model / n_head
+    max_positions: int = 2048
+    norm_eps: float = 1e-5
+    tied: bool = True                 # the head is the embedding matrix
+    attention_bias: bool = False      # on q, k, v and o
+    mlp_bias: bool = False
+    rope_theta: float = 10000.0       # llama only
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ..., ...}
+    pre_norm: bool = True             # OPT-350m norms after the residual instead
+    final_norm: bool = True           # ... and has no norm before the head
+    d_embed: int = 0                  # width of the embedding; 0: d_model (OPT-350m: 512 of 1024)
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.d_model // self.n_head
+        self.d_embed = self.d_embed or self.d_model
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"{self.n_head} heads cannot share {self.n_kv_head} key-value heads: not a multiple")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        r = x.float()                                                        # the mean of squares overflows in fp16
+        return self.weight * (r * torch.rsqrt(r.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotary_table(c: Config, start: int, length: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (length, head_dim) in fp32 for positions start ... start + length - 1."""
+    freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim)
+    s = c.rope_scaling or {"rope_type": "default"}
+    if s["rope_type"] == "linear":
+        freq = freq / s["factor"]
+    elif s["rope_type"] == "llama3":                    # long waves are slowed by `factor`, short ones kept, a ramp between
+        low, high, old = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
+        ramp = ((old * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        freq = ramp * freq + (1 - ramp) * freq / s["factor"]
+    angle = torch.outer(torch.arange(start, start + length, device=device).float(), freq)
+    return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+
+
+def rotate(x, rope):
+    """Rotary embedding of x (B, heads, T, head_dim), first half of the channels paired with the second."""
+    cos, sin = (t.to(x.dtype) for t in rope)
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        self.q = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=c.attention_bias)
+        self.k = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.attention_bias)
+        self.v = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.attention_bias)
+        self.o = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.attention_bias)
+
+    def mix(self, x, rope, kv=None):
+        """Everything before the output projection: (B, T, d_model) -> (B, T, n_head * head_dim)."""
+        B, T, _ = x.shape
+        q, k, v = (f(x).view(B, T, -1, self.c.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        start, mask = 0, None
+        if kv is not None:                                                   # kv: (K, V, start), K and V preallocated
+            K, V, start = kv
+            K[:, :, start:start + T], V[:, :, start:start + T] = k, v
+            k, v = K[:, :, :start + T], V[:, :, :start + T]                  # (B, n_kv_head, start + T, head_dim)
+            if start and T > 1:
+                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        if self.c.n_kv_head < self.c.n_head:
+            k, v = (t.repeat_interleave(self.c.n_head // self.c.n_kv_head, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and T > 1)
+        return y.transpose(1, 2).reshape(B, T, -1)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias) if c.family == "llama" else None
+        self.up = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias)
+        self.down = nn.Linear(c.d_ff, c.d_model, bias=c.mlp_bias)
+
+    def mix(self, x):
+        return F.relu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)   # (B, T, d_ff)
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        norm = RMSNorm if c.family == "llama" else nn.LayerNorm
+        self.pre_norm = c.pre_norm
+        self.norm1, self.attn = norm(c.d_model, eps=c.norm_eps), Attention(c)
+        self.norm2, self.mlp = norm(c.d_model, eps=c.norm_eps), MLP(c)
+
+    def steps(self, h, rope, kv=None):
+        """The forward pass as a generator: yields (names of the Linears about to be used, their shared input), and
+        last ((), output). Whoever drives it may replace those Linears' weights before it goes on."""
+        x = self.norm1(h) if self.pre_norm else h
+        yield ("attn.q", "attn.k", "attn.v"), x
+        x = self.attn.mix(x, rope, kv)
+        yield ("attn.o",), x
+        h = h + self.attn.o(x)
+        h = h if self.pre_norm else self.norm1(h)
+        x = self.norm2(h) if self.pre_norm else h
+        yield ("mlp.up",) if self.mlp.gate is None else ("mlp.gate", "mlp.up"), x
+        x = self.mlp.mix(x)
+        yield ("mlp.down",), x
+        h = h + self.mlp.down(x)
+        yield (), h if self.pre_norm else self.norm2(h)
+
+    def forward(self, h, rope, kv=None):
+        for _, h in self.steps(h, rope, kv):
+            pass
+        return h
+
+
+class Cache:
+    """Keys and values of the positions seen so far, (n_layer, 2, B, n_kv_head, length, head_dim) in all."""
+
+    def __init__(self, c: Config, batch: int, length: int, dtype, device):
+        self.kv = torch.zeros(c.n_layer, 2, batch, c.n_kv_head, length, c.head_dim, dtype=dtype, device=device)
+        self.start = 0
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.d_embed)
+        self.embed_positions = nn.Embedding(c.max_positions + 2, c.d_model) if c.family == "opt" else None
+        wide = c.d_embed != c.d_model
+        self.project_in = nn.Linear(c.d_embed, c.d_model, bias=False) if wide else None
+        self.project_out = nn.Linear(c.d_model, c.d_embed, bias=False) if wide else None
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        norm = RMSNorm if c.family == "llama" else nn.LayerNorm
+        self.norm = norm(c.d_model, eps=c.norm_eps) if c.final_norm else None
+        self.lm_head = None if c.tied else nn.Linear(c.d_embed, c.vocab_size, bias=False)
+        self.checkpointing = False                       # recompute blocks in the backward pass to save memory
+
+    def embed(self, tokens):
+        return self.embed_tokens(tokens)                                     # (B, T) -> (B, T, d_embed)
+
+    def stem(self, embeds, start: int = 0):
+        """Embeddings (B, T, d_embed) -> the first block's input (B, T, d_model) at positions start ... start + T - 1."""
+        T = embeds.shape[1]
+        if start + T > self.config.max_positions:
+            raise ValueError(f"{start + T} positions, prompt included, but this model has {self.config.max_positions}: "
+                             f"use a shorter seqlen or prompt")
+        h = embeds if self.project_in is None else self.project_in(embeds)
+        if self.embed_positions is not None:                                 # OPT keeps two unused rows in front
+            h = h + self.embed_positions.weight[start + 2:start + 2 + T]
+        return h
+
+    def rope(self, start: int, length: int, device):
+        return rotary_table(self.config, start, length, device) if self.config.family == "llama" else None
+
+    def hidden(self, x, cache: Cache | None = None):
+        """Tokens (B, T) or embeddings (B, T, d_embed) -> the last block's output (B, T, d_model)."""
+        start = cache.start if cache else 0
+        embeds = x if x.is_floating_point() else self.embed(x)
+        h = self.stem(embeds.to(self.embed_tokens.weight.dtype), start)
+        rope = self.rope(start, h.shape[1], h.device)
+        for i, block in enumerate(self.blocks):
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, rope, use_reentrant=False)
+            else:
+                h = block(h, rope, (cache.kv[i, 0], cache.kv[i, 1], start) if cache else None)
+        if cache:
+            cache.start += h.shape[1]
+        return h
+
+    def head(self, h):
+        h = h if self.norm is None else self.norm(h)
+        h = h if self.project_out is None else self.project_out(h)
+        return F.linear(h, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
+
+    def forward(self, x, cache: Cache | None = None):
+        """Tokens (B, T) int64 or embeddings (B, T, d_embed) -> logits (B, T, vocab_size)."""
+        return self.head(self.hidden(x, cache))
+
+    def nll(self, x, targets, chunk: int = 512):
+        """Negative log-likelihood, fp32, of the targets (B, T) that are not -100, in order: a 1-D tensor.
+
+        The head runs on `chunk` scored positions at a time and is recomputed in the backward pass, so the full
+        (tokens, vocab_size) logits never exist."""
+        keep = targets != -100
+        h, targets = self.hidden(x)[keep], targets[keep]
+
+        def loss(h, t):
+            return F.cross_entropy(self.head(h).float(), t, reduction="none")
+        parts = zip(h.split(chunk), targets.split(chunk))
+        if torch.is_grad_enabled() and h.requires_grad:
+            return torch.cat([checkpoint(loss, a, t, use_reentrant=False) for a, t in parts])
+        return torch.cat([loss(a, t) for a, t in parts])
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        w = self.embed_tokens.weight
+        return Cache(self.config, batch, length, w.dtype, w.device)
+
+    def linears(self):
+        """(name, module) of every Linear inside the blocks: what gets compressed, in order."""
+        return [(f"blocks.{i}.{n}", m) for i, b in enumerate(self.blocks) for n, m in b.named_modules()
+                if hasattr(m, "in_features")]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints. Our parameter names are turned into the published ones by these substitutions, never the other way round.
+
+HF = {"llama": [(r"^blocks", "model.layers"), (r"^(embed_tokens|norm)\b", r"model.\1"), (r"\.attn\.(\w)\.", r".self_attn.\1_proj."),
+                (r"\.mlp\.(\w+)\.", r".mlp.\1_proj."), (r"\.norm1", ".input_layernorm"), (r"\.norm2", ".post_attention_layernorm")],
+      "opt": [(r"^norm\b", "final_layer_norm"), (r"^blocks", "layers"), (r"^(?!lm_head)", "model.decoder."),
+              (r"\.attn\.o\.", ".self_attn.out_proj."), (r"\.attn\.(\w)\.", r".self_attn.\1_proj."), (r"\.mlp\.up", ".fc1"),
+              (r"\.mlp\.down", ".fc2"), (r"\.norm1", ".self_attn_layer_norm"), (r"\.norm2", ".final_layer_norm")]}
+META = [(r"^blocks", "layers"), (r"\.attn\.(\w)\.", r".attention.w\1."), (r"\.mlp\.gate", ".feed_forward.w1"),
+        (r"\.mlp\.up", ".feed_forward.w3"), (r"\.mlp\.down", ".feed_forward.w2"), (r"\.norm1", ".attention_norm"),
+        (r"\.norm2", ".ffn_norm"), (r"^lm_head", "output"), (r"^embed_tokens", "tok_embeddings")]
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$|\.masked_bias$")       # tables and masks, not weights
+
+# name: (d_model, layers, heads, key-value heads, d_ff, vocabulary, Hugging Face repository)
+PUBLISHED = {
+    "llama-7b": (4096, 32, 32, 32, 11008, 32000, "huggyllama/llama-7b"),
+    "llama-13b": (5120, 40, 40, 40, 13824, 32000, "huggyllama/llama-13b"),
+    "llama-30b": (6656, 60, 52, 52, 17920, 32000, "huggyllama/llama-30b"),
+    "llama-65b": (8192, 80, 64, 64, 22016, 32000, "huggyllama/llama-65b"),
+    "llama-2-7b": (4096, 32, 32, 32, 11008, 32000, "meta-llama/Llama-2-7b-hf"),
+    "llama-2-13b": (5120, 40, 40, 40, 13824, 32000, "meta-llama/Llama-2-13b-hf"),
+    "llama-2-70b": (8192, 80, 64, 8, 28672, 32000, "meta-llama/Llama-2-70b-hf"),
+    "llama-3-8b": (4096, 32, 32, 8, 14336, 128256, "meta-llama/Meta-Llama-3-8B"),
+    "llama-3-70b": (8192, 80, 64, 8, 28672, 128256, "meta-llama/Meta-Llama-3-70B"),
+    "opt-125m": (768, 12, 12, 12, 3072, 50272, "facebook/opt-125m"),
+    "opt-350m": (1024, 24, 16, 16, 4096, 50272, "facebook/opt-350m"),
+    "opt-1.3b": (2048, 24, 32, 32, 8192, 50272, "facebook/opt-1.3b"),
+    "opt-2.7b": (2560, 32, 32, 32, 10240, 50272, "facebook/opt-2.7b"),
+    "opt-6.7b": (4096, 32, 32, 32, 16384, 50272, "facebook/opt-6.7b"),
+    "opt-13b": (5120, 40, 40, 40, 20480, 50272, "facebook/opt-13b"),
+    "opt-30b": (7168, 48, 56, 56, 28672, 50272, "facebook/opt-30b"),
+    "opt-66b": (9216, 64, 72, 72, 36864, 50272, "facebook/opt-66b"),
+}
+HERE = Path(__file__).resolve().parent
+SHIPPED = {"tiny-llama": HERE / "data/tiny/llama", "tiny-opt": HERE / "data/tiny/opt"}
+
+
+def resolve(name: str | Path) -> Path:
+    """A checkpoint folder from a path, a published name (checkpoints/NAME) or tiny-llama / tiny-opt."""
+    path = SHIPPED.get(str(name), Path(name))
+    if not path.is_dir() and str(name) in PUBLISHED:
+        path = next((p for p in (Path("checkpoints") / name, HERE / "checkpoints" / name) if p.is_dir()), None)
+        if path is None:
+            raise FileNotFoundError(f"checkpoints/{name} is missing: fetch it with `pip install huggingface_hub && "
+                                    f"hf download {PUBLISHED[str(name)][-1]} --local-dir checkpoints/{name}`")
+    if not path.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder {path}; give a path or one of: {', '.join([*SHIPPED, *PUBLISHED])}")
+    return path
+
+
+def read_config(folder: Path) -> Config:
+    """Config of a Hugging Face folder (config.json, older and newer spelling) or a Meta one (params.json)."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        if not (folder / "params.json").exists():
+            raise FileNotFoundError(f"{folder} holds neither config.json (Hugging Face) nor params.json (Meta)")
+        return meta_config(folder)
+    j = read_json(folder / "config.json")
+    try:
+        if j.get("model_type") == "llama":
+            return llama_config(j)
+        if j.get("model_type") == "opt":
+            return opt_config(j)
+    except KeyError as e:
+        raise ValueError(f"{folder}/config.json lacks {e}") from None
+    raise ValueError(f"{folder}/config.json has model_type {j.get('model_type')!r}; supported are llama and opt")
+
+
+def llama_config(j: dict) -> Config:
+    act = j.get("hidden_act", "silu")
+    if act != "silu":
+        raise ValueError(f"hidden_act {act!r} is not supported for LLaMA: only silu")
+    rope = {**(j.get("rope_scaling") or {}), **(j.get("rope_parameters") or {})}
+    kind = rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope type {kind!r} is not supported: only default, linear and llama3")
+    need = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+    return Config(
+        "llama", j["vocab_size"], j["hidden_size"], j["num_hidden_layers"], j["num_attention_heads"], j["intermediate_size"],
+        j.get("num_key_value_heads") or 0, j.get("head_dim") or 0, j.get("max_position_embeddings", 2048),
+        j.get("rms_norm_eps", 1e-6), j.get("tie_word_embeddings", False), j.get("attention_bias", False), j.get("mlp_bias", False),
+        rope.get("rope_theta", j.get("rope_theta", 10000.0)),
+        None if kind == "default" else {"rope_type": kind, **{k: rope[k] for k in need[kind]}})
+
+
+def opt_config(j: dict) -> Config:
+    for key, want in (("activation_function", "relu"), ("enable_bias", True), ("layer_norm_elementwise_affine", True)):
+        if j.get(key, want) != want:
+            raise ValueError(f"OPT with {key}={j[key]!r} is not supported: only {want!r}")
+    pre = j.get("do_layer_norm_before", True)
+    return Config(
+        "opt", j["vocab_size"], j["hidden_size"], j["num_hidden_layers"], j["num_attention_heads"], j["ffn_dim"],
+        max_positions=j.get("max_position_embeddings", 2048), tied=j.get("tie_word_embeddings", True), attention_bias=True,
+        mlp_bias=True, pre_norm=pre, final_norm=pre and not j.get("_remove_final_layer_norm", False),
+        d_embed=j.get("word_embed_proj_dim") or 0)
+
+
+def meta_config(folder: Path) -> Config:
+    """params.json leaves out the vocabulary (-1), the MLP's width and the context; the weights tell the first two."""
+    p, weights = read_json(folder / "params.json"), read_meta(folder)
+    if "layers.0.feed_forward.w1.weight" not in weights:
+        raise ValueError(f"{folder}: consolidated.*.pth do not hold LLaMA's layers.0.feed_forward.w1.weight")
+    try:
+        new = p.get("rope_theta", 10000.0) >= 500000.0          # LLaMA 3
+        context = 131072 if p.get("use_scaled_rope") else 8192 if new else 2048 if p["norm_eps"] < 5e-6 else 4096
+        scaling = {"rope_type": "llama3", "factor": p.get("rope_scaling_factor", 8.0), "low_freq_factor": 1.0,
+                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192} if p.get("use_scaled_rope") else None
+        return Config("llama", weights["tok_embeddings.weight"].shape[0], p["dim"], p["n_layers"], p["n_heads"],
+                      weights["layers.0.feed_forward.w1.weight"].shape[0], p.get("n_kv_heads") or 0,
+                      max_positions=p.get("max_seq_len", context), norm_eps=p["norm_eps"],
+                      tied="output.weight" not in weights, rope_theta=p.get("rope_theta", 10000.0), rope_scaling=scaling)
+    except KeyError as e:
+        raise ValueError(f"{folder}/params.json or its weights lack {e}") from None
+
+
+def published_name(name: str, table) -> str:
+    for pattern, theirs in table:
+        name = re.sub(pattern, theirs, name)
+    return name
+
+
+def half_split(w, heads: int):
+    """Meta pairs rotary channels (0,1), (2,3), ...; we pair the first half with the second, as Hugging Face does."""
+    return w.view(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+
+
+def load_model(path: str | Path, dtype=torch.float32, device="cpu") -> Transformer:
+    """A frozen Transformer from a folder or a name (see resolve). Files are mapped and read tensor by tensor.
+
+    Raises FileNotFoundError / ValueError with one line for missing, extra, mis-shaped or truncated weights."""
+    folder = resolve(path)
+    c = read_config(folder)
+    meta = not (folder / "config.json").exists()
+    files = read_meta(folder) if meta else read_folder(folder)
+    table = META if meta else HF[c.family]
+    bare = {n if meta else re.sub(r"^(model\.)?(decoder\.)?", "", n): n for n in files}      # some files leave prefixes out
+    if not c.tied and not meta and "lm_head.weight" not in bare and c.family == "opt":
+        c.tied = True                                           # OPT always ties; some files say so only by leaving it out
+    with torch.device("meta"):
+        model = Transformer(c)
+    state, missing = {}, []
+    for name, p in model.named_parameters():
+        theirs = published_name(name, table)
+        key = bare.pop(theirs if meta else re.sub(r"^(model\.)?(decoder\.)?", "", theirs), None)
+        if key is None:
+            missing.append(theirs)
+            continue
+        w = files[key]
+        if w.shape != p.shape:
+            raise ValueError(f"{folder}: {key} has shape {tuple(w.shape)}, but the configuration wants {tuple(p.shape)}")
+        if meta and name.endswith(("attn.q.weight", "attn.k.weight")):
+            w = half_split(w, w.shape[0] // c.head_dim)
+        state[name] = nn.Parameter(w.to(device=device, dtype=dtype), requires_grad=False)
+    if c.tied:
+        bare.pop("lm_head.weight", None)                        # a stored copy of the tied head
+    extra = [n for n in bare.values() if not IGNORED.search(n)]
+    if missing or extra:
+        raise ValueError(f"{folder} does not fit its configuration: " + "; ".join(
+            f"{len(names)} {what}, such as {names[0]}" for what, names in (("missing", missing), ("unexpected", extra)) if names))
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def hf_config(c: Config) -> dict:
+    """config.json of a model, in the spelling that transformers 4 and 5 both read."""
+    j = {"vocab_size": c.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+         "max_position_embeddings": c.max_positions, "tie_word_embeddings": c.tied, "torch_dtype": "float16"}
+    if c.family == "opt":
+        return {**j, "model_type": "opt", "architectures": ["OPTForCausalLM"], "ffn_dim": c.d_ff, "word_embed_proj_dim": c.d_embed,
+                "do_layer_norm_before": c.pre_norm, "_remove_final_layer_norm": c.pre_norm and not c.final_norm}
+    return {**j, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": c.d_ff, "hidden_act": "silu",
+            "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
+            "rope_scaling": c.rope_scaling, "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
+
+
+def save_model(model: Transformer, folder: str | Path, dtype=torch.float16, extra: dict | None = None) -> None:
+    """Write config.json and model.safetensors in the Hugging Face layout; `extra` joins config.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {published_name(n, HF[model.config.family]): p.detach().to(dtype) for n, p in model.named_parameters()}
+    for name, w in state.items():
+        if not torch.isfinite(w).all():
+            raise ValueError(f"{name} does not fit {dtype}: save in bfloat16 or float32")
+    write_safetensors(folder / "model.safetensors", state)
+    text = json.dumps({**hf_config(model.config), **(extra or {})}, indent=1)
+    write_atomic(folder / "config.json", lambda f: f.write(text.encode()))

@@ -1,0 +1,153 @@
+"""Soft prompts: n learned embeddings in front of the text of a frozen model ("Compress, Then Prompt", 2305.11186).
+
+The prompt P (n, width) is the only parameter. For a window of tokens x_1 ... x_L with embeddings e_i the model reads
+[P, e_1 ... e_L], and P minimizes the mean of -log p(x_i | P, x_1 ... x_{i-1}) over i = 2 ... L (equation 1). The n prompt
+positions predict nothing: they have no loss, and they are not counted in any perplexity.
+
+    prompt = initial_prompt(model, 100, tokens=first_tokens)       # any model with embed(tokens) and forward(embeds)
+    prompt = learn(model, prompt, train_windows, val_windows, steps=200).prompt
+    save_prompt("prompt.safetensors", prompt, {"lr": 1e-3}); logits = model(with_prompt(model, prompt, tokens))
+
+The prompt stays in fp32, whatever the model is in: late, small updates vanish in bf16. A hard prompt is plain text whose
+embeddings go in front in the same way. Left out: prompts for every layer (prefix tuning), and weight decay.
+"""
+import json
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from data.checkpoint import read_safetensors, write_safetensors
+
+HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary adjustments to ensure "
+               "optimal performance.")                          # the paper's own, section 3.2
+
+
+class Learned(NamedTuple):
+    prompt: torch.Tensor                # (n, width) fp32, the best seen on the validation windows
+    val_loss: float                     # its mean loss there, nats a token; nan without validation windows
+    losses: list[float]                 # training loss of every step, nats a token
+
+
+def initial_prompt(model, n: int, how: str = "text", tokens: torch.Tensor | None = None, seed: int = 0) -> torch.Tensor:
+    """(n, width) fp32 start: "text" = embeddings of the first n of `tokens`, "vocab" = n random tokens' embeddings,
+    "random" = normal numbers with the embedding matrix's deviation."""
+    g = torch.Generator().manual_seed(seed)
+    table = model.embed_tokens.weight
+    if how == "text":
+        if tokens is None or len(tokens) < n:
+            raise ValueError(f"a prompt of {n} tokens from text needs {n} tokens, got {0 if tokens is None else len(tokens)}")
+        ids = tokens[:n]
+    elif how == "vocab":
+        ids = torch.randint(0, table.shape[0], (n,), generator=g)
+    elif how == "random":
+        return (torch.randn(n, table.shape[1], generator=g) * float(table.float().std())).to(table.device)
+    else:
+        raise ValueError(f"prompt start {how!r}: known are text, vocab and random")
+    return model.embed(ids.to(table.device)).detach().float()
+
+
+def with_prompt(model, prompt: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    """[prompt, embeddings of tokens]: (n, width) and (B, T) -> (B, n + T, width) in the model's dtype."""
+    e = model.embed(tokens)
+    if prompt is None or len(prompt) == 0:
+        return e
+    if prompt.shape[-1] != e.shape[-1]:
+        raise ValueError(f"a prompt of width {prompt.shape[-1]} does not fit a model whose embeddings are {e.shape[-1]} wide")
+    return torch.cat([prompt.to(e.device, e.dtype).expand(len(e), -1, -1), e], 1)
+
+
+def text_nll(model, prompt: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    """Loss of text tokens 2 ... T of every window (B, T), in order, behind the prompt: fp32 (B * (T - 1),) in nats."""
+    n = 0 if prompt is None else len(prompt)
+    targets = torch.full((len(tokens), n + tokens.shape[1]), -100, device=tokens.device)
+    targets[:, n:-1] = tokens[:, 1:]                            # position n + i predicts token i + 1; nothing before counts
+    embeds = with_prompt(model, prompt, tokens)
+    if hasattr(model, "nll"):
+        return model.nll(embeds, targets)                       # never holds the full logits
+    logits = model(embeds)
+    keep = targets != -100
+    return F.cross_entropy(logits[keep].float(), targets[keep], reduction="none")
+
+
+def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor | None = None, steps: int = 200,
+          batch_size: int = 4, lr: float = 1e-3, warmup: int | None = None, clip: float = 1.0, val_every: int | None = None,
+          seed: int = 0, progress=lambda items, text: items) -> Learned:
+    """Learn a prompt on the frozen model: AdamW without decay, linear warm-up then linear decay, clipped gradients.
+
+    prompt (n, width) start; windows (N, T) int64 training text, reshuffled (seeded) every epoch; val (M, T): the prompt
+    with the lowest loss there, looked at every `val_every` steps (default an eighth), is returned. Raises on a NaN loss."""
+    device = prompt.device
+    best, best_loss, losses = prompt.detach().clone().float(), float("inf"), []
+    p = torch.nn.Parameter(best.clone())
+    opt = torch.optim.AdamW([p], lr=lr, weight_decay=0.0)
+    warmup = max(1, min(20, steps // 10)) if warmup is None else warmup
+    val_every = val_every or max(1, steps // 8)
+    g, queue = torch.Generator().manual_seed(seed), []
+    bar = progress(range(steps), "learning the prompt")
+    for step in bar:
+        while len(queue) < batch_size:
+            queue += torch.randperm(len(windows), generator=g).tolist()
+        batch, queue = windows[queue[:batch_size]].to(device), queue[batch_size:]
+        opt.param_groups[0]["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        loss = text_nll(model, p, batch).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([p], clip)
+        if not torch.isfinite(norm):
+            raise ValueError(f"the loss or its gradient is not finite at step {step + 1} (loss {loss.item():g}): lower --lr "
+                             f"or use bfloat16 or float32")
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+        if hasattr(bar, "note"):
+            bar.note(f"loss {sum(losses[-10:]) / len(losses[-10:]):.3f}")
+        if val is not None and ((step + 1) % val_every == 0 or step + 1 == steps):
+            v = mean_loss(model, p.detach(), val.to(device), batch_size)
+            if v < best_loss:
+                best, best_loss = p.detach().clone(), v
+    if val is None:
+        return Learned(p.detach().clone(), float("nan"), losses)
+    return Learned(best, best_loss, losses)
+
+
+@torch.no_grad()
+def mean_loss(model, prompt, windows: torch.Tensor, batch_size: int = 4) -> float:
+    """Mean loss a text token over windows (N, T), nats."""
+    total, count = 0.0, 0
+    for batch in windows.split(batch_size):
+        nll = text_nll(model, prompt, batch)
+        total, count = total + nll.double().sum().item(), count + nll.numel()
+    return total / count
+
+
+def save_prompt(path: str | Path, prompt: torch.Tensor, settings: dict | None = None) -> None:
+    """Write the prompt (n, width) in fp32 and its settings (JSON values), as .safetensors; readable by that package."""
+    write_safetensors(Path(path), {"soft_prompt": prompt.detach().float()}, {"settings": json.dumps(settings or {})})
+
+
+def load_prompt(path: str | Path, model=None) -> tuple[torch.Tensor, dict]:
+    """(prompt (n, width) fp32, settings). .pt files holding a tensor or {"soft_prompt": tensor, ...} are read as well.
+
+    With a model, checks that the prompt can be stitched onto it: only the width of the embeddings must agree."""
+    path, settings = Path(path), {}
+    if not path.exists():
+        raise FileNotFoundError(f"no prompt file {path}: train.py writes prompt.safetensors into its --out folder")
+    if path.suffix == ".pt":
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        settings = {k: v for k, v in held.items() if k != "soft_prompt"} if isinstance(held, dict) else {}
+    else:
+        held = read_safetensors(path)
+        with open(path, "rb") as f:
+            header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+        settings = json.loads(header.get("__metadata__", {}).get("settings", "{}"))
+    prompt = held.get("soft_prompt") if isinstance(held, dict) else held
+    if prompt is None or prompt.dim() != 2:
+        raise ValueError(f"{path} holds no soft_prompt of shape (n, width)")
+    if model is not None:
+        width = model.embed_tokens.weight.shape[1]
+        if prompt.shape[1] != width:
+            raise ValueError(f"{path} was learned for embeddings of width {prompt.shape[1]}; this model's are {width} wide")
+        prompt = prompt.to(model.embed_tokens.weight.device)
+    return prompt.float().clone(), settings

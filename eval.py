@@ -87,13 +87,14 @@ def main(args) -> None:
     if args.generate is not None:
         print(args.generate + generate(model, tokenizer, args.generate, args.max_new, args.temperature, args.top_p, prompt, args.seed))
         return
-    tokens = eval_tokens(tokenizer, args.data, args.split, args.seqlen, args.max_tokens, folder=args.data_dir)
+    split = args.split or ("validation" if args.data == "c4" else "test")                      # C4 publishes no test split
+    tokens = eval_tokens(tokenizer, args.data, split, args.seqlen, args.max_tokens, folder=args.data_dir)
     ppl, count = perplexity(model, tokens, args.seqlen, prompt, args.batch_size)
     n = 0 if prompt is None else len(prompt)
     print(f"perplexity {ppl:.4f}  ({args.data}, {count} scored tokens, seqlen {args.seqlen}, {n} prompt tokens, {args.dtype}, {args.model})")
     if args.json:
         print(json.dumps({"perplexity": ppl, "tokens": count, "seqlen": args.seqlen, "prompt_tokens": n, "data": str(args.data),
-                          "model": str(args.model), "dtype": args.dtype, "split": args.split}))
+                          "model": str(args.model), "dtype": args.dtype, "split": split}))
 
 
 def fail(e: Exception) -> None:
@@ -106,7 +107,7 @@ if __name__ == "__main__":
     p.add_argument("model", help="a checkpoint folder or a name such as llama-7b")
     p.add_argument("--data", default="wikitext2", help="wikitext2, ptb, c4, or a path to a text")
     p.add_argument("--data-dir", type=Path, help="folder that holds the text sets")
-    p.add_argument("--split", default="test", choices=["train", "validation", "test"])
+    p.add_argument("--split", choices=["train", "validation", "test"])
     p.add_argument("--seqlen", type=int, default=2048, help="tokens a window")
     p.add_argument("--max-tokens", type=int, help="use only the first so many tokens")
     p.add_argument("--prompt", type=Path, help="a learned prompt file")

@@ -394,7 +394,7 @@ def load_model(path: str | Path, dtype=torch.float32, device="cpu") -> Transform
             raise ValueError(f"{folder}: {key} has shape {tuple(w.shape)}, but the configuration wants {tuple(p.shape)}")
         if meta and name.endswith(("attn.q.weight", "attn.k.weight")):
             w = half_split(w, w.shape[0] // c.head_dim)
-        state[name] = nn.Parameter(w.to(device=device, dtype=dtype), requires_grad=False)
+        state[name] = w.to(device=device, dtype=dtype)
     if c.tied:
         bare.pop("lm_head.weight", None)                        # a stored copy of the tied head
     extra = [n for n in bare.values() if not IGNORED.search(n)]
@@ -402,7 +402,7 @@ def load_model(path: str | Path, dtype=torch.float32, device="cpu") -> Transform
         raise ValueError(f"{folder} does not fit its configuration: " + "; ".join(
             f"{len(names)} {what}, such as {names[0]}" for what, names in (("missing", missing), ("unexpected", extra)) if names))
     model.load_state_dict(state, assign=True)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def hf_config(c: Config) -> dict:

@@ -123,7 +123,7 @@ def main(args) -> dict:
     calib, data = args.calib or ("docs" if tiny else "c4"), args.data or ("docs" if tiny else "wikitext2")
     train_data, seqlen = args.train_data or calib, args.seqlen or (256 if tiny else 2048)
     tokenizer = load_tokenizer(folder)
-    test = eval_tokens(tokenizer, data, "test", seqlen, args.max_tokens, folder=args.data_dir)
+    test = eval_tokens(tokenizer, data, "validation" if data == "c4" else "test", seqlen, args.max_tokens, folder=args.data_dir)
     calib_windows = calibration(tokenizer, calib, "train", args.nsamples, seqlen, args.seed, folder=args.data_dir)
     out.mkdir(parents=True, exist_ok=True)
     settings = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "calib": calib, "data": data,
@@ -142,9 +142,13 @@ def main(args) -> dict:
     model = load_model(folder, dtype, args.device)
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, {settings['hardware']}, {args.dtype}")
     if args.steps:
-        load = dict(nsamples=args.train_windows, seqlen=seqlen, folder=args.data_dir)
-        pool = calibration(tokenizer, train_data, "train", seed=args.seed + 1, **load)
+        text = eval_tokens(tokenizer, train_data, "train", seqlen, folder=args.data_dir)
+        pool = text[:len(text) // seqlen * seqlen].view(-1, seqlen)                       # windows that do not overlap
+        pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))]
         val, pool = pool[:args.val_windows], pool[args.val_windows:]
+        if not len(pool):
+            raise ValueError(f"{train_data} gives {len(text) // seqlen} windows of seqlen {seqlen}, and --val-windows {args.val_windows} "
+                             f"takes them all: use more text or shorter windows")
     measure("dense", model)
     if solve:
         start = time.monotonic()
@@ -193,13 +197,12 @@ if __name__ == "__main__":
     a("--data-dir", type=Path, help="folder that holds the text sets")
     a("--max-tokens", type=int, help="measure on the first so many tokens only")
     a("--train-data", help="text the prompt is learned on (default: --calib)")
-    a("--train-windows", type=int, default=512, help="windows sampled from it, validation included")
-    a("--val-windows", type=int, default=8, help="of these, held out to choose the best prompt")
+    a("--val-windows", type=int, default=8, help="windows of it held out to choose the best prompt")
     a("--prompt-tokens", type=int, default=100)
     a("--prompt-init", default="text", choices=["text", "vocab", "random"])
     a("--steps", type=int, default=200, help="prompt learning steps; 0 skips the prompt")
     a("--batch-size", type=int, default=4, help="windows a step, and at a time when measuring")
-    a("--lr", type=float, default=1e-3)
+    a("--lr", type=float, default=5e-3, help="peak learning rate (the paper: 1e-3, for 30,000 steps)")
     a("--tune-dtype", default="bfloat16", choices=DTYPES, help="precision of the frozen model while the prompt is learned")
     a("--checkpointing", action="store_true", help="recompute activations to save memory")
     a("--seed", type=int, default=0)

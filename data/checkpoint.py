@@ -61,7 +61,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         if b - a != int(np.prod(shape)) * dtype.itemsize:
             raise ValueError(f"{path}: {name} of shape {shape} in {entry['dtype']} cannot fill {b - a} bytes")
         raw = body[a:b]
-        if raw.data_ptr() % dtype.itemsize:                     # an unaligned header: views need alignment, so copy
+        if a % dtype.itemsize or raw.data_ptr() % dtype.itemsize:           # a view needs alignment, so copy
             raw = raw.clone()
         out[name] = raw.view(dtype).view(shape)
     return out
@@ -80,7 +80,8 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
     def write(f):
         f.write(struct.pack("<Q", len(head)) + head)
         for t in tensors.values():
-            f.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if t.numel():
+                f.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     write_atomic(path, write)
 
 
@@ -121,7 +122,7 @@ def read_meta(folder: Path) -> dict[str, torch.Tensor]:
     """Meta's consolidated.NN.pth as whole tensors. With one shard they stay views; more are joined tensor by tensor.
 
     Model-parallel layers split rows (wq wk wv w1 w3 output) or columns (wo w2); tok_embeddings splits columns in
-    LLaMA 1 and 2, rows in 3; norms are replicated. The caller joins with `join_meta`.
+    LLaMA 1 and 2, rows in 3; norms are replicated.
     """
     files = sorted(Path(folder).glob("consolidated.*.pth"))
     shards = [read_torch(f) for f in files]

@@ -1,0 +1,145 @@
+"""Text sets, joined as the literature joins them, and token sequences for evaluation and calibration.
+
+    tokens = eval_tokens(tokenizer, "wikitext2", "test", seqlen=2048)                   # (n,) int64
+    samples = calibration(tokenizer, "c4", "train", nsamples=128, seqlen=2048, seed=0)  # (128, 2048) int64
+
+wikitext2         train, validation, test    the file's lines, a blank one as "", joined with "\\n\\n" (GPTQ)
+ptb               train, validation, test    sentences, joined with " "
+c4                train, validation          documents; evaluation takes the first 1100, joined with " "
+docs, docstrings, code                       train, validation, test: documents harvested from the user's own machine
+PATH.txt .raw .md, PATH.jsonl (field text)   a file as it is, also as .gz; a .jsonl is joined with "\\n\\n"
+
+A named set is looked for in `folder`, in the folder that the environment variable TEXT_FOLDER names, in data/cache/NAME
+and then downloaded there. Both of these folders may hold the files themselves or one subfolder for each set.
+Left out: streaming; a whole split is held in memory (1 GB for the C4 train file).
+"""
+import gzip
+import json
+import os
+import random
+import zlib
+from pathlib import Path
+
+import torch
+
+from data.download import fetch
+
+CACHE = Path(__file__).resolve().parent / "cache"
+FILES = {   # set -> split -> file names, the published one first
+    "wikitext2": {"train": ["wiki.train.raw"], "validation": ["wiki.valid.raw"], "test": ["wiki.test.raw"]},
+    "ptb": {"train": ["ptb.train.txt"], "validation": ["ptb.valid.txt"], "test": ["ptb.test.txt"]},
+    "c4": {"train": ["c4-train.00000-of-01024.json.gz", "train.jsonl"],
+           "validation": ["c4-validation.00000-of-00008.json.gz", "validation.jsonl"]},
+}
+SUBFOLDERS = {"wikitext2": "wikitext-2-raw", "ptb": "data", "c4": "en"}     # of the published archives
+HARVESTED = ("docs", "docstrings", "code")
+SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
+C4_EVAL_DOCUMENTS, C4_EVAL_WINDOWS = 1100, 256
+
+
+def load_text(name: str, split: str, folder: str | Path | None = None) -> list[str] | str:
+    """One text (wikitext2, ptb, a file) or a list of documents (c4, harvested sets, a .jsonl). A file has no splits."""
+    if name in HARVESTED:
+        from data.harvest import harvest                                    # parses source files for a minute
+        return harvest(name, split)
+    if name not in FILES:
+        path = Path(name)
+        suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+        if not suffixes or suffixes[-1] not in SUFFIXES:
+            raise ValueError(f"unknown text set {name!r}: known are {', '.join([*FILES, *HARVESTED])}, "
+                             f"or the path of a file ending in {' '.join(SUFFIXES)}, also with .gz")
+        return documents(path) if suffixes[-1] == ".jsonl" else read(path)
+    path = find(name, split, folder)
+    if name == "c4":
+        return documents(path)
+    if name == "ptb":
+        return " ".join(line.strip() for line in lines_of(path))
+    return "\n\n".join(line if line.strip() else "" for line in lines_of(path))
+
+
+def eval_tokens(tokenizer, name: str, split: str, seqlen: int, max_tokens: int | None = None,
+                folder: str | Path | None = None) -> torch.Tensor:
+    """(n,) int64, at least seqlen, at most max_tokens; tokenized once, so only the first window has a BOS."""
+    text = load_text(name, split, folder)
+    if name == "c4":
+        tokens = tokenizer.encode(" ".join(text[:C4_EVAL_DOCUMENTS]))[:C4_EVAL_WINDOWS * seqlen]
+    else:
+        tokens = tokenizer.encode(joined(text))
+    tokens = torch.tensor(tokens[:max_tokens], dtype=torch.int64)
+    if len(tokens) < seqlen:
+        raise ValueError(f"{name} {split} has {len(tokens)} tokens (max_tokens {max_tokens}), fewer than one window "
+                         f"of seqlen {seqlen}; lower seqlen or take a longer text")
+    return tokens
+
+
+def calibration(tokenizer, name: str, split: str, nsamples: int, seqlen: int, seed: int,
+                folder: str | Path | None = None) -> torch.Tensor:
+    """(nsamples, seqlen) int64, the same for the same seed, drawn with replacement.
+
+    c4: a random crop of a random document that is longer than seqlen; other sets: random starts in the whole text.
+    """
+    rng, text = random.Random(seed), load_text(name, split, folder)
+    texts, samples, longest = list(text) if name == "c4" else [joined(text)], [], 0
+    encoded = {} if name == "c4" else {texts[0]: tokenizer.encode(texts[0])}
+    while len(samples) < nsamples:
+        i = rng.randrange(len(texts))
+        tokens = encoded.get(texts[i]) or tokenizer.encode(texts[i])
+        if len(tokens) > seqlen:
+            start = rng.randrange(len(tokens) - seqlen)
+            samples.append(tokens[start:start + seqlen])
+            continue
+        longest, texts[i] = max(longest, len(tokens)), texts[-1]            # too short: not drawn again
+        texts.pop()
+        if not texts:
+            raise ValueError(f"{name} {split} has no text of more than seqlen = {seqlen} tokens, the longest has "
+                             f"{longest}; lower seqlen or take a longer text")
+    return torch.tensor(samples, dtype=torch.int64)
+
+
+def joined(text: list[str] | str) -> str:
+    return text if isinstance(text, str) else "\n\n".join(text)
+
+
+def find(name: str, split: str, folder: str | Path | None) -> Path:
+    """Path of a named set's file, downloaded if it is nowhere."""
+    if split not in FILES[name]:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(FILES[name])}")
+    names, places = FILES[name][split], [Path(p) for p in (folder, os.environ.get("TEXT_FOLDER")) if p]
+    for place in places:
+        for sub in (name, f"{name}/{SUBFOLDERS[name]}", "", SUBFOLDERS[name]):
+            for file in names:
+                if (place / sub / file).exists():
+                    return place / sub / file
+    try:
+        return fetch(names[0], CACHE / name)                                # also checks a file that is there
+    except OSError as error:
+        looked = ", ".join(str(place) for place in places) or "no folder, as neither folder nor TEXT_FOLDER is given"
+        raise FileNotFoundError(f"no {' or '.join(names)} in {looked}; {error}, or put it there yourself") from None
+
+
+def read(path: Path) -> str:
+    """Contents of a UTF-8 text file."""
+    return "".join(lines_of(path))
+
+
+def documents(path: Path) -> list[str]:
+    """Field "text" of each line of a .jsonl file."""
+    texts = []
+    for number, line in enumerate(lines_of(path), 1):
+        if line.strip():
+            try:
+                texts.append(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f'{path} line {number} is not a JSON object with a field "text"') from None
+    return texts
+
+
+def lines_of(path: Path):
+    """Lines with their ends, which are "\n" only and are not translated; unpacks a .gz on the way."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
+            yield from file
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not {'gzip of ' * (path.suffix == '.gz')}UTF-8 text: {error}") from None

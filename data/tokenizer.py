@@ -1,0 +1,210 @@
+"""Text to token ids and back, for LLaMA 1, 2, 3 and OPT checkpoints.
+
+    t = load_tokenizer("checkpoints/llama-7b")
+    ids = t.encode("Hello")                       # [1, 15043]; the BOS token is in front where the model wants one
+    text = t.decode(ids)                          # "Hello"; special tokens are left out
+
+Byte pair encoding (Sennrich et al. 2016) in four kinds of files, told apart by what lies in the folder:
+
+tokenizer.model           LLaMA 1 and 2: a sentencepiece model
+tokenizer.model           Llama 3: lines of `base64 rank`; a tokenizer.json beside it is preferred, it has more names
+tokenizer.json            the Hugging Face format with a byte-level BPE: Llama 3, SmolLM2
+vocab.json + merges.txt   OPT, in GPT-2's format; preferred to a tokenizer.json if config.json says model_type opt
+
+Strings of special tokens inside a text ("<|end_of_text|>") become their ids in the three byte-level kinds, as in the
+Hugging Face tokenizers. A sentencepiece model reads them as ordinary text, as Meta's code does (so the `<unk>` of Penn
+Treebank is three pieces), and writes U+2581, its sign for a space, as a space. In OPT `<unk>` and `<s>` in a text are
+ordinary as well: its unknown and BOS token is </s>. A byte that a vocabulary lacks (SmolLM2: six control characters)
+is dropped, as there. In all other cases decode(encode(text)) == text. A run of several 100,000 spaces is an error of
+tiktoken's. Left out: chat templates, normalizers, padding.
+"""
+import base64
+import json
+import re
+from pathlib import Path
+
+import sentencepiece
+
+from data.bpe import ByteLevelBPE, byte_letters, merge_order, rank_order, tokens_and_ids
+
+# How text is cut into words before merging; no merge crosses a cut. GPT-2 keeps a space with the word after it.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same after digits have been cut out ({} is "" for single digits, "+" for runs): a digit ends a run of spaces.
+DIGIT_WORDS = r"\p{{N}}{}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?![^\s\p{{N}}])|\s+"
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}" for i in range(4)),
+                  "start_header_id", "end_header_id", "reserved_special_token_4", "eot_id",
+                  *(f"reserved_special_token_{i}" for i in range(5, 251))]
+
+
+class SentencePiece:
+    """LLaMA 1 and 2. BOS and EOS are the model's own: the config.json of early conversions has wrong ones."""
+
+    def __init__(self, path: Path, add_bos: bool):
+        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.vocab_size = self.model.vocab_size()
+        self.bos_id = self.model.bos_id() if add_bos and self.model.bos_id() >= 0 else None
+        self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
+        self.silent = {i for i in range(self.vocab_size) if self.model.is_control(i) or self.model.is_unknown(i)}
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        return [self.bos_id] * (bos and self.bos_id is not None) + self.model.encode(text)
+
+    def decode(self, ids) -> str:
+        return self.model.decode([int(i) for i in ids if i < self.vocab_size and int(i) not in self.silent])
+
+
+def load_tokenizer(folder: str | Path) -> SentencePiece | ByteLevelBPE:
+    """The tokenizer of a checkpoint folder: .encode(text, bos=True), .decode(ids), .bos_id, .eos_id, .vocab_size.
+
+    bos_id is the id that encode puts in front, None where the tokenizer puts none.
+    """
+    folder = Path(folder)
+    model, vocab, merges = folder / "tokenizer.model", folder / "vocab.json", folder / "merges.txt"
+    names, kind = special_tokens(folder), read_json(folder / "config.json").get("model_type")
+    lines = model.read_bytes().split(b"\n") if model.exists() else []
+    is_ranks = bool(lines) and re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", lines[0]) is not None
+    if model.exists() and not is_ranks:
+        try:
+            return SentencePiece(model, add_bos=names.get("add_bos_token") is not False)
+        except (RuntimeError, OSError):
+            raise ValueError(f"{model} is neither a sentencepiece model nor lines of base64 ranks; "
+                             "an incomplete download?") from None
+    has_vocab = vocab.exists() and merges.exists()
+    if has_vocab and (kind == "opt" or not (folder / "tokenizer.json").exists()):
+        return from_vocab_and_merges(folder, names, kind)
+    if (folder / "tokenizer.json").exists():
+        try:
+            return from_tokenizer_json(folder, names)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder / 'tokenizer.json'} is not a whole tokenizer.json: {error!r}") from None
+    if is_ranks:
+        return from_ranks(folder, names, lines)
+    raise FileNotFoundError(f"no tokenizer in {folder}: looked for tokenizer.model, tokenizer.json, "
+                            "vocab.json with merges.txt")
+
+
+def from_ranks(folder: Path, names: dict, lines: list[bytes]) -> ByteLevelBPE:
+    """Llama 3's own file: the rank is the id; the special tokens have no file, they follow in a fixed order."""
+    path = folder / "tokenizer.model"
+    try:
+        ids = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line.strip())}
+    except ValueError:
+        raise ValueError(f"{path}: not all lines are `base64 rank`; an incomplete download?") from None
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(f"{path}: ranks are not 0 to {len(ids) - 1}; an incomplete download?")
+    added = {f"<|{name}|>": len(ids) + i for i, name in enumerate(LLAMA3_SPECIAL)}
+    bos = None if names.get("add_bos_token") is False else added["<|begin_of_text|>"]
+    eos = special_id(folder, names, "eos", added, added["<|end_of_text|>"])
+    return ByteLevelBPE(LLAMA3_WORDS, sorted(ids, key=ids.get), ids, added, set(added.values()), bos, eos)
+
+
+def from_vocab_and_merges(folder: Path, names: dict, kind: str | None) -> ByteLevelBPE:
+    """OPT. Its ids are in no merge order, its BOS is </s>; madeupword0000 and the like are in reach of no merge."""
+    vocab = read_json(folder / "vocab.json")
+    if kind not in ("opt", None) or "</s>" not in vocab:
+        raise ValueError(f"{folder}: vocab.json and merges.txt alone are understood for OPT only, which has a token "
+                         f"</s>; model_type here is {kind}. Add the checkpoint's tokenizer.json")
+    lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+    merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+    texts = {names.get(f"{role}_token", default) for role, default in
+             [("bos", "</s>"), ("eos", "</s>"), ("unk", "</s>"), ("pad", "<pad>")]}
+    added = {text: vocab[text] for text in sorted(texts) if text in vocab}
+    silent = {vocab[text] for text in ("<s>", "<pad>", "</s>", "<unk>") if text in vocab} | set(added.values())
+    bos = None if names.get("add_bos_token") is False else special_id(folder, names, "bos", vocab, vocab["</s>"])
+    eos = special_id(folder, names, "eos", vocab, vocab["</s>"])
+    tokens, ids = tokens_and_ids(folder / "merges.txt", merge_order, merges, vocab)
+    return ByteLevelBPE(GPT2_WORDS, tokens, ids, added, silent, bos, eos)
+
+
+def from_tokenizer_json(folder: Path, names: dict) -> ByteLevelBPE:
+    """A Hugging Face tokenizer.json whose parts are all understood; any other part is an error that names it."""
+    path = folder / "tokenizer.json"
+    content = read_json(path)
+    model = content.get("model") or {}
+    if model.get("byte_fallback") or (content.get("pre_tokenizer") or {}).get("type") == "Metaspace":
+        raise ValueError(f"{path} is a converted sentencepiece model; put its tokenizer.model beside it")
+    odd = [key for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(key)]
+    if model.get("type") != "BPE" or odd:
+        raise ValueError(f"{path}: model type {model.get('type')} {' '.join(odd)} is not supported, only plain BPE")
+    if content.get("normalizer"):
+        raise ValueError(f"{path}: normalizer {content['normalizer']['type']} is not supported")
+    for token in content["added_tokens"]:
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            raise ValueError(f"{path}: added token {token['content']} has lstrip, rstrip or single_word: not supported")
+    words = word_pattern(path, content.get("pre_tokenizer") or {"type": None})
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    order = rank_order if model.get("ignore_merges") else merge_order
+    tokens, ids = tokens_and_ids(path, order, merges, model["vocab"])
+    if model.get("unk_token") and any(letter not in model["vocab"] for letter in byte_letters()):
+        raise ValueError(f"{path}: a vocabulary with unk_token that lacks some bytes is not supported")
+    added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    silent = {token["id"] for token in content["added_tokens"] if token["special"]}
+    bos = template_bos(path, content.get("post_processor"))
+    if "add_bos_token" in names:
+        bos = special_id(folder, names, "bos", added, bos) if names["add_bos_token"] else None
+    tokenizer = ByteLevelBPE(words, tokens, ids, added, silent, bos, special_id(folder, names, "eos", added, None))
+    sample = "aZ \u00e9\u4e2d1\u00b2_-'\t\n\r\u3000\u0301\U0001f600" * 2
+    if tokenizer.decode(tokenizer.encode(sample, bos=False)) != sample:     # tiktoken drops what no pattern matches
+        raise ValueError(f"{path}: the pre_tokenizer pattern {words} does not match all text; that is not supported")
+    return tokenizer
+
+
+def word_pattern(path: Path, pre_tokenizer: dict) -> str:
+    """One regular expression that cuts as the pre-tokenizers of a tokenizer.json do one after the other."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    kinds, first, last = [step["type"] for step in steps], steps[0], steps[-1]
+    if kinds[-1] == "ByteLevel" and not last["add_prefix_space"]:
+        use_regex = last.get("use_regex", True)
+        if kinds == ["ByteLevel"] and use_regex:
+            return GPT2_WORDS
+        if kinds == ["Digits", "ByteLevel"] and use_regex:
+            return DIGIT_WORDS.format("" if first["individual_digits"] else "+")
+        if kinds == ["Split", "ByteLevel"] and not use_regex and first["behavior"] == "Isolated" \
+                and not first["invert"] and "Regex" in first["pattern"]:
+            return first["pattern"]["Regex"]
+    raise ValueError(f"{path}: pre_tokenizer {json.dumps(pre_tokenizer)[:200]} is not supported")
+
+
+def template_bos(path: Path, post_processor: dict | None) -> int | None:
+    """The id that the post-processor of a tokenizer.json puts in front of a text, None for none."""
+    steps = (post_processor or {}).get("processors", [post_processor] if post_processor else [])
+    bos = None
+    for step in steps:
+        if step["type"] == "TemplateProcessing":
+            front = [part["SpecialToken"]["id"] for part in step["single"][:-1] if "SpecialToken" in part]
+            ids = [i for name in front for i in step["special_tokens"][name]["ids"]]
+            if len(ids) != len(step["single"]) - 1 or "Sequence" not in step["single"][-1] or len(ids) > 1:
+                raise ValueError(f"{path}: post_processor {json.dumps(step['single'])} is not `BOS, text` or `text`")
+            bos = ids[0] if ids else None
+        elif step["type"] != "ByteLevel":
+            raise ValueError(f"{path}: post_processor {step['type']} is not supported")
+    return bos
+
+
+def special_tokens(folder: Path) -> dict:
+    """tokenizer_config.json over special_tokens_map.json, each special token as its plain string."""
+    names = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+    return {key: value["content"] if isinstance(value, dict) and "content" in value else value
+            for key, value in names.items() if value is not None}
+
+
+def special_id(folder: Path, names: dict, role: str, ids: dict[str, int], default: int | None) -> int | None:
+    """Id of "bos" or "eos": by its name in the tokenizer's files, else by its number in the model's, else default."""
+    if names.get(f"{role}_token") in ids:
+        return ids[names[f"{role}_token"]]
+    numbers = read_json(folder / "config.json") | read_json(folder / "generation_config.json")
+    number = numbers.get(f"{role}_token_id")
+    number = number[0] if isinstance(number, list) else number
+    return default if number is None else number
+
+
+def read_json(path: Path) -> dict:
+    """Contents of a JSON file, {} where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is not valid JSON; an incomplete download?") from None

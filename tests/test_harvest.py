@@ -1,0 +1,90 @@
+"""data/harvest.py: same texts every time, nothing in two splits, every set and split usable, from an empty cache."""
+import ast
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data import harvest as h
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def sets():
+    start = time.process_time()
+    found = h.collect()
+    assert time.process_time() - start < 60, "harvest too slow for a default that people wait for"
+    return found
+
+
+def test_sizes_allow_calibration_and_evaluation(sets):
+    size = {(n, s): sum(len(text) for path, text in sets[n] if h.split_of(path) == s) for n in h.SETS for s in h.SPLITS}
+    for name, least in (("docs", 30_000), ("docstrings", 100_000), ("code", 300_000)):
+        assert all(size[name, split] > least for split in h.SPLITS), size
+        assert size[name, "train"] > 3 * size[name, "test"], size
+
+
+def test_no_file_and_no_text_in_two_splits(sets):
+    where = {}
+    for name in h.SETS:
+        for path, text in sets[name]:
+            assert where.setdefault(("path", path), h.split_of(path)) == h.split_of(path)
+            assert where.setdefault(("text", text), h.split_of(path)) == h.split_of(path)
+    for path, _ in sets["docs"] + sets["docstrings"] + sets["code"]:
+        assert not re.search(r"licen[sc]e|/tests?/|site-packages", path, re.I), path
+
+
+def test_no_long_paragraph_of_docs_in_two_splits(sets):
+    owner = {}
+    for path, text in sets["docs"]:
+        for paragraph in re.split(r"\n\s*\n", text):
+            if len(paragraph) >= 80 and not path.endswith("/METADATA"):
+                assert owner.setdefault(" ".join(paragraph.split()), h.split_of(path)) == h.split_of(path), paragraph
+
+
+def test_empty_cache_same_texts_in_two_processes_and_nothing_imported(tmp_path, sets):
+    program = ("import sys, json, hashlib, pathlib; from data import harvest as h; h.CACHE = pathlib.Path({!r});"
+               "texts = [h.harvest(n, s) for n in h.SETS for s in h.SPLITS];"
+               "assert not {{'torch', 'numpy', 'triton', 'pydoc_data.topics'}} & set(sys.modules);"
+               "print(hashlib.sha256(json.dumps(texts).encode()).hexdigest())")
+    runs = [subprocess.run([sys.executable, "-c", program.format(str(tmp_path / folder))], cwd=ROOT, check=True,
+                           capture_output=True, text=True).stdout for folder in "aba"]    # third: cached
+    assert runs[0] == runs[1] == runs[2]
+    assert len(list((tmp_path / "a").glob("harvest-*/*.json"))) == len(list((tmp_path / "a").rglob("*.*"))) == 9
+    path = next((tmp_path / "a").glob("harvest-*")).name
+    h_cache, h.CACHE = h.CACHE, tmp_path / "a"
+    try:
+        assert h.harvest("docs", "test") == [text for key, text in sets["docs"] if h.split_of(key) == "test"], path
+    finally:
+        h.CACHE = h_cache
+
+
+def test_name_has_versions():
+    name = h.harvest_name("docs")
+    assert name.startswith(f"docs (python {sys.version_info.major}.{sys.version_info.minor}.")
+    assert "torch " in name and "numpy " in name and "transformers" not in name
+
+
+def test_unknown_set_or_split():
+    for arguments in (("prose", "train"), ("docs", "dev")):
+        with pytest.raises(ValueError, match="choose from"):
+            h.harvest(*arguments)
+
+
+def test_source_without_docstrings_still_reads():
+    source = ('# Licence\n# text\n\n"""Module."""\nimport os\n\n\n'
+              'def f(a=1):\n    """What f does,\n\n    in full."""\n    return a  # why\n\n\ndef g(): "one line"\n')
+    assert h.strip_source(source, ast.parse(source)) == \
+        'import os\n\n\ndef f(a=1):\n    return a  # why\n\n\ndef g(): "one line"\n'
+    entry, docstring = h.docstring_entries(ast.parse('def f(a, *b: int, c=2):\n    """' + "Words. " * 10 + '"""'))[0]
+    assert entry == "f(a, *b: int, c=2)\n\n" + docstring.rstrip()
+
+
+def test_versions_and_platforms_without_a_package(monkeypatch):
+    monkeypatch.setattr(h, "PACKAGES", ("tiktoken", "no-such-package"))
+    assert set(h.versions()) == {"python", "tiktoken"}
+    assert {path.split("/")[0] for path, _ in h.source_files()} == {"python", "tiktoken"}

@@ -1,0 +1,274 @@
+"""model.py and data/checkpoint.py: logits against transformers for every variant, every file layout, every error."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from data.checkpoint import read_safetensors, write_safetensors
+from model import PUBLISHED, Transformer, load_model, read_config, resolve, save_model
+
+LLAMA = dict(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=64, rms_norm_eps=1e-6)
+OPT = dict(vocab_size=99, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+           word_embed_proj_dim=64)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16, "rope_theta": 5e5}
+VARIANTS = {
+    "llama": dict(),
+    "llama-tied": dict(tie_word_embeddings=True),
+    "llama-gqa": dict(num_key_value_heads=2),
+    "llama-mqa-tied": dict(num_key_value_heads=1, tie_word_embeddings=True),
+    "llama-biases": dict(attention_bias=True, mlp_bias=True),
+    "llama-head-dim": dict(head_dim=24, num_key_value_heads=2),
+    "llama-theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+    "llama-linear": dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+    "llama-llama3": dict(rope_parameters=LLAMA3, num_key_value_heads=2),
+    "opt": dict(),
+    "opt-350m": dict(do_layer_norm_before=False, word_embed_proj_dim=32),
+    "opt-no-final-norm": dict(_remove_final_layer_norm=True),
+}
+
+
+def peer(name, folder, **save):
+    """A transformers model with every parameter random, saved into folder."""
+    torch.manual_seed(0)
+    cls, cfg, base = ((LlamaForCausalLM, LlamaConfig, LLAMA) if name.startswith("llama") else (OPTForCausalLM, OPTConfig, OPT))
+    model = cls(cfg(**{**base, **VARIANTS[name]})).eval()
+    for n, p in model.named_parameters():
+        p.data = torch.randn_like(p) * 0.15 + (1.0 if "norm" in n and n.endswith("weight") else 0.0)
+    model.save_pretrained(folder, **save)
+    return model
+
+
+@torch.no_grad()
+def logits_of(model, x):
+    out = model(x)
+    return out if torch.is_tensor(out) else out.logits
+
+
+X = torch.randint(0, 99, (2, 33), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_cache_against_transformers(name, tmp_path):
+    want = logits_of(peer(name, tmp_path), X)
+    model = load_model(tmp_path)
+    assert want.std() > 0.1
+    assert (logits_of(model, X) - want).abs().max() < 1e-4
+    assert (logits_of(model, model.embed(X)) - want).abs().max() < 1e-4          # embeddings instead of tokens
+    with torch.no_grad():
+        cache = model.new_cache(2, 33)
+        steps = [model(X[:, :10], cache), model(X[:, 10:17], cache)] + [model(X[:, i:i + 1], cache) for i in range(17, 33)]
+    assert (torch.cat(steps, 1) - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama-llama3", "llama-linear", "llama-biases", "opt-350m", "opt"])
+def test_older_config_spelling_and_our_own_folder(name, tmp_path):
+    """save_model writes rope_theta / rope_scaling; both we and transformers read it back."""
+    want = logits_of(peer(name, tmp_path / "a"), X)
+    save_model(load_model(tmp_path / "a"), tmp_path / "b", torch.float32)
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    assert "rope_parameters" not in config
+    assert (logits_of(load_model(tmp_path / "b"), X) - want).abs().max() < 1e-4
+    cls = LlamaForCausalLM if name.startswith("llama") else OPTForCausalLM
+    assert (logits_of(cls.from_pretrained(tmp_path / "b", dtype=torch.float32), X) - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-tied", "opt", "opt-350m"])
+def test_file_layouts(name, tmp_path):
+    want = logits_of(peer(name, tmp_path / "one"), X)
+    peer(name, tmp_path / "many", max_shard_size="60KB")
+    assert (tmp_path / "many/model.safetensors.index.json").exists()
+    assert torch.equal(logits_of(load_model(tmp_path / "many"), X), logits_of(load_model(tmp_path / "one"), X))
+    state = load_file(tmp_path / "one/model.safetensors")
+    variants = {"bin": state, "bare": {k.removeprefix("model."): v for k, v in state.items()},
+                "head": {**state, "lm_head.weight": state.get("lm_head.weight", state[next(k for k in state if "embed_tokens" in k)]).clone()}}
+    for kind, tensors in variants.items():
+        (tmp_path / kind).mkdir()
+        shutil.copy(tmp_path / "one/config.json", tmp_path / kind)
+        if kind == "head":
+            save_file(tensors, tmp_path / kind / "model.safetensors")
+        else:
+            torch.save(tensors, tmp_path / kind / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "bin")
+        assert (logits_of(load_model(tmp_path / kind), X) - want).abs().max() < 1e-4, kind
+    (tmp_path / "split").mkdir()
+    shutil.copy(tmp_path / "one/config.json", tmp_path / "split")
+    files = {k: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, k in enumerate(state)}
+    for f in set(files.values()):
+        torch.save({k: v for k, v in state.items() if files[k] == f}, tmp_path / "split" / f)
+    (tmp_path / "split/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    assert (logits_of(load_model(tmp_path / "split"), X) - want).abs().max() < 1e-4
+
+
+def to_meta(folder, out, shards, rows_embedding):
+    """The published LLaMA layout from a Hugging Face folder: Meta's names, interleaved rotary pairs, model-parallel shards."""
+    config, state = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    heads = {"wq": config["num_attention_heads"], "wk": config["num_key_value_heads"]}
+    names = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+             "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+             "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+             "embed_tokens": "tok_embeddings", "lm_head": "output"}
+    parts = [{"rope.freqs": torch.ones(4)} for _ in range(shards)]
+    for name, w in state.items():
+        name = name.removeprefix("model.")
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        kind = name.split(".")[-2]
+        if kind in heads:                                         # half split -> interleaved
+            w = w.view(heads[kind], 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape)
+        dim = 1 if kind in ("wo", "w2") or (kind == "tok_embeddings" and not rows_embedding) else 0
+        for part, piece in zip(parts, [w] * shards if w.dim() == 1 else w.chunk(shards, dim)):
+            part[name] = piece.clone()
+    out.mkdir()
+    for i, part in enumerate(parts):
+        torch.save(part, out / f"consolidated.{i:02d}.pth")
+    rope = config.get("rope_parameters") or {}
+    (out / "params.json").write_text(json.dumps({
+        "dim": config["hidden_size"], "n_layers": config["num_hidden_layers"], "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config["num_key_value_heads"], "norm_eps": config["rms_norm_eps"], "vocab_size": -1, "multiple_of": 32,
+        "rope_theta": rope.get("rope_theta", 10000.0)}))
+
+
+@pytest.mark.parametrize("shards,rows", [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("name", ["llama", "llama-gqa", "llama-tied"])
+def test_meta_shards(name, shards, rows, tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **VARIANTS[name], "vocab_size": 100})).eval()
+    for p in model.parameters():
+        p.data = torch.randn_like(p) * 0.2
+    model.save_pretrained(tmp_path / "hf")
+    to_meta(tmp_path / "hf", tmp_path / "meta", shards, rows)
+    got = load_model(tmp_path / "meta")
+    assert got.config.tied == (name == "llama-tied")
+    assert (logits_of(got, X) - logits_of(model, X)).abs().max() < 1e-4
+
+
+def test_nll_is_cross_entropy_and_trains_only_the_input(tmp_path):
+    peer("llama-gqa", tmp_path)
+    model = load_model(tmp_path)
+    targets = X.roll(-1, 1)
+    targets[:, -5:] = -100
+    want = torch.nn.functional.cross_entropy(logits_of(model, X).flatten(0, 1), targets.flatten(), reduction="none")
+    assert torch.allclose(model.nll(X, targets, chunk=7), want[targets.flatten() != -100], atol=1e-5)
+    grads = []
+    for checkpointing in (False, True):
+        model.checkpointing = checkpointing
+        e = model.embed(X).requires_grad_()
+        model.nll(e, targets, chunk=7).mean().backward()
+        grads.append(e.grad)
+    assert torch.allclose(*grads, atol=1e-7) and grads[0].abs().max() > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_safetensors_round_trip_with_the_package(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.arange(9, dtype=torch.int32).view(3, 3),
+               "d": torch.randn(2, 2).bfloat16(), "e": torch.tensor([True, False, True]), "empty": torch.zeros(0, 4), "s": torch.tensor(3.0)}
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"k": "v"})
+    for got in (load_file(tmp_path / "x.safetensors"), read_safetensors(tmp_path / "x.safetensors")):
+        assert set(got) == set(tensors)
+        assert all(torch.equal(got[k], v) and got[k].dtype == v.dtype for k, v in tensors.items())
+    save_file({"odd": torch.arange(3, dtype=torch.uint8), "x": torch.randn(5)}, tmp_path / "y.safetensors")
+    assert torch.equal(read_safetensors(tmp_path / "y.safetensors")["x"], load_file(tmp_path / "y.safetensors")["x"])
+
+
+def test_loading_maps_the_file(tmp_path):
+    peer("llama", tmp_path)
+    mapped = read_safetensors(tmp_path / "model.safetensors")["model.norm.weight"]
+    model = load_model(tmp_path)                                  # same dtype: the weights are views of the mapping
+    assert not model.norm.weight.requires_grad and torch.equal(model.norm.weight, mapped)
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_errors_name_the_trouble(tmp_path):
+    good = tmp_path / "good"
+    peer("llama", good)
+    state = load_file(good / "model.safetensors")
+
+    def broken(tensors=None, **config):
+        folder = tmp_path / f"bad{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(good, folder)
+        edit(folder, **config)
+        if tensors is not None:
+            save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    some = "model.layers.1.mlp.up_proj.weight"
+    cases = [
+        (broken({k: v for k, v in state.items() if k != some}), f"1 missing, such as {some}"),
+        (broken({**state, "model.layers.7.x.weight": torch.ones(2)}), "1 unexpected, such as model.layers.7.x.weight"),
+        (broken({**state, some: torch.ones(3, 3)}), r"shape \(3, 3\)"),
+        (broken(model_type="mistral"), "model_type 'mistral'"),
+        (broken(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope type 'yarn'"),
+        (broken(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "rope type 'dynamic'"),
+        (broken(hidden_act="gelu"), "hidden_act 'gelu'"),
+        (broken(num_key_value_heads=3), "3 key-value heads"),
+    ]
+    for folder, message in cases:
+        with pytest.raises(ValueError, match=message):
+            load_model(folder)
+    cut = broken()
+    data = (good / "model.safetensors").read_bytes()
+    for size in (len(data) - 100, 20, 4, 0):
+        (cut / "model.safetensors").write_bytes(data[:size])
+        with pytest.raises(ValueError, match="truncated"):
+            load_model(cut)
+    torch.save(state, cut / "pytorch_model.bin")
+    (cut / "model.safetensors").unlink()
+    (cut / "pytorch_model.bin").write_bytes((cut / "pytorch_model.bin").read_bytes()[:500])
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_model(cut)
+    (cut / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        load_model(cut)
+    (cut / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_model(cut)
+    (cut / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="neither config.json"):
+        load_model(cut)
+
+
+def test_positions_run_out(tmp_path):
+    peer("opt", tmp_path)
+    with pytest.raises(ValueError, match="65 positions.*has 64"):
+        load_model(tmp_path)(torch.zeros(1, 65, dtype=torch.int64))
+
+
+def test_names_resolve(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints/opt-125m").mkdir(parents=True)
+    assert resolve("opt-125m").name == "opt-125m" and resolve(tmp_path) == tmp_path
+    with pytest.raises(FileNotFoundError, match="hf download huggyllama/llama-7b --local-dir checkpoints/llama-7b"):
+        resolve("llama-7b")
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder nowhere"):
+        resolve("nowhere")
+
+
+def test_published_table_counts_parameters():
+    """The table's sizes give the published parameter counts, within the precision of the names."""
+    from model import Config
+    for name, (d, layers, heads, kv, ff, vocab, _) in PUBLISHED.items():
+        family = name.split("-")[0]
+        c = Config(family, vocab, d, layers, heads, ff, kv, tied=family == "opt", attention_bias=family == "opt", mlp_bias=family == "opt")
+        with torch.device("meta"):
+            count = sum(p.numel() for p in Transformer(c).parameters())
+        number = name.split("-")[-1]
+        size = float(number[:-1]) * {"b": 1e9, "m": 1e6}[number[-1]]
+        assert 0.85 < count / size < 1.15, (name, count)
+
+
+def test_read_config_of_published_spellings(tmp_path):
+    old = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "intermediate_size": 14336, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+           "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}, "max_position_embeddings": 131072}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    c = read_config(tmp_path)
+    assert (c.rope_theta, c.rope_scaling["rope_type"], c.head_dim, c.tied) == (5e5, "llama3", 128, False)

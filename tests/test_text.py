@@ -1,0 +1,269 @@
+"""Joining against the literature's token counts, sampling, files as they are, and downloads from a local server."""
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import random
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import data.text
+from data.download import FILES, download, fetch
+from data.text import calibration, eval_tokens, load_text
+from data.tokenizer import load_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the text sets in ../shared/data")
+
+
+class Characters:
+    """A tokenizer that anyone can follow: BOS is 1, every character its code."""
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        return [1] * bos + [ord(c) for c in text]
+
+
+# ---- named sets
+
+def make_sets(folder: Path) -> Path:
+    for name, split, content in [("wikitext2/wiki.test.raw", "", " \n = A = \n \n Text \u2028 of A . \n"),
+                                 ("ptb/ptb.test.txt", "", " no it was \n but <unk> N \n"),
+                                 ("c4/en/train.jsonl", "", "".join(json.dumps({"text": c * n}) + "\n"
+                                                                   for c, n in [("x", 5), ("y", 50), ("z", 40)]))]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8", newline="")
+    validation = "".join(json.dumps({"text": f"{i:03}", "url": ""}) + "\n" for i in range(1200))
+    (folder / "c4" / "c4-validation.00000-of-00008.json.gz").write_bytes(gzip.compress(validation.encode()))
+    return folder
+
+
+def test_sets_are_joined_as_in_the_literature(tmp_path):
+    folder = make_sets(tmp_path)
+    assert load_text("wikitext2", "test", folder) == "\n\n = A = \n\n\n\n\n Text \u2028 of A . \n"
+    assert load_text("ptb", "test", folder) == "no it was but <unk> N"
+    assert len(load_text("c4", "validation", folder)) == 1200
+    tokens = eval_tokens(Characters(), "c4", "validation", 10, folder=folder)
+    assert tokens.tolist() == [1] + [ord(c) for c in " ".join(f"{i:03}" for i in range(1100))][:2559]
+    assert len(eval_tokens(Characters(), "c4", "validation", 1000, folder=folder)) == 1000 * 4 + 100 * 5
+    assert eval_tokens(Characters(), "ptb", "test", 4, max_tokens=5, folder=folder).tolist() == [1, *map(ord, "no i")]
+
+
+def test_sets_are_found_by_folder_environment_and_cache(tmp_path, monkeypatch):
+    folder = make_sets(tmp_path)
+    expected = load_text("ptb", "test", folder)
+    assert load_text("ptb", "test", folder / "ptb") == expected
+    monkeypatch.setenv("TEXT_FOLDER", str(folder))
+    assert load_text("ptb", "test") == load_text("ptb", "test", tmp_path / "elsewhere") == expected
+    monkeypatch.delenv("TEXT_FOLDER")
+    calls = []
+    monkeypatch.setattr(data.text, "fetch", lambda name, cache: calls.append((name, cache)) or folder / "ptb" / name)
+    assert load_text("ptb", "test") == expected
+    assert calls == [("ptb.test.txt", data.text.CACHE / "ptb")]
+
+
+def test_errors_say_what_to_do(tmp_path, monkeypatch):
+    folder, tokenizer = make_sets(tmp_path), Characters()
+    with pytest.raises(ValueError, match="unknown text set 'wikitext': known are wikitext2, ptb, c4, docs.*path"):
+        load_text("wikitext", "test")
+    with pytest.raises(ValueError, match="c4 has no split 'test'; it has train, validation"):
+        load_text("c4", "test", folder)
+    with pytest.raises(FileNotFoundError, match="no file .*none.txt"):
+        load_text(str(tmp_path / "none.txt"), "test")
+    with pytest.raises(ValueError, match="ptb test has 22 tokens .* seqlen 23"):
+        eval_tokens(tokenizer, "ptb", "test", 23, folder=folder)
+    with pytest.raises(ValueError, match="ptb test has no text of more than seqlen = 22 tokens, the longest has 22"):
+        calibration(tokenizer, "ptb", "test", 1, 22, 0, folder)
+    with pytest.raises(ValueError, match="c4 train .* 51 tokens, the longest has 51"):
+        calibration(tokenizer, "c4", "train", 1, 51, 0, folder)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n\n{"title": "b"}\n')
+    with pytest.raises(ValueError, match="bad.jsonl line 3"):
+        load_text(str(tmp_path / "bad.jsonl"), "test")
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="bad.txt is not UTF-8"):
+        load_text(str(tmp_path / "bad.txt"), "test")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(1000).hex().encode())[:-20])
+    with pytest.raises(ValueError, match="cut.txt.gz is not gzip of UTF-8"):
+        load_text(str(tmp_path / "cut.txt.gz"), "test")
+    monkeypatch.setattr(data.text, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data.text, "fetch", lambda name, cache: (_ for _ in ()).throw(ConnectionError("no network")))
+    with pytest.raises(FileNotFoundError, match="no wiki.train.raw in .*; no network"):
+        load_text("wikitext2", "train", folder)
+
+
+@pytest.mark.parametrize("text", ["", "a\r\nb\rc\n\n", " \n\x85\u2028\0 \ufeff\u00e9", "\ufeffx", "no end"])
+def test_files_are_read_as_they_are(tmp_path, text):
+    for name in ("a.txt", "a.valid.raw", "b.md"):
+        (tmp_path / name).write_bytes(text.encode())
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        assert load_text(str(tmp_path / name), "any") == load_text(tmp_path / f"{name}.gz", "any") == text
+    line = json.dumps({"text": text, "n": 1}, ensure_ascii=False) + "\n"
+    (tmp_path / "c.jsonl").write_bytes(line.encode() * 2)
+    assert load_text(str(tmp_path / "c.jsonl"), "any") == [text, text]
+    tokens = eval_tokens(Characters(), str(tmp_path / "c.jsonl"), "", 1)
+    assert tokens.tolist() == Characters().encode(f"{text}\n\n{text}")
+
+
+def test_harvested_sets_are_loaded_on_demand(monkeypatch):
+    harvest = pytest.importorskip("data.harvest")
+    monkeypatch.setattr(harvest, "harvest", lambda name, split: [f"{name} {split}", "b"])
+    assert load_text("docstrings", "validation") == ["docstrings validation", "b"]
+    assert eval_tokens(Characters(), "docs", "test", 3).tolist() == Characters().encode("docs test\n\nb")
+
+
+# ---- calibration
+
+def test_calibration_crops(tmp_path):
+    folder, tokenizer = make_sets(tmp_path), Characters()
+    (tmp_path / "count.txt").write_text("".join(map(chr, range(100, 400))), encoding="utf-8")
+    samples = calibration(tokenizer, str(tmp_path / "count.txt"), "", 500, 20, seed=1)
+    assert samples.shape == (500, 20) and samples.dtype == torch.int64
+    assert (samples[:, 2:].diff(dim=1) == 1).all()                         # consecutive tokens of the text
+    starts = samples[:, 1].tolist()
+    assert len(set(starts)) > 200 and min(starts) < 105 and max(starts) > 375
+    samples = calibration(tokenizer, "c4", "train", 200, 30, seed=0, folder=folder)
+    assert set(samples[:, -1].tolist()) == {ord("y"), ord("z")}             # one document each, never the short one
+    assert all(len(set(row[1:].tolist())) == 1 for row in samples)
+
+
+def test_calibration_depends_on_the_seed_only(tmp_path):
+    folder, tokenizer = make_sets(tmp_path), Characters()
+    random.seed(1), torch.manual_seed(1)
+    state = random.getstate()
+    first = calibration(tokenizer, "c4", "validation", 5, 2, seed=0, folder=folder)
+    assert random.getstate() == state
+    random.seed(2), torch.manual_seed(2)
+    assert torch.equal(first, calibration(tokenizer, "c4", "validation", 5, 2, seed=0, folder=folder))
+    assert not torch.equal(first, calibration(tokenizer, "c4", "validation", 5, 2, seed=1, folder=folder))
+
+
+# ---- the published files
+
+@needs_shared
+def test_token_counts_of_the_literature():
+    opt, llama = (load_tokenizer(SHARED / "tokenizers" / name) for name in ("opt", "llama"))
+    tokens = eval_tokens(opt, "wikitext2", "test", 2048, folder=SHARED)
+    assert len(tokens) == 287645 and tokens[0] == 2 and (tokens[1:] != 2).all()
+    assert len(eval_tokens(llama, "wikitext2", "test", 2048, folder=SHARED)) == 341469
+    samples = calibration(opt, "c4", "train", 4, 1024, seed=0, folder=SHARED)
+    assert samples.shape == (4, 1024)
+    raw = str(SHARED / "wikitext2" / "wiki.valid.raw")
+    assert eval_tokens(opt, raw, "", 64).tolist() == opt.encode(Path(raw).read_bytes().decode())
+
+
+@needs_shared
+def test_hashes_in_the_table_are_those_of_the_published_files():
+    for name in ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"):
+        assert hashlib.sha256((SHARED / "ptb" / name).read_bytes()).hexdigest() == FILES[name][1]
+
+
+# ---- downloads, from a server on this machine
+
+CONTENT = random.Random(0).randbytes(3_000_000)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves server.content; server.ranges: honours Range; server.stop_after: closes after that many bytes, once."""
+
+    def do_GET(self):
+        content, start = self.server.content, 0
+        asked = self.headers.get("Range")
+        self.server.asked.append(asked)
+        if asked and self.server.ranges:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        stop, self.server.stop_after = self.server.stop_after, None
+        self.wfile.write(content[start:][:stop])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.content, server.ranges, server.stop_after, server.asked = CONTENT, True, None, []
+        server.url = f"http://127.0.0.1:{server.server_port}/file.bin"
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+
+
+def test_download_checks_and_keeps(server, tmp_path, capsys):
+    path = tmp_path / "new" / "file.bin"
+    assert download(server.url, path, DIGEST) == path and path.read_bytes() == CONTENT
+    assert "3.0 of 3.0 MB" in capsys.readouterr().err and [p.name for p in path.parent.iterdir()] == ["file.bin"]
+    assert download(server.url, path, DIGEST) == path and len(server.asked) == 1          # there already
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(ValueError, match="delete it to download it again"):
+        download(server.url, path, DIGEST)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_interrupted_download_is_resumed(server, tmp_path, ranges):
+    path, part, server.ranges, server.stop_after = tmp_path / "file.bin", tmp_path / "file.bin.part", ranges, 1_234_567
+    with pytest.raises(ConnectionError, match="1234567 of 3000000 bytes arrived; run again to resume"):
+        download(server.url, path, DIGEST)
+    assert part.read_bytes() == CONTENT[:1_234_567] and not path.exists()
+    assert download(server.url, path, DIGEST).read_bytes() == CONTENT and not part.exists()
+    assert server.asked == [None, "bytes=1234567-"]          # a server without ranges sends all of it again
+
+
+@pytest.mark.parametrize("left", [CONTENT, CONTENT + b"x"])
+def test_part_that_is_complete_or_too_long(server, tmp_path, left):
+    (tmp_path / "file.bin.part").write_bytes(left)
+    assert download(server.url, tmp_path / "file.bin", DIGEST).read_bytes() == CONTENT
+
+
+def test_wrong_hash_is_removed(server, tmp_path):
+    with pytest.raises(ValueError, match=f"has sha256 {DIGEST}, not {'0' * 64}"):
+        download(server.url, tmp_path / "file.bin", "0" * 64)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file.bin.part").write_bytes(b"of another file")
+    with pytest.raises(ValueError, match=f"not {DIGEST}"):
+        download(server.url, tmp_path / "file.bin", DIGEST)
+    assert download(server.url, tmp_path / "file.bin", DIGEST).read_bytes() == CONTENT   # the next try starts afresh
+
+
+def test_unknown_hash_is_recorded_and_then_checked(server, tmp_path):
+    path = download(server.url, tmp_path / "file.bin")
+    assert (tmp_path / "file.bin.sha256").read_text() == f"{DIGEST}  file.bin\n"
+    assert download(server.url, path) == path
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=DIGEST):
+        download(server.url, path)
+
+
+def test_no_server(tmp_path, server):
+    server.shutdown(), server.server_close()
+    with pytest.raises(ConnectionError, match="run again to resume"):
+        download(server.url, tmp_path / "file.bin", timeout=5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wikitext_comes_out_of_its_archive(server, tmp_path):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as members:
+        members.writestr("wikitext-2-raw/wiki.test.raw", " \n = A = \n")
+    server.content = archive.getvalue()
+    files = {"wikitext-2-raw-v1.zip": (server.url, hashlib.sha256(server.content).hexdigest())}
+    for _ in range(2):
+        assert fetch("wiki.test.raw", tmp_path, files).read_text() == " \n = A = \n"
+    assert len(server.asked) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["wiki.test.raw", "wikitext-2-raw-v1.zip"]

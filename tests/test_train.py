@@ -1,0 +1,123 @@
+"""train.py end to end on the shipped tiny models, and the walk against one written out by hand."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from eval import perplexity
+from gptq import hessian
+from model import SHIPPED, load_model
+from sparsegpt import sparsegpt
+from test_prompt import TOKENS, tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_tiny = pytest.mark.skipif(not all((p / "tokenizer.model").exists() or (p / "vocab.json").exists() for p in SHIPPED.values()),
+                                reason="data/tiny holds no trained checkpoints")
+
+
+def run(*args, ok=True):
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) == ok, done.stderr + done.stdout
+    return done
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text that needs nothing from outside: this repository's own sources."""
+    path = tmp_path_factory.mktemp("text") / "sources.txt"
+    path.write_text("\n\n".join(p.read_text() for p in sorted(ROOT.glob("*.py"))))
+    return path
+
+
+def solve(W, H, U):
+    return sparsegpt(W, H, 0.5, 4, U=U)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_walk_equals_one_written_by_hand(family, sequential):
+    """Inputs of every Linear caught with hooks, one full forward pass of the half-compressed model for every group."""
+    windows = TOKENS[:96].view(6, 16)
+    ours, hand = tiny(family), tiny(family)
+    stats, errors = train.compress(ours, windows, solve, true_sequential=sequential, batch_size=6), {}
+    for i, block in enumerate(hand.blocks):
+        groups = [["attn.q", "attn.k", "attn.v"], ["attn.o"], ["mlp.gate", "mlp.up"] if family == "llama" else ["mlp.up"], ["mlp.down"]]
+        for part in groups if sequential else [sum(groups, [])]:
+            caught = {}
+            handles = [block.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: caught.update({n: a[0]})) for n in part]
+            hand(windows)
+            for h in handles:
+                h.remove()
+            for n in part:
+                linear = block.get_submodule(n)
+                out = sparsegpt(linear.weight, hessian(caught[n]), 0.5, 4)
+                linear.weight.data, errors[f"blocks.{i}.{n}"] = out.weight.half().float(), out.error
+    assert [s["name"] for s in stats] == [n for n, _ in hand.linears()]
+    assert [s["error"] for s in stats] == pytest.approx([errors[s["name"]] for s in stats], rel=0.1)
+    for (name, a), (_, b) in zip(ours.linears(), hand.linears()):
+        assert int((a.weight == 0).sum()) >= a.weight.numel() // 2
+        if name.startswith("blocks.0.attn"):                      # later a tie that falls the other way spreads
+            assert ((a.weight - b.weight).abs() > 1e-3).float().mean() < 0.02, name
+
+
+@needs_tiny
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
+def test_main_job_end_to_end(model, text, tmp_path):
+    args = ["train.py", "--model", model, "--bits", 4, "--sparsity", 0.5, "--nsamples", 16, "--seqlen", 128, "--calib", text, "--data", text,
+            "--max-tokens", 2048, "--steps", 24, "--prompt-tokens", 16, "--val-windows", 4, "--device", "cpu", "--dtype", "float32"]
+    done = run(*args, "--out", tmp_path / "a")
+    report = json.loads((tmp_path / "a/report.json").read_text())
+    rows = {r["name"]: r for r in report["rows"]}
+    assert list(rows) == ["dense", "compressed", "compressed + initial prompt", "compressed + learned prompt"]
+    assert rows["compressed + learned prompt"]["perplexity"] < 0.95 * rows["compressed + initial prompt"]["perplexity"]
+    assert rows["dense"]["perplexity"] < rows["compressed"]["perplexity"]
+    for r in rows.values():
+        assert {"name", "perplexity", "megabytes", "bits_per_weight", "linear_bits_per_weight", "seconds"} <= set(r)
+        assert f"{r['perplexity']:.3f}" in done.stdout
+    assert report["settings"]["seed"] == 0 and report["settings"]["calibration_tokens"] == 16 * 128
+    assert report["settings"]["scored_tokens"] == 16 * 127
+
+    out = load_model(tmp_path / "a/compressed")                   # loads again, half of every Linear exactly zero
+    for name, m in out.linears():
+        assert abs(float((m.weight == 0).float().mean()) - 0.5) < 0.03, name
+    done = run("eval.py", tmp_path / "a/compressed", "--data", text, "--seqlen", 128, "--max-tokens", 2048, "--prompt",
+               tmp_path / "a/prompt.safetensors", "--json", "--device", "cpu")
+    last = json.loads(done.stdout.strip().split("\n")[-1])
+    assert last["perplexity"] == pytest.approx(rows["compressed + learned prompt"]["perplexity"], rel=1e-4)
+    assert (last["tokens"], last["seqlen"], last["prompt_tokens"]) == (16 * 127, 128, 16) and last["data"] == str(text)
+
+    run("eval.py", tmp_path / "a/compressed", "--data", text, "--seqlen", 128, "--max-tokens", 1024, "--hard-prompt", "Weights have errors.")
+    words = run("eval.py", model, "--generate", "Return the", "--max-new", 10, "--device", "cpu").stdout
+    assert words.startswith("Return the") and len(words) > 15
+
+    run(*args, "--out", tmp_path / "b", "--seed", 0)              # the same seed gives the same numbers
+    again = json.loads((tmp_path / "b/report.json").read_text())["rows"]
+    assert [r["perplexity"] for r in again] == [r["perplexity"] for r in report["rows"]]
+
+
+@needs_tiny
+@pytest.mark.parametrize("options", [["--sparsity", "0", "--bits", "3"], ["--sparsity", "2:4", "--bits", "16"],
+                                     ["--sparsity", "0.625", "--true-sequential", "--groupsize", "64"],
+                                     ["--sparsity", "0", "--act-order", "--static-groups", "--groupsize", "64", "--sym"],
+                                     ["--sparsity", "0", "--bits", "16"]])
+def test_other_settings_without_a_prompt(options, text, tmp_path):
+    run("train.py", "--model", "tiny-llama", *options, "--nsamples", 4, "--seqlen", 64, "--calib", text, "--data", text, "--max-tokens", 512,
+        "--steps", 0, "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
+    names = [r["name"] for r in json.loads((tmp_path / "report.json").read_text())["rows"]]
+    assert names == (["dense"] if options == ["--sparsity", "0", "--bits", "16"] else ["dense", "compressed"])
+    assert not (tmp_path / "prompt.safetensors").exists()
+
+
+@needs_tiny
+@pytest.mark.parametrize("options,message", [
+    (["--model", "nowhere"], "no checkpoint folder nowhere"), (["--model", "llama-7b"], "hf download huggyllama/llama-7b"),
+    (["--sparsity", "2"], "between 0 and 1"), (["--sparsity", "5:4"], "n:m"), (["--data", "nothing"], "unknown text set"),
+    (["--data", "nothing.txt"], "nothing.txt"), (["--seqlen", "100000"], "seqlen"), (["--act-order"], "--sparsity 0")])
+def test_bad_settings_are_one_line_and_leave_nothing(options, message, text, tmp_path):
+    done = run("train.py", "--model", "tiny-llama", "--calib", text, "--data", text, *options, "--device", "cpu", "--out", tmp_path / "o", ok=False)
+    assert done.stderr.startswith("error: ") and len(done.stderr.strip().split("\n")) == 1 and message in done.stderr
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,151 @@
+"""Time the packed products on real layer shapes, beside F.linear and torch's own int4, on whatever this machine has.
+
+    python -m kernels.bench                                             # a GPU: everything; a CPU: a short list, its own paths
+    python -m kernels.bench --shapes 4096x11008 --batches 1 16 --formats nm --backward
+
+Shapes are out x in. Every call reads another copy of the weights, more of them than any cache holds; on a GPU the calls are
+replayed from a CUDA graph, so that Python's launch time is not counted. Times are medians. `limit` is the larger of the
+bytes that must be moved over the memory bandwidth and the operations over the peak rate, `share` is limit / time.
+"""
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from kernels import cpu_int4
+from kernels.linear import PackedLinear
+from kernels.packing import Packed, bits_per_weight, nbytes, pack
+
+GPU_SHAPES = ["4096x4096", "4096x11008", "11008x4096", "5120x13824", "8192x28672", "2048x8192", "4096x16384"]
+CPU_SHAPES = ["576x576", "192x576", "1536x576", "576x1536", "4096x4096"]
+LIMITS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.04e12, 312e12), "4090": (1.008e12, 165e12),
+          "3090": (0.936e12, 71e12)}                        # bytes/s and 16-bit operations/s of the data sheets
+CACHE = 200e6                                               # bytes of weights to go round
+
+
+def random_layer(shape: tuple[int, int], format: str, grid: str, groupsize: int) -> Packed:
+    """Half of the weights pruned (none if dense), 8 of every 16 for nm."""
+    rows, cols = shape
+    groups = -(-cols // groupsize) if groupsize > 0 else 1
+    mask = None
+    if format == "unstructured":
+        mask = torch.rand(shape) < 0.5
+    elif format == "nm":
+        mask = (torch.rand(rows, -(-cols // 16), 16).argsort(-1) < 8).view(rows, -1)[:, :cols].contiguous()
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8)
+    codes = codes if mask is None else codes.masked_fill_(mask, 0)
+    scale = (torch.rand(rows, groups) * 0.01 + 0.01).half().float()
+    zero = torch.full((rows, groups), 0.5) if grid == "offset" else torch.randint(6, 10, (rows, groups)).float()
+    return pack(codes, mask, scale, zero, 4, grid, groupsize, format)
+
+
+def median_time(calls: list, device: torch.device, repeats: int) -> float:
+    """Seconds per call; calls are taken in turn."""
+    for call in calls:                                      # the first call of a layer makes its decode cache
+        call()
+    times = []
+    if device.type == "cpu":
+        for i in range(max(repeats, len(calls))):
+            start = time.perf_counter()
+            calls[i % len(calls)]()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def machine(device: torch.device) -> tuple[str, float, float]:
+    """Name, bytes/s, operations/s; a CPU's are measured (reading 256 MB; a bf16 product)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((limits for key, limits in LIMITS.items() if key in name), (float("nan"), float("nan")))
+        return name, *known
+    block, square = torch.zeros(1 << 26), torch.randn(1024, 1024).bfloat16()
+    seconds = median_time([lambda: block.sum()], device, 7)
+    product = median_time([lambda: square @ square], device, 7)
+    return f"CPU, {torch.get_num_threads()} threads", block.numel() * 4 / seconds, 2 * 1024 ** 3 / product
+
+
+def torch_int4(packed: Packed, device: torch.device):
+    """torch's int4 product for the same matrix, a function of x, or None: on a CPU cpu_int4.py uses it, on a GPU it is dense."""
+    rows, cols = packed.meta["shape"]
+    if device.type == "cpu":
+        return cpu_int4.Int4(packed) if cpu_int4.fits(packed.meta) else None
+    if cols % 128 or rows % 64:
+        return None
+    words = torch.ops.aten._convert_weight_to_int4pack(torch.randint(0, 255, (rows, cols // 2), dtype=torch.uint8, device=device), 8)
+    grid = torch.ones(cols // 128, rows, 2, dtype=torch.bfloat16, device=device)
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x.bfloat16(), words, 128, grid)
+
+
+def bench(shape, format, batches, grid, groupsize, dtype, device, repeats, backward, memory_rate, compute_rate) -> None:
+    """Prints a line per batch and direction."""
+    rows, cols = shape
+    first = random_layer(shape, format, grid, groupsize)
+    copies = max(2, min(64, int(CACHE // nbytes(first)) + 1))
+    layers = [PackedLinear(Packed({n: t.clone() for n, t in first.tensors.items()}, first.meta)).to(device) for _ in range(copies)]
+    dense = [layers[0].weight_dequantized(dtype).clone() for _ in range(max(2, min(copies, int(CACHE // (2 * rows * cols)) + 1)))]
+    try:
+        int4 = [torch_int4(first, device) for _ in range(copies)]
+    except RuntimeError as problem:
+        print(f"torch's int4 does not run here: {str(problem).splitlines()[0]}")
+        int4 = [None]
+    for batch in batches:
+        for direction in ("forward", "backward")[:1 + backward]:
+            x = torch.randn(batch, cols if direction == "forward" else rows, device=device).to(dtype)
+            if direction == "forward":
+                ours, theirs = [lambda l=l: l(x) for l in layers], [lambda w=w: F.linear(x, w) for w in dense]
+            else:
+                ours = [lambda l=l: l.product(x, transposed=True) for l in layers]
+                theirs = [lambda w=w: x @ w for w in dense]
+            with torch.no_grad():
+                t, reference = median_time(ours, device, repeats), median_time(theirs, device, repeats)
+                ready = int4[0] is not None and direction == "forward" and batch <= 64
+                other = median_time([lambda f=f: f(x) for f in int4], device, repeats) if ready else float("nan")
+            moved = nbytes(first) + batch * (rows + cols) * dtype.itemsize
+            limit = max(moved / memory_rate, 2 * batch * rows * cols / compute_rate)
+            print(f"{rows}x{cols:<6} {format:12} {batch:>5} {direction:8} {t * 1e6:10.1f} us {moved / t / 1e9:8.1f} GB/s "
+                  f"limit {limit * 1e6:8.1f} us share {limit / t:5.2f}  {reference / t:5.2f} x F.linear  {other / t:5.2f} x torch int4",
+                  flush=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = device.type == "cuda"
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype or ("fp16" if gpu else "bf16")]
+    name, memory_rate, compute_rate = machine(device)
+    print(f"{name}: {memory_rate / 1e9:.0f} GB/s, {compute_rate / 1e12:.2f} Tflop/s; x in {dtype}, grid {args.grid}, groupsize {args.groupsize}")
+    if not gpu:
+        print("No GPU: these are the CPU paths, int4 decoding for small batches and unpacking above; they say nothing about Triton.")
+    for text in args.shapes or (GPU_SHAPES if gpu else CPU_SHAPES):
+        shape = tuple(int(n) for n in text.split("x"))
+        for format in args.formats:
+            bench(shape, format, args.batches or ([1, 4, 16, 64, 512, 4096] if gpu else [1, 4, 256]), args.grid, args.groupsize,
+                  dtype, device, args.repeats, args.backward, memory_rate, compute_rate)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", help="such as 4096x11008, out x in")
+    parser.add_argument("--batches", nargs="*", type=int)
+    parser.add_argument("--formats", nargs="*", default=["dense", "nm", "unstructured"], choices=["dense", "nm", "unstructured"])
+    parser.add_argument("--grid", default="uniform", choices=["uniform", "offset"])
+    parser.add_argument("--groupsize", type=int, default=-1)
+    parser.add_argument("--dtype", choices=["fp16", "bf16"], help="default: fp16 on a GPU, bf16 on a CPU")
+    parser.add_argument("--device")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--backward", action="store_true", help="also dx = dy W")
+    main(parser.parse_args())

@@ -1,0 +1,121 @@
+"""Compile every configuration that ships for sm_80 and sm_90, without a GPU, and count what one weight costs.
+
+    python -m kernels.compile                               # the table of kernels/README.md; about a second per line
+    python -m kernels.compile --arch 90 --format nm --tokens 8
+
+Columns: registers per thread, bytes spilled, shared memory, and machine instructions of the main loop per decoded weight
+and thread. To stay limited by memory rather than by instructions at batch 1, an H100 may spend about 3.5 per weight and an
+A100 3.7. Uses the assembler and disassembler inside triton's wheel.
+"""
+import argparse
+import itertools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.backward import backward_kernel
+from kernels.forward import forward_kernel
+from kernels.matmul import BACKWARD, FORWARD, Config, choose
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+N, K, TILES = 4096, 8192, 32                                # a layer whose columns are a multiple of every share
+
+
+class Variant(NamedTuple):
+    direction: str                      # forward or backward
+    arch: int
+    format: str
+    grid: str
+    dtype: str                          # fp16 or bf16
+    group: int                          # 0: grids per row
+    config: Config
+
+
+def variants(arch=(80, 90), directions=("forward", "backward"), formats=("dense", "nm", "unstructured"),
+             grids=("uniform", "offset"), dtypes=("fp16", "bf16"), groups=(0, 128)):
+    for direction, a, f, g, d, group in itertools.product(directions, arch, formats, grids, dtypes, groups):
+        for c in (FORWARD if direction == "forward" else BACKWARD)[a]:
+            yield Variant(direction, a, f, g, d, group, choose((c,), 1, group))
+
+
+def build(v: Variant):
+    """The compiled kernel of one variant."""
+    kernel = forward_kernel if v.direction == "forward" else backward_kernel
+    c = v.config
+    constants = dict(N=N, K=K, GROUP=v.group, TILES=TILES, FORMAT=v.format, OFFSET=v.grid == "offset", PLANES=c.planes, BM=c.BM,
+                     BN=c.BN, BK=c.BK)
+    types = dict(x_ptr=f"*{v.dtype}", dy_ptr=f"*{v.dtype}", dx_ptr=f"*{v.dtype}", out_ptr="*fp32", mask_ptr="*i32",
+                 codes_ptr="*i32", row_start_ptr="*i32", tile_start_ptr="*i16", scale_ptr="*fp16", zero_ptr="*fp16",
+                 table_ptr="*i32", M="i32")
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", v.arch, 32), options={"num_warps": c.warps, "num_stages": c.stages})
+
+
+def assembler(arch: int) -> Path:
+    """PTX for sm_90 is newer than the plain ptxas reads since triton 3.8; the other one lies beside it."""
+    newer = TOOLS / "ptxas-blackwell"
+    recent = tuple(int(p) for p in triton.__version__.split(".")[:2]) >= (3, 8)
+    return newer if arch >= 90 and recent and newer.exists() else TOOLS / "ptxas"
+
+
+def inspect(v: Variant) -> dict:
+    """registers, spilled (bytes), shared (bytes), per_weight (instructions of the main loop), ops (their kinds)."""
+    compiled = build(v)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        cubin.write_bytes(compiled.asm["cubin"])
+        name = "sm_90a" if v.arch == 90 else f"sm_{v.arch}"
+        report = subprocess.run([assembler(v.arch), "-v", f"--gpu-name={name}", ptx, "-o", "/dev/null"], capture_output=True, text=True)
+        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True).stdout
+    registers = re.search(r"Used (\d+) registers", report.stderr)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report.stderr)
+    if not registers or not spills:
+        raise ValueError(f"{v}: ptxas says {report.stderr.strip()[-300:]}")
+    body = main_loop(sass)
+    ops = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in body)
+    weights = v.config.BN * v.config.BK / (32 * v.config.warps)
+    return dict(registers=int(registers[1]), spilled=int(spills[1]) + int(spills[2]), shared=compiled.metadata.shared,
+                per_weight=len(body) / weights, ops=dict(ops.most_common()))
+
+
+def main_loop(sass: str) -> list[str]:
+    """The instructions between the longest backward jump and its target."""
+    lines = [(int(a, 16), t) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
+    jumps = [(int(to[1], 16), at) for at, text in lines if "BRA" in text and (to := re.search(r"0x([0-9a-f]+)", text))]
+    start, end = max((j for j in jumps if j[0] < j[1]), key=lambda j: j[1] - j[0], default=(0, 1 << 62))
+    return [text for at, text in lines if start <= at <= end]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="*", default=[80, 90])
+    parser.add_argument("--direction", nargs="*", default=["forward", "backward"])
+    parser.add_argument("--format", nargs="*", default=["dense", "nm", "unstructured"])
+    parser.add_argument("--grid", nargs="*", default=["uniform", "offset"])
+    parser.add_argument("--dtype", nargs="*", default=["fp16", "bf16"])
+    parser.add_argument("--group", type=int, nargs="*", default=[0, 128])
+    parser.add_argument("--tokens", type=int, nargs="*", help="only configurations with these limits")
+    parser.add_argument("--ops", action="store_true", help="print the kinds of instructions too")
+    args = parser.parse_args()
+    print(f"triton {triton.__version__}")
+    print("| direction | sm | format | grid | x | group | tokens | BM BN BK | warps | registers | spilled | shared | per weight |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for v in variants(args.arch, args.direction, args.format, args.grid, args.dtype, args.group):
+        c = v.config
+        if args.tokens and c.tokens not in args.tokens:
+            continue
+        r = inspect(v)
+        limit = str(c.tokens) if c.tokens < 1 << 30 else "more"
+        print(f"| {v.direction} | {v.arch} | {v.format} | {v.grid} | {v.dtype} | {v.group or 'row'} | {limit} | {c.BM} {c.BN} {c.BK} "
+              f"| {c.warps} | {r['registers']} | {r['spilled']} | {r['shared']} | {r['per_weight']:.1f} |", r["ops"] if args.ops else "",
+              flush=True)

@@ -1,0 +1,97 @@
+"""A Linear whose weight stays packed: Triton on a GPU; on a CPU torch's int4 product for decoding, unpacking for the rest.
+
+    layer = PackedLinear(pack(codes, mask, scale, zero, bits=4), bias)     # then it is called like nn.Linear
+    layer.fused = False                                                    # compare: unpack, then F.linear, always
+
+No weight gets a gradient and nothing dense is kept for the backward pass: dx = dy W unpacks (or decodes) once more, which
+is what lets a prompt be trained through a compressed model. CPU decoding keeps a second copy of the codes (cpu_int4.py);
+`decode_bytes()` tells its size and `decode_cache = False` forbids it. On a CPU fp16 is computed in fp32, because fp16
+products are some sixty times slower there.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import cpu_int4
+from kernels.packing import Packed
+from kernels.reference import dequantize
+from kernels.unpacking import unpack
+
+
+class PackedMatmul(torch.autograd.Function):
+    """y = x W^T, dx = dy W. Saves nothing but the layer, that is, the packed tensors."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, layer: "PackedLinear") -> torch.Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor):
+        return ctx.layer.product(dy, transposed=True), None
+
+
+class PackedLinear(nn.Module):
+    """x (..., in_features) in fp32, bf16 or fp16 -> (..., out_features). Buffers carry the names of packed.tensors."""
+
+    def __init__(self, packed: Packed, bias: torch.Tensor | None = None, fused: bool = True):
+        super().__init__()
+        self.meta, self.fused, self.decode_cache = packed.meta, fused, True
+        self.out_features, self.in_features = packed.meta["shape"]
+        self.names = list(packed.tensors)
+        for name, tensor in packed.tensors.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.int4 = None                                    # the decode cache, made at the first use
+        size, scale, zero = packed.meta["groupsize"], packed.tensors["scale"], packed.tensors["zero"]
+        self.in_triton = (packed.meta["bits"] == 4 and "g_idx" not in self.names and (size == -1 or size % 32 == 0)
+                          and bool((scale.abs() < 128).all() & (zero.abs() < 32).all()))        # what fp16 can compute with
+
+    @property
+    def packed(self) -> Packed:
+        return Packed({name: getattr(self, name) for name in self.names}, self.meta)
+
+    def weight_dequantized(self, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        """(out, in) on the layer's device."""
+        return unpack(self.packed, dtype) if self.codes.device.type == "cpu" else dequantize(self.packed, dtype)
+
+    def decode_bytes(self) -> int:
+        """Memory of the CPU's decode cache, on top of the packed tensors; 0 before the first decoding step."""
+        return 0 if self.int4 is None else self.int4.nbytes()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.int4(x) if self.fused and self.decodes(x) else PackedMatmul.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def product(self, x: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        """x W^T, or x W: by Triton, which decodes tile by tile, or by unpacking W for this one product."""
+        if self.fused and self.in_triton and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+            from kernels.matmul import matmul, matmul_transposed        # here, because triton exists on few machines
+            with torch.cuda.device_of(x):
+                return matmul_transposed(x, self.packed) if transposed else matmul(x, self.packed)
+        dtype = torch.float32 if x.dtype == torch.float16 and not x.is_cuda else x.dtype
+        weight = self.weight_dequantized(dtype)
+        return F.linear(x.to(dtype), weight.T if transposed else weight).to(x.dtype)
+
+    def decodes(self, x: torch.Tensor) -> bool:
+        """Is this a CPU decoding step? bf16 because torch's int4 product is fast in nothing else."""
+        if x.dtype != torch.bfloat16 or x.is_cuda or not self.decode_cache or x.requires_grad and torch.is_grad_enabled():
+            return False
+        tokens = x.numel() // self.in_features
+        if tokens > cpu_int4.MOST_TOKENS or not cpu_int4.fits(self.meta) or "g_idx" in self.names:
+            return False
+        if self.int4 is None:
+            self.int4 = cpu_int4.Int4(self.packed)
+        return tokens <= self.int4.most_tokens
+
+    def _apply(self, fn, recurse=True):
+        """Moves between devices and dtypes, except that the grid stays the fp16 that the codes were rounded with."""
+        grid = {name: getattr(self, name) for name in ("scale", "zero")}
+        super()._apply(fn, recurse)
+        for name, exact in grid.items():
+            setattr(self, name, exact.to(getattr(self, name).device))
+        self.int4 = None
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.meta['format']}, {self.meta['bits']} bits, {self.meta['grid']}"

@@ -1,0 +1,54 @@
+"""The packed formats in a few torch operations, on any device: what the kernels must equal, and what `fused = False` runs.
+
+    weight = dequantize(packed, torch.float16)              # (out, in) where packed's tensors are
+    y = x @ weight.T;  dx = dy @ weight                     # what kernels/matmul.py computes without the weight in memory
+
+unpacking.py does the same several times faster on a CPU. 4-bit codes only.
+"""
+import torch
+
+from kernels.packing import Packed
+
+
+def bit_matrix(mask: torch.Tensor, cols: int) -> torch.Tensor:
+    """Bitmap words (out, words) int32 -> (out, cols) bool, True where kept."""
+    return ((mask[:, :, None] >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1).flatten(1)[:, :cols].bool()
+
+
+def nibbles(words: torch.Tensor) -> torch.Tensor:
+    """int32 words (..., n) -> (..., 8 n), the lowest nibble first."""
+    return ((words[..., None] >> torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)) & 15).flatten(-2)
+
+
+def ranks(packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, in) int64 ranks of the levels, 0 where pruned, and (out, in) bool kept, or None."""
+    t, (rows, cols) = packed.tensors, packed.meta["shape"]
+    if packed.meta["format"] == "dense":
+        places = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7], device=t["codes"].device)      # nibble that holds column 0, 1, ...
+        return nibbles(t["codes"]).view(rows, -1, 8)[:, :, places].flatten(1)[:, :cols].long(), None
+    keep = bit_matrix(t["mask"], cols)
+    column = torch.arange(cols, device=keep.device)
+    if packed.meta["format"] == "nm":
+        blocks = torch.nn.functional.pad(keep, (0, -cols % 16)).view(rows, -1, 16)
+        place = (blocks.long().cumsum(2) - 1).flatten(1)[:, :cols] + 8 * (column // 16)
+        stream = nibbles(t["codes"])
+    else:
+        place = keep.long().cumsum(1) - 1 + 8 * t["row_start"].long()[:, None]
+        stream = nibbles(t["codes"]).expand(1, -1)
+        place, keep = place.view(1, -1), keep.view(1, -1)
+    rank = torch.where(keep, stream.long().gather(1, place.clamp(0, stream.shape[1] - 1)), 0)
+    return rank.view(rows, cols), keep.view(rows, cols)
+
+
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """(out, in) in dtype, on the device of packed's tensors; computed in fp32, pruned weights +0."""
+    rank, keep = ranks(packed)
+    cols, size = packed.meta["shape"][1], packed.meta["groupsize"]
+    group = torch.arange(cols, device=rank.device) // (size if size > 0 else cols)
+    group = packed.tensors.get("g_idx", group).long()
+    scale, zero = (packed.tensors[name].float()[:, group] for name in ("scale", "zero"))
+    if packed.meta["grid"] == "uniform":
+        weight = scale * (rank - zero)
+    else:                                                   # ranks 0 ... 7 are -(7 + zero) ... -(0 + zero), 8 ... 15 positive
+        weight = torch.where(rank < 8, -scale, scale) * (torch.where(rank < 8, 7 - rank, rank - 8) + zero)
+    return (weight if keep is None else weight.masked_fill(~keep, 0.0)).to(dtype)

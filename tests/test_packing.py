@@ -1,0 +1,119 @@
+"""pack and unpack are a pure pair: every format, bit width, grid and grouping, odd shapes, empty and full rows."""
+import json
+import time
+
+import pytest
+import torch
+
+from kernels.packing import bits_per_weight, nbytes, pack
+from kernels.unpacking import unpack, unpack_codes
+
+SHAPES = [(32, 576), (5, 4100), (1, 1), (3, 8), (33, 130)]
+
+
+def dequantize(codes, mask, scale, zero, bits, grid, group):
+    """The solver's weight, straight from the definition of the two grids."""
+    s, z = scale[:, group], zero[:, group]
+    if grid == "uniform":
+        w = s * (codes.float() - z)
+    else:
+        top = 1 << (bits - 1)
+        w = torch.where(codes >= top, -1.0, 1.0) * s * ((codes % top).float() + z)
+    return w if mask is None else w.masked_fill(mask, 0.0)
+
+
+def example(shape, bits, grid, groupsize, format, seed=0, groups=None):
+    """codes, mask (True where pruned; as the format allows, with empty and full rows), scale, zero."""
+    g = torch.Generator().manual_seed(seed)
+    rows, cols = shape
+    groups = groups or (-(-cols // groupsize) if groupsize > 0 else 1)
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=g)
+    scale = (torch.rand(rows, groups, generator=g) * 0.1 + 0.01).half().float()
+    zero = (torch.rand(rows, groups, generator=g) * (1 << bits if grid == "uniform" else 1)).half().float()
+    mask = None
+    if format == "nm":
+        order = torch.rand(rows, -(-cols // 16), 16, generator=g).argsort(-1)
+        pruned = torch.randint(8, 17, order.shape[:2] + (1,), generator=g)
+        mask = (order < pruned).view(rows, -1)[:, :cols].clone()
+        mask[0, :16] = torch.arange(16)[:cols] >= 8                 # byte 0 full, byte 1 empty, and the reverse
+        mask[-1, :16] = torch.arange(16)[:cols] < 8
+    elif format == "unstructured":
+        mask = torch.rand(shape, generator=g) < torch.rand(rows, 1, generator=g)
+        if rows > 2:
+            mask[0], mask[-1] = True, False
+    return codes if mask is None else codes * ~mask, mask, scale, zero
+
+
+@pytest.mark.parametrize("format", ["dense", "nm", "unstructured"])
+@pytest.mark.parametrize("grid", ["uniform", "offset"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_round_trip(bits, grid, format):
+    for shape in SHAPES:
+        for groupsize in (-1, 128, 32):
+            codes, mask, scale, zero = example(shape, bits, grid, groupsize, format)
+            packed = pack(codes, mask, scale, zero, bits, grid, groupsize, format)
+            group = torch.arange(shape[1]) // (groupsize if groupsize > 0 else shape[1])
+            weight = dequantize(codes, mask, scale, zero, bits, grid, group)
+            for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                assert torch.equal(unpack(packed, dtype), weight.to(dtype))
+            codes_back, mask_back = unpack_codes(packed)
+            assert torch.equal(codes_back, codes)
+            assert mask_back is None if mask is None else torch.equal(mask_back, mask)
+            assert json.loads(json.dumps(packed.meta)) == packed.meta
+            assert nbytes(packed) == sum(t.numpy().nbytes for t in packed.tensors.values())
+
+
+def test_groups_in_another_order():
+    codes, mask, scale, zero = example((8, 96), 4, "uniform", 32, "unstructured")
+    g_idx = torch.arange(96)[torch.randperm(96, generator=torch.Generator().manual_seed(1))] // 32
+    packed = pack(codes, mask, scale, zero, 4, "uniform", 32, g_idx=g_idx)
+    assert packed.tensors["g_idx"].dtype == torch.int16
+    assert torch.equal(unpack(packed), dequantize(codes, mask, scale, zero, 4, "uniform", g_idx).half())
+
+
+def test_auto_takes_the_smallest_format():
+    def auto(mask):
+        return pack(torch.zeros(mask.shape, dtype=torch.uint8), mask, torch.ones(8, 1), torch.zeros(8, 1), 4).meta["format"]
+    two_of_four = (torch.arange(512) % 4 < 2).expand(8, 512)
+    one_of_four = torch.arange(512) % 4 > 0
+    assert auto(two_of_four) == "nm"
+    assert auto(one_of_four.expand(8, 512)) == "unstructured"                       # nm keeps room for half of them
+    assert auto(torch.rand(8, 512, generator=torch.Generator().manual_seed(0)) < 0.5) == "unstructured"
+    assert pack(torch.zeros(8, 8, dtype=torch.uint8), None, torch.ones(8, 1), torch.zeros(8, 1), 4).meta["format"] == "dense"
+
+
+@pytest.mark.parametrize("format, shape, limit", [
+    ("nm", (4096, 4096), 3.01), ("unstructured", (4096, 4096), 3.15), ("unstructured", (576, 576), 3.3), ("nm", (576, 576), 3.1)])
+def test_bits_per_weight_at_half_sparsity(format, shape, limit):
+    mask = torch.rand(shape[0], shape[1] // 16, 16, generator=torch.Generator().manual_seed(0)).argsort(-1) < 8
+    mask = mask.view(shape)
+    scale, zero = torch.ones(shape[0], 1), torch.zeros(shape[0], 1)
+    assert bits_per_weight(pack(torch.zeros(shape, dtype=torch.uint8), mask, scale, zero, 4, format=format)) <= limit
+
+
+def test_clear_errors():
+    codes, ones = torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1)
+    keep_all = torch.zeros(2, 32, dtype=torch.bool)
+    with pytest.raises(ValueError, match="at most 8 of every 16 columns, row 0 keeps 16"):
+        pack(codes, keep_all, ones, ones, 4, format="nm")
+    with pytest.raises(ValueError, match="'nm'"):
+        pack(codes, None, ones, ones, 4, format="nm")
+    with pytest.raises(ValueError, match="fp16 cannot"):
+        pack(codes, None, ones * 0.1, ones, 4)
+    with pytest.raises(ValueError, match="code 9 does not fit in 3 bits"):
+        pack(codes + 9, None, ones, ones, 3)
+    with pytest.raises(ValueError, match="bits=5"):
+        pack(codes, None, ones, ones, 5)
+    with pytest.raises(ValueError, match="one column per group"):
+        pack(codes, None, ones, ones, 4, groupsize=16)
+
+
+def test_a_large_layer_packs_in_two_seconds():
+    mask = torch.rand(4096, 11008) < 0.5
+    codes, scale = torch.full(mask.shape, 5, dtype=torch.uint8) * ~mask, torch.ones(4096, 1)
+    start = time.process_time()
+    packed = pack(codes, mask, scale, scale, 4, format="unstructured")
+    assert time.process_time() - start < 2
+    start = time.process_time()
+    unpack(packed)
+    assert time.process_time() - start < 1

@@ -1,7 +1,7 @@
 """dx = dy W with packed W, for learning what lies below a layer (a prompt) while W itself stays as it is.
 
-The sum runs over W's rows now, so a program walks down the rows of one strip of BK columns, decodes BN of them at a time
-exactly as the forward kernel does, and multiplies by their scales in the weight's precision (one more rounding):
+The sum runs over W's rows now, so a program walks down the rows of one strip of BK columns, decodes BN of them at a
+time exactly as the forward kernel does, and multiplies by their scales in the weight's precision (one more rounding):
 
     dy (BM, BN) . W (BN, BK) -> acc (BM, BK) fp32
 
@@ -15,9 +15,9 @@ from kernels.planes import add_planes, fma
 
 
 @triton.jit
-def backward_kernel(dy_ptr, dx_ptr, mask_ptr, codes_ptr, row_start_ptr, tile_start_ptr, scale_ptr, zero_ptr, table_ptr, M,
-                    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, OFFSET: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def backward_kernel(dy_ptr, dx_ptr, mask_ptr, codes_ptr, row_start_ptr, tile_start_ptr, scale_ptr, zero_ptr, table_ptr,
+                    M, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
+                    OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """dy (M, N), dx (M, K). Program (k, m)."""
     FP16: tl.constexpr = dy_ptr.dtype.element_ty == tl.float16
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
@@ -39,4 +39,5 @@ def backward_kernel(dy_ptr, dx_ptr, mask_ptr, codes_ptr, row_start_ptr, tile_sta
         dy = tl.load(dy_ptr + m[:, None] * N + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
         acc = tl.dot(dy, w, acc)
     k = k0 + tl.arange(0, BK)
-    tl.store(dx_ptr + m[:, None] * K + k[None, :], acc.to(dx_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
+    dx = acc.to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + m[:, None] * K + k[None, :], dx, mask=(m < M)[:, None] & (k < K)[None, :])

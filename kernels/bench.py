@@ -1,11 +1,12 @@
 """Time the packed products on real layer shapes, beside F.linear and torch's own int4, on whatever this machine has.
 
-    python -m kernels.bench                                             # a GPU: everything; a CPU: a short list, its own paths
+    python -m kernels.bench                               # a GPU: everything; a CPU: a short list, its own paths
     python -m kernels.bench --shapes 4096x11008 --batches 1 16 --formats nm --backward
 
-Shapes are out x in. Every call reads another copy of the weights, more of them than any cache holds; on a GPU the calls are
-replayed from a CUDA graph, so that Python's launch time is not counted. Times are medians. `limit` is the larger of the
-bytes that must be moved over the memory bandwidth and the operations over the peak rate, `share` is limit / time.
+Shapes are out x in. Every call reads another copy of the weights, more of them than any cache holds; on a GPU the
+calls are replayed from a CUDA graph, so that Python's launch time is not counted. Times are medians. `limit` is the
+larger of the bytes that must be moved over the memory bandwidth and the operations over the peak rate, `share` is
+limit / time.
 """
 import argparse
 import statistics
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 from kernels import cpu_int4
 from kernels.linear import PackedLinear
-from kernels.packing import Packed, bits_per_weight, nbytes, pack
+from kernels.packing import Packed, nbytes, pack
 
 GPU_SHAPES = ["4096x4096", "4096x11008", "11008x4096", "5120x13824", "8192x28672", "2048x8192", "4096x16384"]
 CPU_SHAPES = ["576x576", "192x576", "1536x576", "576x1536", "4096x4096"]
@@ -80,13 +81,14 @@ def machine(device: torch.device) -> tuple[str, float, float]:
 
 
 def torch_int4(packed: Packed, device: torch.device):
-    """torch's int4 product for the same matrix, a function of x, or None: on a CPU cpu_int4.py uses it, on a GPU it is dense."""
+    """torch's int4 product of the same shape, a function of x, or None. On a CPU it is the one in cpu_int4.py."""
     rows, cols = packed.meta["shape"]
     if device.type == "cpu":
         return cpu_int4.Int4(packed) if cpu_int4.fits(packed.meta) else None
     if cols % 128 or rows % 64:
         return None
-    words = torch.ops.aten._convert_weight_to_int4pack(torch.randint(0, 255, (rows, cols // 2), dtype=torch.uint8, device=device), 8)
+    codes = torch.randint(0, 255, (rows, cols // 2), dtype=torch.uint8, device=device)
+    words = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
     grid = torch.ones(cols // 128, rows, 2, dtype=torch.bfloat16, device=device)
     return lambda x: torch.ops.aten._weight_int4pack_mm(x.bfloat16(), words, 128, grid)
 
@@ -96,8 +98,10 @@ def bench(shape, format, batches, grid, groupsize, dtype, device, repeats, backw
     rows, cols = shape
     first = random_layer(shape, format, grid, groupsize)
     copies = max(2, min(64, int(CACHE // nbytes(first)) + 1))
-    layers = [PackedLinear(Packed({n: t.clone() for n, t in first.tensors.items()}, first.meta)).to(device) for _ in range(copies)]
-    dense = [layers[0].weight_dequantized(dtype).clone() for _ in range(max(2, min(copies, int(CACHE // (2 * rows * cols)) + 1)))]
+    layers = [PackedLinear(Packed({name: t.clone() for name, t in first.tensors.items()}, first.meta)).to(device)
+              for _ in range(copies)]
+    copies = max(2, min(copies, int(CACHE // (2 * rows * cols)) + 1))
+    dense = [layers[0].weight_dequantized(dtype).clone() for _ in range(copies)]
     try:
         int4 = [torch_int4(first, device) for _ in range(copies)]
     except RuntimeError as problem:
@@ -117,9 +121,9 @@ def bench(shape, format, batches, grid, groupsize, dtype, device, repeats, backw
                 other = median_time([lambda f=f: f(x) for f in int4], device, repeats) if ready else float("nan")
             moved = nbytes(first) + batch * (rows + cols) * dtype.itemsize
             limit = max(moved / memory_rate, 2 * batch * rows * cols / compute_rate)
-            print(f"{rows}x{cols:<6} {format:12} {batch:>5} {direction:8} {t * 1e6:10.1f} us {moved / t / 1e9:8.1f} GB/s "
-                  f"limit {limit * 1e6:8.1f} us share {limit / t:5.2f}  {reference / t:5.2f} x F.linear  {other / t:5.2f} x torch int4",
-                  flush=True)
+            print(f"{rows}x{cols:<6} {format:12} {batch:>5} {direction:8} {t * 1e6:10.1f} us "
+                  f"{moved / t / 1e9:8.1f} GB/s  limit {limit * 1e6:8.1f} us  share {limit / t:5.2f}  "
+                  f"{reference / t:5.2f} x F.linear  {other / t:5.2f} x torch int4", flush=True)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -127,21 +131,24 @@ def main(args: argparse.Namespace) -> None:
     gpu = device.type == "cuda"
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype or ("fp16" if gpu else "bf16")]
     name, memory_rate, compute_rate = machine(device)
-    print(f"{name}: {memory_rate / 1e9:.0f} GB/s, {compute_rate / 1e12:.2f} Tflop/s; x in {dtype}, grid {args.grid}, groupsize {args.groupsize}")
+    print(f"{name}: {memory_rate / 1e9:.0f} GB/s, {compute_rate / 1e12:.2f} Tflop/s; "
+          f"x in {dtype}, grid {args.grid}, groupsize {args.groupsize}")
     if not gpu:
-        print("No GPU: these are the CPU paths, int4 decoding for small batches and unpacking above; they say nothing about Triton.")
+        print("No GPU: these are the CPU paths, int4 decoding for small batches and unpacking above, not Triton.")
+    batches = args.batches or ([1, 4, 16, 64, 512, 4096] if gpu else [1, 4, 256])
     for text in args.shapes or (GPU_SHAPES if gpu else CPU_SHAPES):
         shape = tuple(int(n) for n in text.split("x"))
         for format in args.formats:
-            bench(shape, format, args.batches or ([1, 4, 16, 64, 512, 4096] if gpu else [1, 4, 256]), args.grid, args.groupsize,
-                  dtype, device, args.repeats, args.backward, memory_rate, compute_rate)
+            bench(shape, format, batches, args.grid, args.groupsize, dtype, device, args.repeats, args.backward,
+                  memory_rate, compute_rate)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", help="such as 4096x11008, out x in")
     parser.add_argument("--batches", nargs="*", type=int)
-    parser.add_argument("--formats", nargs="*", default=["dense", "nm", "unstructured"], choices=["dense", "nm", "unstructured"])
+    formats = ["dense", "nm", "unstructured"]
+    parser.add_argument("--formats", nargs="*", default=formats, choices=formats)
     parser.add_argument("--grid", default="uniform", choices=["uniform", "offset"])
     parser.add_argument("--groupsize", type=int, default=-1)
     parser.add_argument("--dtype", choices=["fp16", "bf16"], help="default: fp16 on a GPU, bf16 on a CPU")

@@ -3,9 +3,9 @@
     python -m kernels.compile                               # the table of kernels/README.md; about a second per line
     python -m kernels.compile --arch 90 --format nm --tokens 8
 
-Columns: registers per thread, bytes spilled, shared memory, and machine instructions of the main loop per decoded weight
-and thread. To stay limited by memory rather than by instructions at batch 1, an H100 may spend about 3.5 per weight and an
-A100 3.7. Uses the assembler and disassembler inside triton's wheel.
+Columns: registers per thread, bytes spilled, shared memory, and machine instructions of the main loop per decoded
+weight and thread. To stay limited by memory rather than by instructions at batch 1, an H100 may spend about 3.5 per
+weight and an A100 3.7. Uses the assembler and disassembler inside triton's wheel.
 """
 import argparse
 import itertools
@@ -49,15 +49,16 @@ def build(v: Variant):
     """The compiled kernel of one variant."""
     kernel = forward_kernel if v.direction == "forward" else backward_kernel
     c = v.config
-    constants = dict(N=N, K=K, GROUP=v.group, TILES=TILES, FORMAT=v.format, OFFSET=v.grid == "offset", PLANES=c.planes, BM=c.BM,
-                     BN=c.BN, BK=c.BK)
+    constants = dict(N=N, K=K, GROUP=v.group, TILES=TILES, FORMAT=v.format, OFFSET=v.grid == "offset", PLANES=c.planes,
+                     BM=c.BM, BN=c.BN, BK=c.BK)
     types = dict(x_ptr=f"*{v.dtype}", dy_ptr=f"*{v.dtype}", dx_ptr=f"*{v.dtype}", out_ptr="*fp32", mask_ptr="*i32",
                  codes_ptr="*i32", row_start_ptr="*i32", tile_start_ptr="*i16", scale_ptr="*fp16", zero_ptr="*fp16",
                  table_ptr="*i32", M="i32")
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", v.arch, 32), options={"num_warps": c.warps, "num_stages": c.stages})
+    options = {"num_warps": c.warps, "num_stages": c.stages}
+    return triton.compile(source, target=GPUTarget("cuda", v.arch, 32), options=options)
 
 
 def assembler(arch: int) -> Path:
@@ -75,7 +76,8 @@ def inspect(v: Variant) -> dict:
         ptx.write_text(compiled.asm["ptx"])
         cubin.write_bytes(compiled.asm["cubin"])
         name = "sm_90a" if v.arch == 90 else f"sm_{v.arch}"
-        report = subprocess.run([assembler(v.arch), "-v", f"--gpu-name={name}", ptx, "-o", "/dev/null"], capture_output=True, text=True)
+        command = [assembler(v.arch), "-v", f"--gpu-name={name}", ptx, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True)
         sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True).stdout
     registers = re.search(r"Used (\d+) registers", report.stderr)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report.stderr)
@@ -108,7 +110,8 @@ if __name__ == "__main__":
     parser.add_argument("--ops", action="store_true", help="print the kinds of instructions too")
     args = parser.parse_args()
     print(f"triton {triton.__version__}")
-    print("| direction | sm | format | grid | x | group | tokens | BM BN BK | warps | registers | spilled | shared | per weight |")
+    print("| direction | sm | format | grid | x | group | tokens | BM BN BK | warps | registers | spilled | shared "
+          "| per weight |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for v in variants(args.arch, args.direction, args.format, args.grid, args.dtype, args.group):
         c = v.config
@@ -116,6 +119,6 @@ if __name__ == "__main__":
             continue
         r = inspect(v)
         limit = str(c.tokens) if c.tokens < 1 << 30 else "more"
-        print(f"| {v.direction} | {v.arch} | {v.format} | {v.grid} | {v.dtype} | {v.group or 'row'} | {limit} | {c.BM} {c.BN} {c.BK} "
-              f"| {c.warps} | {r['registers']} | {r['spilled']} | {r['shared']} | {r['per_weight']:.1f} |", r["ops"] if args.ops else "",
-              flush=True)
+        print(f"| {v.direction} | {v.arch} | {v.format} | {v.grid} | {v.dtype} | {v.group or 'row'} | {limit} "
+              f"| {c.BM} {c.BN} {c.BK} | {c.warps} | {r['registers']} | {r['spilled']} | {r['shared']} "
+              f"| {r['per_weight']:.1f} |", r["ops"] if args.ops else "", flush=True)

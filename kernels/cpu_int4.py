@@ -1,16 +1,17 @@
 """Decoding on a CPU: sparse 4-bit weights as one or two dense int4 matrices for torch's own int4 x bf16 product.
 
-torch's product knows w = scale * (q - 8) + shift, q in 0..15. A pruned weight must be exactly 0 in it, which a grid without
-a level on zero does not offer. Every grid splits into two integer matrices, both exact, with pruned entries at 0:
+torch's product knows w = scale * (q - 8) + shift, q in 0..15. A pruned weight must be exactly 0 in it, which a grid
+without a level on zero does not offer. Every grid splits into two integer matrices, both exact, with pruned entries
+at 0:
 
     w = scale * (A + beta * T)      uniform   A = code - z    T = 1     beta = z - zero     z = zero rounded
                                     offset    A = s * k       T = s     beta = zero         s = -1, +1
 
     y = scale * (A x) + scale * beta * (T x)
 
-When all beta are 0 (the plain GPTQ grid) T is dropped. Scales multiply the outputs in fp32, so that only the two integer
-products are rounded to bf16; grouped scales must go into the product and are rounded to bf16 like a bf16 weight would be.
-Extra memory: 4 bits per weight and matrix. Speed against bf16 F.linear: kernels/bench.py.
+When all beta are 0 (the plain GPTQ grid) T is dropped. Scales multiply the outputs in fp32, so that only the two
+integer products are rounded to bf16; grouped scales must go into the product and are rounded to bf16 like a bf16
+weight would be. Extra memory: 4 bits per weight and matrix. Speed against bf16 F.linear: kernels/bench.py.
 """
 import torch
 
@@ -22,11 +23,13 @@ MOST_TOKENS = 64                                            # above, unpacking a
 
 def fits(meta: dict) -> bool:
     (rows, cols), size = meta["shape"], meta["groupsize"]
-    return meta["bits"] <= 4 and rows % 16 == 0 and cols % 32 == 0 and (size == -1 or size in (32, 64, 128, 256) and cols % size == 0)
+    groups = size == -1 or size in (32, 64, 128, 256) and cols % size == 0
+    return meta["bits"] <= 4 and rows % 16 == 0 and cols % 32 == 0 and groups
 
 
 class Int4:
-    """words: A above T (or A alone) in torch's layout; grid: (groups, its rows, 2) bf16 scales and shifts; outer: fp32 factors."""
+    """words: A above T (or A alone) in torch's layout; grid: its (groups, rows, 2) scales and shifts; outer: fp32
+    factors."""
 
     def __init__(self, packed: Packed):
         codes, mask = unpack_codes(packed)
@@ -48,7 +51,8 @@ class Int4:
         self.size = next(s for s in (256, 128, 64, 32) if cols % s == 0) if per_row else packed.meta["groupsize"]
         grid = torch.stack((torch.ones_like(factor) if per_row else factor, shift), 2)[:parts * self.rows]
         self.grid = grid.expand(-1, cols // self.size, 2).transpose(0, 1).bfloat16().contiguous()
-        self.words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.cat((A, T))[:parts * self.rows].contiguous(), 1)
+        codes = torch.cat((A, T))[:parts * self.rows].contiguous()
+        self.words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         self.most_tokens = MOST_TOKENS // parts
 
     def nbytes(self) -> int:

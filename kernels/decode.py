@@ -4,7 +4,8 @@ A tile of BN rows x BK columns becomes one pattern of five bits per weight; plan
 
     0000 0000 000f nnnn        f = 1 where kept, n = the rank of the level 0..15; everything 0 where pruned
 
-How 8 weights are decoded (`spread8`), given their mask byte and a window of nibbles that begins with their first kept one:
+How 8 weights are decoded (`spread8`), given their mask byte and a window of nibbles that begins with their first kept
+one:
 
     window       h g f e d c b a                    eight nibbles, the first in the lowest bits
     lo, hi       . g . e . c . a,  . h . f . d . b  one per byte, flag 0x10 set
@@ -34,7 +35,7 @@ SPREAD = """{ .reg .b32 lo, hi, t, b, c, one, p0, p1, p2, p3;
         shr.u32 t, $9, 16;
         prmt.b32 c, lo, hi, t;
         prmt.b32 p0, b, HIGH, 0x4140; prmt.b32 p1, b, HIGH, 0x4342;
-        prmt.b32 p2, c, HIGH, 0x4140; prmt.b32 p3, c, HIGH, 0x4342;"""                  # HIGH: the upper byte of every number
+        prmt.b32 p2, c, HIGH, 0x4140; prmt.b32 p3, c, HIGH, 0x4342;"""                  # HIGH: upper byte of both
 SPREAD_FP16 = tl.constexpr(SPREAD.replace("HIGH", "0x00") + TAIL)
 SPREAD_BF16 = tl.constexpr(SPREAD.replace("HIGH", "0x43") + TO_BF16 + TAIL)
 
@@ -51,7 +52,7 @@ DENSE_BF16 = tl.constexpr(DENSE.replace("FLAG", "0x43104310") + TO_BF16 + TAIL)
 
 
 def selector_table(device="cpu") -> torch.Tensor:
-    """(256,) int32: for every mask byte eight nibbles, the byte of (lo, hi) that each column takes, or 8 where pruned."""
+    """(256,) int32: for every mask byte 8 nibbles, the byte of (lo, hi) that each column takes, or 8 where pruned."""
     table = []
     for byte in range(256):
         word, seen = 0, 0
@@ -85,9 +86,11 @@ def funnel(low, high, n):
 def spread8(window, selector, FP16: tl.constexpr):
     """-> the patterns of 8 columns, as 8 tensors of 16-bit numbers."""
     if FP16:
-        return tl.inline_asm_elementwise(SPREAD_FP16, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [window, selector], (tl.float16,) * 8, True, 1)
+        return tl.inline_asm_elementwise(SPREAD_FP16, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [window, selector],
+                                         (tl.float16,) * 8, True, 1)
     else:
-        return tl.inline_asm_elementwise(SPREAD_BF16, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [window, selector], (tl.bfloat16,) * 8, True, 1)
+        return tl.inline_asm_elementwise(SPREAD_BF16, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [window, selector],
+                                         (tl.bfloat16,) * 8, True, 1)
 
 
 @triton.jit
@@ -142,10 +145,11 @@ def tile(mask_ptr, codes_ptr, tile_start_ptr, table_ptr, row, row_start, k0, K: 
             T: tl.constexpr = (K + 127) // 128
             p = tl.load(tile_start_ptr + row[:, None] * T + j // 4, mask=inside, other=0).to(tl.int32) & 0xFFFF
             p += row_start[:, None]
-            for back in tl.static_range(1, 4):                              # mask words of the same 128 columns, to the left
+            for back in tl.static_range(1, 4):                              # mask words to the left, same 128 columns
                 p += popcount(tl.load(mask_ptr + place - back, mask=(j % 4 >= back) & inside, other=0))
             first, second = window_at(codes_ptr, p), window_at(codes_ptr, p + popcount(m & 0xFF))
-            third, fourth = window_at(codes_ptr, p + popcount(m & 0xFFFF)), window_at(codes_ptr, p + popcount(m & 0xFFFFFF))
+            third = window_at(codes_ptr, p + popcount(m & 0xFFFF))
+            fourth = window_at(codes_ptr, p + popcount(m & 0xFFFFFF))
         a0, a1, a2, a3, a4, a5, a6, a7 = spread8(first, tl.load(table_ptr + (m & 0xFF)), FP16)
         b0, b1, b2, b3, b4, b5, b6, b7 = spread8(second, tl.load(table_ptr + (m >> 8 & 0xFF)), FP16)
         c0, c1, c2, c3, c4, c5, c6, c7 = spread8(third, tl.load(table_ptr + (m >> 16 & 0xFF)), FP16)

@@ -1,6 +1,6 @@
 """y = x W^T with packed W: one kernel, two ways to use what planes.py decodes.
 
-    PLANES   up to 32 tokens: the tensor cores multiply x with every plane of the codes, and the planes are weighted once
+    PLANES   up to 32 tokens: the tensor cores multiply x with every plane of the codes, and planes are weighted once
              per output. 2 (uniform) or 3 (offset) small products, hardly any arithmetic per weight.
     else     planes are added per weight first, one product per tile.
 
@@ -8,7 +8,7 @@ A program computes BN outputs of BM tokens over a share of the columns (split-K:
 outputs to occupy a GPU). W is the left operand, so a batch of 8 fills the narrow side of a tensor core instruction.
 Shares are summed by `sum_splits` in a fixed order: results do not change from run to run.
 
-    W (BN, BK) . x^T (BK, BM) -> acc (BN, BM) fp32     scaled per group of columns, or once at the end if grids are per row
+    W (BN, BK) . x^T (BK, BM) -> acc (BN, BM) fp32     scaled after each group of columns, or once at the end
 
 Reference: kernels/reference.py, y = x @ dequantize(packed).T
 """
@@ -36,10 +36,10 @@ def weigh(acc, acc_f, acc_g, scale, zero, OFFSET: tl.constexpr, PLANES: tl.const
 
 
 @triton.jit
-def forward_kernel(x_ptr, out_ptr, mask_ptr, codes_ptr, row_start_ptr, tile_start_ptr, scale_ptr, zero_ptr, table_ptr, M,
-                   N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, FORMAT: tl.constexpr,
+def forward_kernel(x_ptr, out_ptr, mask_ptr, codes_ptr, row_start_ptr, tile_start_ptr, scale_ptr, zero_ptr, table_ptr,
+                   M, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, FORMAT: tl.constexpr,
                    OFFSET: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """x (M, K), out (splits, M, N). GROUP columns share a grid, 0: a whole row. Program (n, m, split), TILES tiles each."""
+    """x (M, K), out (splits, M, N). Program (n, m, split) does TILES tiles. GROUP columns share a grid; 0: all do."""
     FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
     EVEN: tl.constexpr = K % (BK * TILES) == 0
@@ -57,7 +57,8 @@ def forward_kernel(x_ptr, out_ptr, mask_ptr, codes_ptr, row_start_ptr, tile_star
         if PLANES:
             acc = tl.dot(pattern, x.trans(), acc)
             if FORMAT == "dense":                           # f is 1 everywhere: a constant of the program
-                f = tl.full((BN, BK), 9.5367431640625e-07 if FP16 else 16.0, tl.float32).to(x_ptr.dtype.element_ty)    # 16 * 2^-24
+                f = tl.full((BN, BK), 9.5367431640625e-07 if FP16 else 16.0, tl.float32)                # 16 * 2^-24
+                f = f.to(x_ptr.dtype.element_ty)
             else:
                 f = plane(pattern, F_FP16 if FP16 else F_BF16, FP16)
             acc_f = tl.dot(f, x.trans(), acc_f)

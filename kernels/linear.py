@@ -1,12 +1,12 @@
-"""A Linear whose weight stays packed: Triton on a GPU; on a CPU torch's int4 product for decoding, unpacking for the rest.
+"""A Linear whose weight stays packed: Triton on a GPU; on a CPU torch's int4 product to decode, unpacking for the rest.
 
     layer = PackedLinear(pack(codes, mask, scale, zero, bits=4), bias)     # then it is called like nn.Linear
     layer.fused = False                                                    # compare: unpack, then F.linear, always
 
-No weight gets a gradient and nothing dense is kept for the backward pass: dx = dy W unpacks (or decodes) once more, which
-is what lets a prompt be trained through a compressed model. CPU decoding keeps a second copy of the codes (cpu_int4.py);
-`decode_bytes()` tells its size and `decode_cache = False` forbids it. On a CPU fp16 is computed in fp32, because fp16
-products are some sixty times slower there.
+No weight gets a gradient and nothing dense is kept for the backward pass: dx = dy W unpacks (or decodes) once more,
+which is what lets a prompt be trained through a compressed model. CPU decoding keeps a second copy of the codes
+(cpu_int4.py); `decode_bytes()` tells its size and `decode_cache = False` forbids it. On a CPU fp16 is computed in
+fp32, because fp16 products are some sixty times slower there.
 """
 import torch
 import torch.nn as nn
@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
         self.int4 = None                                    # the decode cache, made at the first use
         size, scale, zero = packed.meta["groupsize"], packed.tensors["scale"], packed.tensors["zero"]
         self.in_triton = (packed.meta["bits"] == 4 and "g_idx" not in self.names and (size == -1 or size % 32 == 0)
-                          and bool((scale.abs() < 128).all() & (zero.abs() < 32).all()))        # what fp16 can compute with
+                          and bool((scale.abs() < 128).all() & (zero.abs() < 32).all()))     # fp16 can hold them scaled
 
     @property
     def packed(self) -> Packed:
@@ -75,7 +75,8 @@ class PackedLinear(nn.Module):
 
     def decodes(self, x: torch.Tensor) -> bool:
         """Is this a CPU decoding step? bf16 because torch's int4 product is fast in nothing else."""
-        if x.dtype != torch.bfloat16 or x.is_cuda or not self.decode_cache or x.requires_grad and torch.is_grad_enabled():
+        learns = x.requires_grad and torch.is_grad_enabled()
+        if x.dtype != torch.bfloat16 or x.is_cuda or not self.decode_cache or learns:
             return False
         tokens = x.numel() // self.in_features
         if tokens > cpu_int4.MOST_TOKENS or not cpu_int4.fits(self.meta) or "g_idx" in self.names:
@@ -94,4 +95,5 @@ class PackedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.meta['format']}, {self.meta['bits']} bits, {self.meta['grid']}"
+        m = self.meta
+        return f"{self.in_features}, {self.out_features}, {m['format']}, {m['bits']} bits, {m['grid']}"

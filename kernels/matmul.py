@@ -3,9 +3,9 @@
     y = matmul(x, packed)                                   # x (..., in) fp16 or bf16 -> (..., out)
     dx = matmul_transposed(dy, packed)                      # dy (..., out) -> (..., in)
 
-Tile sizes stand in CONFIGS, one table per architecture. They were chosen by instruction counts of the compiled kernels
-(kernels/compile.py), not by timing. One stage means no software pipelining: small programs, many per multiprocessor, hide
-memory latency instead, and pipelining costs registers and, on sm_90, a repacking of every decoded weight.
+Tile sizes stand in FORWARD and BACKWARD, one table per architecture. They were chosen by instruction counts of the
+compiled kernels (compile.py), not by timing. One stage means no software pipelining: small programs, many per
+multiprocessor, hide memory latency instead; pipelining costs registers and, on sm_90, repacks every decoded weight.
 """
 from functools import cache
 from typing import NamedTuple
@@ -48,7 +48,8 @@ def device_facts(device: torch.device) -> tuple[int, int, torch.Tensor]:
     if device.type != "cuda":                               # the interpreter
         return 80, 4, selector_table()
     major = torch.cuda.get_device_capability(device)[0]
-    return (90 if major >= 9 else 80), torch.cuda.get_device_properties(device).multi_processor_count, selector_table(device)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return (90 if major >= 9 else 80), multiprocessors, selector_table(device)
 
 
 def choose(table: tuple[Config, ...], tokens: int, groupsize: int) -> Config:
@@ -63,7 +64,8 @@ def choose(table: tuple[Config, ...], tokens: int, groupsize: int) -> Config:
 def pointers(packed: Packed, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
     t = packed.tensors
     none = t["codes"]                                       # formats without a mask or starts never read them
-    return (t.get("mask", none), t["codes"], t.get("row_start", none), t.get("tile_start", none), t["scale"], t["zero"], table)
+    starts = t.get("row_start", none), t.get("tile_start", none)
+    return t.get("mask", none), t["codes"], *starts, t["scale"], t["zero"], table
 
 
 def matmul(x: torch.Tensor, packed: Packed) -> torch.Tensor:
@@ -83,8 +85,8 @@ def matmul(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     splits = triton.cdiv(tiles, share)
     out = y if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
     forward_kernel[(triton.cdiv(N, c.BN), triton.cdiv(M, c.BM), splits)](
-        flat, out, *pointers(packed, table), M, N, K, group, share, packed.meta["format"], packed.meta["grid"] == "offset",
-        c.planes, c.BM, c.BN, c.BK, num_warps=c.warps, num_stages=c.stages)
+        flat, out, *pointers(packed, table), M, N, K, group, share, packed.meta["format"],
+        packed.meta["grid"] == "offset", c.planes, c.BM, c.BN, c.BK, num_warps=c.warps, num_stages=c.stages)
     if splits > 1:
         sum_splits[(triton.cdiv(M * N, 256),)](out, y, M * N, splits, 256, num_warps=2)
     return y.view(*x.shape[:-1], N)

@@ -1,31 +1,31 @@
-"""Packed weights: 4-bit codes, a bitmap of what pruning kept, and fp16 grids, at their true size. Pure pair: pack, unpack.
+"""Packed weights: codes, a bitmap of what pruning kept, and fp16 grids, at their true size.
 
 Three formats. Pruned weights cost one bit each, kept weights one bit plus their code:
 
     format         tensors                              bits per weight, half of the weights kept, 4-bit codes
     "dense"        codes                                4.0    nothing is pruned
-    "nm"           mask, codes                          3.0    at most 8 kept of every aligned 16: 2:4, 4:8 and 8:16 alike
+    "nm"           mask, codes                          3.0    at most 8 kept of every aligned 16: 2:4, 4:8, 8:16
     "unstructured" mask, codes, row_start, tile_start   3.13   anything, from empty to full
 
-plus scale and zero, an fp16 each per row or per group of `groupsize` columns (2 x 16 / 128 = 0.25 bits at groupsize 128).
+plus scale and zero, an fp16 each per row or per `groupsize` columns (2 x 16 / 128 = 0.25 bits at groupsize 128).
 A row of the last two formats, 8 columns of it:
 
     column        0 1 2 3 4 5 6 7
     kept?         1 0 1 1 0 0 0 1      mask byte 0b10001101: bit j is column j
-    codes         a . b c . . . d      nibbles a b c d, the first in the lowest bits; the next 8 columns go on from there
+    codes         a . b c . . . d      nibbles a b c d, the first in the lowest bits; the next 8 columns go on there
 
 "nm" gives every 16 columns 16 mask bits and one 32-bit word of 8 nibbles, so everything lies at a fixed place. An
 "unstructured" row is one stream of nibbles; row r begins at word row_start[r], and tile_start[r, t] (16 bits) nibbles
-further begins what is kept of columns 128 t ... 128 t + 127. Codes of 2, 3 or 8 bits lie the same way, eight in 2, 3 or 8
-bytes; the Triton kernels read 4-bit codes only.
+further begins what is kept of columns 128 t ... 128 t + 127. Codes of 2, 3 or 8 bits lie the same way, eight in 2, 3
+or 8 bytes; the Triton kernels read 4-bit codes only.
 
-Codes are stored by rank: 0 is the grid's lowest level, 2^bits - 1 its highest. In "dense" the eight nibbles of a word hold
-columns 0 2 4 6 1 3 5 7, so that one `and` finds two neighbouring columns in the two halves of a word (dense.py).
+Codes are stored by rank: 0 is the grid's lowest level, 2^bits - 1 its highest. In "dense" the eight nibbles of a word
+hold columns 0 2 4 6 1 3 5 7, so that one `and` finds two neighbouring columns in the two halves of a word (decode.py).
 
     packed = pack(codes, mask, scale, zero, bits=4, grid="uniform")        # codes, mask as sparsegpt returns them
-    weight = unpack(packed)                                                # (out, in) float16, the solver's, bit for bit
+    weight = unpack(packed)                                             # (out, in) float16, the solver's, bit for bit
 
-Left out: entropy coding, and more than one group per column.
+`unpack` is in unpacking.py. Left out: entropy coding, and more than one group per column.
 """
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ import torch
 
 TILE = 128                                                  # columns between two starts of the unstructured format
 BITS = (2, 3, 4, 8)
-INT = {2: np.int16, 4: np.int32, 8: np.int64}               # numpy knows no bfloat16: move values as integers of their size
+INT = {2: np.int16, 4: np.int32, 8: np.int64}               # numpy has no bfloat16: move values as integers
 KEPT = (np.arange(256)[:, None] >> np.arange(8)) & 1        # (256, 8) the bits of every mask byte
 
 
@@ -55,11 +55,11 @@ def bits_per_weight(packed: Packed) -> float:
 
 def pack(codes: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor, bits: int,
          grid: str = "uniform", groupsize: int = -1, format: str = "auto", g_idx: torch.Tensor | None = None) -> Packed:
-    """codes (out, in) uint8; mask (out, in) bool, True where pruned, or None; scale, zero (out, groups) of exact fp16 values.
+    """codes (out, in) uint8; mask (out, in) bool, True where pruned, or None; scale, zero (out, groups), exact in fp16.
 
-    grid "uniform": w = scale * (code - zero). grid "offset": w = s * scale * (k + zero), s = -1 where the code's top bit is
-    set, k the other bits. g_idx (in,): the group of each column if it is not column // groupsize. format "auto" takes the
-    smallest that fits. Raises ValueError for what cannot be stored exactly."""
+    grid "uniform": w = scale * (code - zero). grid "offset": w = s * scale * (k + zero), s = -1 where the code's top
+    bit is set, k the other bits. g_idx (in,): the group of each column if it is not column // groupsize. format
+    "auto" takes the smallest that fits. Raises ValueError for what cannot be stored exactly."""
     rows, cols = codes.shape
     grouping = groups_of(cols, groupsize, g_idx)
     if bits not in BITS or grid not in ("uniform", "offset"):
@@ -88,8 +88,9 @@ def pack(codes: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor, ze
         n, keep = (np.pad(t, ((0, 0), (0, -cols % 32))) for t in (n, keep))
         kept = keep.reshape(-1, 16).sum(1, dtype=np.int32)
         if kept.max(initial=0) > 8:
-            raise ValueError(f"format 'nm' keeps at most 8 of every 16 columns, row {kept.argmax() * 16 // keep.shape[1]} "
-                             f"keeps {kept.max()}: use format='unstructured'")
+            row = kept.argmax() * 16 // keep.shape[1]
+            raise ValueError(f"format 'nm' keeps at most 8 of every 16 columns, row {row} keeps {kept.max()}: "
+                             "use format='unstructured'")
         starts = np.arange(len(kept), dtype=np.int64)
         tensors["mask"] = to_bitmap(keep)
         tensors["codes"] = to_bits(compact(n, keep, kept, starts, len(kept)), bits, rows)
@@ -104,7 +105,8 @@ def pack(codes: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor, ze
         tensors["mask"] = to_bitmap(keep[:, :cols + -cols % 32])
         tensors["row_start"] = torch.from_numpy(starts.astype(np.int32))
         tensors["tile_start"] = torch.from_numpy((kept.cumsum(1) - kept).astype(np.uint16).view(np.int16))
-        tensors["codes"] = to_bits(compact(n, keep, kept.sum(1), starts, total + 2), bits, 1).flatten()  # readers look ahead
+        stream = compact(n, keep, kept.sum(1), starts, total + 2)                   # two words more: readers look ahead
+        tensors["codes"] = to_bits(stream, bits, 1).flatten()
     else:
         raise ValueError(f"format={format!r} with{'out' if keep is None else ''} a mask: use 'dense' without a mask, "
                          f"'nm' or 'unstructured' with one, or 'auto'")
@@ -120,13 +122,13 @@ def groups_of(cols: int, groupsize: int, g_idx: torch.Tensor | None) -> np.ndarr
 
 
 def by_rank(n: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of the offset grid <-> ranks of their levels: -(k + zero) -> top - 1 - k, +(k + zero) -> top + k. Its own inverse
-    once the top bit is turned, which from_rank does."""
+    """Codes of the offset grid -> ranks of their levels: -(k + zero) -> top - 1 - k, +(k + zero) -> top + k."""
     top = 1 << (bits - 1)
     return np.where(n & top, n ^ (2 * top - 1), n ^ top).astype(np.uint8)
 
 
 def from_rank(n: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of by_rank."""
     top = 1 << (bits - 1)
     return np.where(n & top, n ^ top, n ^ (2 * top - 1)).astype(np.uint8)
 
@@ -155,7 +157,7 @@ def compact(n: np.ndarray, keep: np.ndarray, counts: np.ndarray, starts: np.ndar
 
 
 def to_bits(n: np.ndarray, bits: int, rows: int) -> torch.Tensor:
-    """Eight codes -> `bits` bytes, the first code in the lowest bits. 4-bit codes become int32 words, others stay bytes."""
+    """Eight codes -> `bits` bytes, the first code in the lowest bits. 4-bit codes become int32 words, others bytes."""
     word = np.zeros(n.size // 8, np.uint64)
     for j, c in enumerate(n.reshape(-1, 8).T):
         word |= c.astype(np.uint64) << np.uint64(bits * j)

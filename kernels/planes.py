@@ -1,15 +1,17 @@
 """From patterns to numbers: a 4-bit grid as a weighted sum of bit planes.
 
-decode.py gives every weight a pattern of five bits, f = kept and n = rank of its level (0 where pruned). With h = top bit
-of n, every grid is a weighted sum of planes whose weights depend on the row only, and pruned weights are 0 in all of them:
+decode.py gives every weight a pattern of five bits, f = kept and n = rank of its level (0 where pruned). With h = top
+bit of n, every grid is a weighted sum of planes whose weights depend on the row only, and pruned weights are 0 in all
+of them:
 
     w = scale * (n + low * f + (high - low) * h)            uniform: low = high = -zero
                                                             offset:  low = -7 - zero, high = zero - 8
 
 Read as fp16 numbers the patterns are subnormal, (16 f + n) * 2^-24, and exact: masking a plane out with `and` *is*
 converting it to floating point. Small batches let the tensor cores add the planes (a product each, one `and` for two
-weights); large batches add them with fused multiply-adds first (`add_planes`) and use one product. bfloat16's subnormals
-lie too low to be multiplied; there the pattern is made the number 16 f + n itself, one instruction more for two weights.
+weights); large batches add them with fused multiply-adds first (`add_planes`) and use one product. bfloat16's
+subnormals lie too low to be multiplied; there the pattern is made the number 16 f + n itself, one instruction more
+for two weights.
 
 Reference: `dequantize` in reference.py.
 """
@@ -24,7 +26,7 @@ N_FP16 = tl.constexpr("and.b32 $0, $1, 0x000f000f;")
 
 @triton.jit
 def plane(pattern, PTX: tl.constexpr, FP16: tl.constexpr):
-    """Part of the patterns as numbers, two weights per instruction; PTX is one of the strings at the top of the file."""
+    """Part of the patterns as numbers, two weights per instruction; PTX is one of the strings above."""
     if FP16:
         return tl.inline_asm_elementwise(PTX, "=r,r", [pattern], dtype=tl.float16, is_pure=True, pack=2)
     else:
@@ -50,7 +52,8 @@ def fma(a, b, c, FP16: tl.constexpr):
 def add_planes(pattern, zero, OFFSET: tl.constexpr, FP16: tl.constexpr):
     """pattern (BN, BK), zero (BN, 1) fp32 -> (BN, BK) of w / scale, in units of 2^-9 (fp16) or 1 (bf16).
 
-    Whole numbers are added first and exactly, fractions last. fp16: n * 2^-24 * 2^15 = n * 2^-9, f * 2^-20 * 2^11 = f * 2^-9."""
+    Whole numbers are added first and exactly, fractions last.
+    fp16: n * 2^-24 * 2^15 = n * 2^-9 and f * 2^-20 * 2^11 = f * 2^-9."""
     f, none = plane(pattern, F_FP16 if FP16 else F_BF16, FP16), zero * 0
     if FP16:
         w = fma(plane(pattern, N_FP16, FP16), none + 32768, none, FP16)

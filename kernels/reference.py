@@ -1,7 +1,7 @@
-"""The packed formats in a few torch operations, on any device: what the kernels must equal, and what `fused = False` runs.
+"""The packed formats in a few torch operations, on any device: what the kernels must equal, what `fused = False` runs.
 
     weight = dequantize(packed, torch.float16)              # (out, in) where packed's tensors are
-    y = x @ weight.T;  dx = dy @ weight                     # what kernels/matmul.py computes without the weight in memory
+    y = x @ weight.T;  dx = dy @ weight                     # what matmul.py computes without the weight in memory
 
 unpacking.py does the same several times faster on a CPU. 4-bit codes only.
 """
@@ -12,7 +12,8 @@ from kernels.packing import Packed
 
 def bit_matrix(mask: torch.Tensor, cols: int) -> torch.Tensor:
     """Bitmap words (out, words) int32 -> (out, cols) bool, True where kept."""
-    return ((mask[:, :, None] >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1).flatten(1)[:, :cols].bool()
+    bits = mask[:, :, None] >> torch.arange(32, device=mask.device, dtype=torch.int32) & 1
+    return bits.flatten(1)[:, :cols].bool()
 
 
 def nibbles(words: torch.Tensor) -> torch.Tensor:
@@ -24,7 +25,7 @@ def ranks(packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, in) int64 ranks of the levels, 0 where pruned, and (out, in) bool kept, or None."""
     t, (rows, cols) = packed.tensors, packed.meta["shape"]
     if packed.meta["format"] == "dense":
-        places = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7], device=t["codes"].device)      # nibble that holds column 0, 1, ...
+        places = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7], device=t["codes"].device)     # nibble of column 0, 1, ...
         return nibbles(t["codes"]).view(rows, -1, 8)[:, :, places].flatten(1)[:, :cols].long(), None
     keep = bit_matrix(t["mask"], cols)
     column = torch.arange(cols, device=keep.device)
@@ -49,6 +50,6 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float16) -> torch.Tens
     scale, zero = (packed.tensors[name].float()[:, group] for name in ("scale", "zero"))
     if packed.meta["grid"] == "uniform":
         weight = scale * (rank - zero)
-    else:                                                   # ranks 0 ... 7 are -(7 + zero) ... -(0 + zero), 8 ... 15 positive
+    else:                                                   # ranks 0 ... 7: -(7 + zero) ... -zero, 8 ... 15: zero ...
         weight = torch.where(rank < 8, -scale, scale) * (torch.where(rank < 8, 7 - rank, rank - 8) + zero)
     return (weight if keep is None else weight.masked_fill(~keep, 0.0)).to(dtype)

@@ -4,7 +4,7 @@ The reference of every kernel, and the CPU's own path for large batches. A row i
 numpy calls over a block of rows that fits the cache:
 
     window   for every mask byte, the 8 nibbles from its first kept code on      (a b c d . . . .)
-    spread   nibbles move left by 4, 2 and 1 places to the columns that kept them (a . b c . . . d)   `expand` of Hacker's Delight
+    spread   nibbles move left by 4, 2 and 1 places to the columns that kept them (a . b c . . . d)
     levels   every byte, two ranks, is looked up in its row's 256 pairs of dequantized values; pruned ones are cleared
 
 Codes of 2, 3 or 8 bits and grouped grids take a slower, plainer way: one look-up per weight.
@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from kernels.packing import INT, KEPT, TILE, Packed, from_bits, from_rank, groups_of
+from kernels.packing import INT, KEPT, Packed, from_bits, from_rank, groups_of
 
 BLOCK = 1 << 17                                             # weights unpacked at a time
 
@@ -23,7 +23,8 @@ BLOCK = 1 << 17                                             # weights unpacked a
 def move_masks() -> list[tuple[int, np.ndarray]]:
     """For shifts of 4, 2 and 1 nibbles: (256,) the nibbles that the shift fills, for every mask byte.
 
-    The i-th kept column lies at p >= i, so its nibble travels p - i places: the binary digits of p - i say which shifts."""
+    The i-th kept column lies at p >= i, so its nibble travels p - i places: the binary digits of p - i say which
+    shifts."""
     masks = {4: np.zeros(256, np.uint32), 2: np.zeros(256, np.uint32), 1: np.zeros(256, np.uint32)}
     for byte in range(256):
         for i, column in enumerate(np.flatnonzero(KEPT[byte])):
@@ -123,12 +124,12 @@ def blocks(packed: Packed):
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """(out, in) on the CPU: the solver's weight, dequantized in fp32 and rounded once to dtype; pruned weights are +0."""
+    """(out, in) on the CPU: the solver's weight, computed in fp32 and rounded once to dtype; pruned weights are +0."""
     (rows, cols), item = packed.meta["shape"], INT[dtype.itemsize]
     out = np.empty((rows, cols), item)
     table, moves = level_table(packed, dtype), move_masks()
     per_row = packed.meta["bits"] == 4 and table.shape[1] == 1 and dtype.itemsize < 8
-    if per_row:                                             # (out, 256) both values of every byte of two ranks, side by side
+    if per_row:                                             # (out, 256) for every byte of two ranks both their values
         pairs = np.stack(np.broadcast_arrays(table, table.transpose(0, 2, 1)), 3)
         table = pairs.reshape(rows, 256 * 2).view(INT[2 * dtype.itemsize])
     else:
@@ -136,7 +137,10 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         groups = groups_of(cols, packed.meta["groupsize"], packed.tensors.get("g_idx")) << packed.meta["bits"]
     clear = -KEPT.astype(item)                              # (256, 8) all ones where kept
     for part in blocks(packed):
-        index = natural_words(packed, part, moves).view(np.uint8) if per_row else ranks(packed, part, moves)[:, :cols] + groups
+        if per_row:
+            index = natural_words(packed, part, moves).view(np.uint8)
+        else:
+            index = ranks(packed, part, moves)[:, :cols] + groups
         index = index + table.shape[1] * np.arange(len(index))[:, None]
         block = np.take(table[part], index).view(item)[:, :cols]
         if packed.meta["format"] == "dense":
@@ -148,7 +152,7 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 
 def unpack_codes(packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What pack was given: codes (out, in) uint8, 0 where pruned, and mask (out, in) bool, True where pruned, or None."""
+    """What pack was given: codes (out, in) uint8, 0 where pruned; mask (out, in) bool, True where pruned, or None."""
     cols, moves = packed.meta["shape"][1], move_masks()
     n = np.concatenate([ranks(packed, part, moves)[:, :cols] for part in blocks(packed)])
     codes = torch.from_numpy(from_rank(n, packed.meta["bits"]) if packed.meta["grid"] == "offset" else n)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from kernels import cpu_int4
 from kernels.linear import PackedLinear
 from kernels.packing import Packed, nbytes, pack
+from kernels.unpacking import unpack
 
 GPU_SHAPES = ["4096x4096", "4096x11008", "11008x4096", "5120x13824", "8192x28672", "2048x8192", "4096x16384"]
 CPU_SHAPES = ["576x576", "192x576", "1536x576", "576x1536", "4096x4096"]
@@ -26,16 +27,16 @@ LIMITS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.04e12,
 CACHE = 200e6                                               # bytes of weights to go round
 
 
-def random_layer(shape: tuple[int, int], format: str, grid: str, groupsize: int) -> Packed:
+def random_layer(shape: tuple[int, int], format: str, grid: str, groupsize: int, device) -> Packed:
     """Half of the weights pruned (none if dense), 8 of every 16 for nm."""
     rows, cols = shape
     groups = -(-cols // groupsize) if groupsize > 0 else 1
     mask = None
     if format == "unstructured":
-        mask = torch.rand(shape) < 0.5
+        mask = torch.rand(shape, device=device) < 0.5
     elif format == "nm":
-        mask = (torch.rand(rows, -(-cols // 16), 16).argsort(-1) < 8).view(rows, -1)[:, :cols].contiguous()
-    codes = torch.randint(0, 16, shape, dtype=torch.uint8)
+        mask = (torch.rand(rows, -(-cols // 16), 16, device=device).argsort(-1) < 8).view(rows, -1)[:, :cols].contiguous()
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8, device=device)
     codes = codes if mask is None else codes.masked_fill_(mask, 0)
     scale = (torch.rand(rows, groups) * 0.01 + 0.01).half().float()
     zero = torch.full((rows, groups), 0.5) if grid == "offset" else torch.randint(6, 10, (rows, groups)).float()
@@ -96,12 +97,13 @@ def torch_int4(packed: Packed, device: torch.device):
 def bench(shape, format, batches, grid, groupsize, dtype, device, repeats, backward, memory_rate, compute_rate) -> None:
     """Prints a line per batch and direction."""
     rows, cols = shape
-    first = random_layer(shape, format, grid, groupsize)
+    first = random_layer(shape, format, grid, groupsize, device)
     copies = max(2, min(64, int(CACHE // nbytes(first)) + 1))
     layers = [PackedLinear(Packed({name: t.clone() for name, t in first.tensors.items()}, first.meta)).to(device)
               for _ in range(copies)]
     copies = max(2, min(copies, int(CACHE // (2 * rows * cols)) + 1))
-    dense = [layers[0].weight_dequantized(dtype).clone() for _ in range(copies)]
+    weight = unpack(first, dtype).to(device)
+    dense = [weight.clone() for _ in range(copies)]
     try:
         int4 = [torch_int4(first, device) for _ in range(copies)]
     except RuntimeError as problem:

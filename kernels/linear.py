@@ -31,6 +31,15 @@ class PackedMatmul(torch.autograd.Function):
         return ctx.layer.product(dy, transposed=True), None
 
 
+def triton_reads(packed: Packed) -> bool:
+    """Can the kernels multiply this? 4-bit codes, groups of neighbours in whole 32s, and a grid that stays within fp16
+    when planes.py scales it: by 512 (scale), 2048 (zero of "uniform"), 4096 (2 zero - 1 of "offset")."""
+    size, scale, zero = packed.meta["groupsize"], packed.tensors["scale"].float(), packed.tensors["zero"].float()
+    reach = (2 * zero - 1).abs() < 16 if packed.meta["grid"] == "offset" else zero.abs() < 32
+    return (packed.meta["bits"] == 4 and "g_idx" not in packed.tensors and (size == -1 or size % 32 == 0)
+            and bool(reach.all() and (scale.abs() < 128).all()))
+
+
 class PackedLinear(nn.Module):
     """x (..., in_features) in fp32, bf16 or fp16 -> (..., out_features). Buffers carry the names of packed.tensors."""
 
@@ -43,9 +52,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.int4 = None                                    # the decode cache, made at the first use
-        size, scale, zero = packed.meta["groupsize"], packed.tensors["scale"], packed.tensors["zero"]
-        self.in_triton = (packed.meta["bits"] == 4 and "g_idx" not in self.names and (size == -1 or size % 32 == 0)
-                          and bool((scale.abs() < 128).all() & (zero.abs() < 32).all()))     # fp16 can hold them scaled
+        self.in_triton = triton_reads(packed)
 
     @property
     def packed(self) -> Packed:

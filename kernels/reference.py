@@ -1,4 +1,5 @@
-"""The packed formats in a few torch operations, on any device: what the kernels must equal, what `fused = False` runs.
+"""The packed formats in a few torch operations, on any device: what the kernels must equal, and what a
+GPU runs where they do not fit (`triton_reads` in linear.py).
 
     weight = dequantize(packed, torch.float16)              # (out, in) where packed's tensors are
     y = x @ weight.T;  dx = dy @ weight                     # what matmul.py computes without the weight in memory

@@ -1,5 +1,5 @@
-"""Inline PTX under Triton's interpreter: a numpy emulator of the few instructions that kernels/planes.py uses,
-and a dot product that knows bfloat16.
+"""Inline PTX under Triton's interpreter: a numpy emulator of the few instructions that kernels/decode.py and
+planes.py use, and a dot product that knows bfloat16.
 
     TRITON_INTERPRET=1 in the environment, then `ptx.install()` before a kernel is called.
 """
@@ -66,8 +66,6 @@ def run(asm: str, registers: dict[str, np.ndarray], shape) -> None:
         elif line:
             name, operands = line.split(None, 1)
             target, *sources = (o.strip() for o in operands.split(","))
-            if name == "lop3.b32":
-                sources[3] = str(int(sources[3], 0))
             registers[target] = OPERATIONS[name](*(value(s) for s in sources))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.linear import PackedLinear
+from kernels.linear import PackedLinear, triton_reads
 from kernels.packing import nbytes, pack
 from kernels.reference import dequantize
 from kernels.unpacking import unpack
@@ -16,6 +16,11 @@ from test_packing import example
 
 TESTS = Path(__file__).resolve().parent
 FORMATS, GRIDS = ("dense", "nm", "unstructured"), ("uniform", "offset")
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
 
 
 def layer(shape=(64, 256), grid="uniform", groupsize=-1, format="unstructured", bits=4, bias=False):
@@ -35,7 +40,7 @@ def test_reference_equals_unpack(grid, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 6e-3)])
 def test_linear_on_the_cpu(dtype, tolerance, grid, format):
     for groupsize, tokens, shape in ((-1, 1, (64, 256)), (64, 4, (64, 256)), (-1, 80, (64, 256)), (-1, 3, (33, 130))):
         packed = layer(shape, grid, groupsize, format, bias=True).to(dtype)
@@ -95,6 +100,16 @@ def test_moving_to_another_dtype_keeps_the_grid():
     other = layer(grid="uniform")
     other.load_state_dict(packed.state_dict())
     assert torch.equal(other.weight_dequantized(torch.float32), weight)
+
+
+def test_triton_gets_only_what_fits_its_numbers():
+    for grid, most in (("uniform", 31), ("offset", 8)):
+        codes, mask, scale, zero = example((8, 64), 4, grid, -1, "nm")
+        assert triton_reads(pack(codes, mask, scale, zero * 0 + most, 4, grid))
+        assert not triton_reads(pack(codes, mask, scale, zero * 0 + most + 1, 4, grid))
+        assert not triton_reads(pack(codes, mask, (scale + 128).half().float(), zero, 4, grid))
+    assert not triton_reads(pack(*example((8, 64), 3, "uniform", -1, "nm"), 3))
+    assert not triton_reads(pack(*example((8, 64), 4, "uniform", 16, "nm"), 4, groupsize=16))
 
 
 def run(*command, **environment):

@@ -1,7 +1,7 @@
-"""Packed weights back to dense ones on the CPU, fast: a 4096 x 11008 matrix in about a tenth of a second on one core.
+"""Packed weights back to dense ones on the CPU, fast: a 4096 x 11008 matrix in less than a tenth of a second on one core.
 
 The reference of every kernel, and the CPU's own path for large batches. A row is worked on in three strides, each a few
-numpy calls over a block of rows that fits the cache:
+numpy calls over a block of rows that fits the cache. Blocks are spread over as many threads as torch uses.
 
     window   for every mask byte, the 8 nibbles from its first kept code on      (a b c d . . . .)
     spread   nibbles move left by 4, 2 and 1 places to the columns that kept them (a . b c . . . d)
@@ -9,6 +9,7 @@ numpy calls over a block of rows that fits the cache:
 
 Codes of 2, 3 or 8 bits and grouped grids take a slower, plainer way: one look-up per weight.
 """
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -36,12 +37,13 @@ def move_masks() -> list[tuple[int, np.ndarray]]:
     return list(masks.items())
 
 
-def spread(window: np.ndarray, byte: np.ndarray, moves) -> np.ndarray:
+def spread(window: np.ndarray, byte: np.ndarray) -> np.ndarray:
     """window uint32: nibbles in a row -> nibbles at the columns that `byte` keeps; the others hold anything."""
-    for shift, table in moves:
+    byte = byte.astype(np.intp)
+    for shift, table in move_masks():
         moved = window << np.uint32(4 * shift)
         moved ^= window
-        moved &= np.take(table, byte, mode="clip")
+        moved &= np.take(table, byte)
         window = window ^ moved
     return window
 
@@ -52,12 +54,14 @@ def windows(packed: Packed, rows: slice, byte: np.ndarray) -> np.ndarray:
     if packed.meta["format"] == "nm":
         low = packed.tensors["codes"][rows].numpy().view(np.uint32)
         return np.stack((low, low >> (np.uint32(4) * count[:, ::2])), 2).reshape(byte.shape)
-    place = np.cumsum(count, 1, dtype=np.int64) - count
-    place += 8 * packed.tensors["row_start"][rows].numpy()[:, None].astype(np.int64)
-    first = int(place[0, 0]) >> 3
-    words = packed.tensors["codes"].numpy().view(np.uint32)[first:(int(place[-1, -1]) >> 3) + 2].astype(np.uint64)
-    twice = words[:-1] | words[1:] << np.uint64(32)                                 # every word with its successor
-    return (np.take(twice, (place >> 3) - first) >> (4 * (place & 7)).astype(np.uint64)).astype(np.uint32)
+    starts = packed.tensors["row_start"][rows].numpy()
+    place = np.empty(byte.shape, np.int64)
+    place[:, 0], place[:, 1:] = 8 * (starts - starts[0]), count[:, :-1]
+    np.cumsum(place, 1, out=place)                                                  # kept codes before every byte
+    last = starts[0] + (int(place[-1, -1]) >> 3)
+    words = packed.tensors["codes"].numpy().view(np.uint32)[starts[0]:last + 2].astype(np.int64)
+    twice = words[:-1] | words[1:] << 32                                            # every word with its successor
+    return (np.take(twice, place >> 3) >> ((place & 7) << 2)).astype(np.uint32)
 
 
 def unshuffle(word: np.ndarray) -> np.ndarray:
@@ -72,11 +76,11 @@ def mask_bytes(packed: Packed, rows: slice = slice(None)) -> np.ndarray:
     return packed.tensors["mask"][rows].numpy().view(np.uint8)
 
 
-def ranks(packed: Packed, rows: slice, moves) -> np.ndarray:
+def ranks(packed: Packed, rows: slice) -> np.ndarray:
     """(rows, columns and padding) uint8: the rank of every weight; anything where pruned."""
     bits, format = packed.meta["bits"], packed.meta["format"]
     if bits == 4:
-        words = natural_words(packed, rows, moves).view(np.uint8)
+        words = natural_words(packed, rows).view(np.uint8)
         return np.stack((words & 15, words >> 4), 2).reshape(len(words), -1)
     if format == "dense":
         return from_bits(packed.tensors["codes"][rows].numpy(), bits)
@@ -95,12 +99,12 @@ def ranks(packed: Packed, rows: slice, moves) -> np.ndarray:
     return n
 
 
-def natural_words(packed: Packed, rows: slice, moves) -> np.ndarray:
+def natural_words(packed: Packed, rows: slice) -> np.ndarray:
     """(rows, words) uint32 of 4-bit ranks, column j at nibble j % 8 of word j // 8, whatever the format."""
     if packed.meta["format"] == "dense":
         return unshuffle(packed.tensors["codes"][rows].numpy().view(np.uint32))
     byte = mask_bytes(packed, rows)
-    return spread(windows(packed, rows, byte), byte, moves)
+    return spread(windows(packed, rows, byte), byte)
 
 
 def level_table(packed: Packed, dtype: torch.dtype) -> np.ndarray:
@@ -117,44 +121,52 @@ def level_table(packed: Packed, dtype: torch.dtype) -> np.ndarray:
     return table.to(dtype).view(getattr(torch, np.dtype(INT[dtype.itemsize]).name)).numpy()
 
 
-def blocks(packed: Packed):
+def each_block(packed: Packed, work) -> list:
+    """work(rows) for every block of rows, on as many threads as torch uses: numpy lets go of Python while it computes."""
     rows, cols = packed.meta["shape"]
     step = max(1, BLOCK // max(cols, 1))
-    return (slice(r, min(r + step, rows)) for r in range(0, rows, step))
+    parts = [slice(r, min(r + step, rows)) for r in range(0, rows, step)]
+    if len(parts) == 1 or torch.get_num_threads() == 1:
+        return [work(part) for part in parts]
+    return list(threads(torch.get_num_threads()).map(work, parts))
+
+
+threads = cache(ThreadPoolExecutor)
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     """(out, in) on the CPU: the solver's weight, computed in fp32 and rounded once to dtype; pruned weights are +0."""
-    (rows, cols), item = packed.meta["shape"], INT[dtype.itemsize]
-    out = np.empty((rows, cols), item)
-    table, moves = level_table(packed, dtype), move_masks()
-    per_row = packed.meta["bits"] == 4 and table.shape[1] == 1 and dtype.itemsize < 8
-    if per_row:                                             # (out, 256) for every byte of two ranks both their values
-        pairs = np.stack(np.broadcast_arrays(table, table.transpose(0, 2, 1)), 3)
-        table = pairs.reshape(rows, 256 * 2).view(INT[2 * dtype.itemsize])
-    else:
-        table = table.reshape(rows, -1)
-        groups = groups_of(cols, packed.meta["groupsize"], packed.tensors.get("g_idx")) << packed.meta["bits"]
+    (rows, cols), bits, item = packed.meta["shape"], packed.meta["bits"], INT[dtype.itemsize]
+    out, levels = np.empty((rows, cols), item), level_table(packed, dtype)
+    pairs = bits == 4 and levels.shape[1] == 1 and dtype.itemsize < 8
+    groups = None if pairs else groups_of(cols, packed.meta["groupsize"], packed.tensors.get("g_idx")) << bits
     clear = -KEPT.astype(item)                              # (256, 8) all ones where kept
-    for part in blocks(packed):
-        if per_row:
-            index = natural_words(packed, part, moves).view(np.uint8)
+
+    def work(part):
+        table = levels[part]
+        if pairs:                                           # (rows, 256) for every byte of two ranks both their values
+            wide = table.astype(INT[2 * dtype.itemsize])
+            table = wide << 8 * dtype.itemsize
+            table = table.transpose(0, 2, 1) | wide & (1 << 8 * dtype.itemsize) - 1
+            index = natural_words(packed, part).view(np.uint8)
         else:
-            index = ranks(packed, part, moves)[:, :cols] + groups
-        index = index + table.shape[1] * np.arange(len(index))[:, None]
-        block = np.take(table[part], index).view(item)[:, :cols]
+            index = ranks(packed, part)[:, :cols] + groups
+        index = index + table[0].size * np.arange(len(table))[:, None]
+        block = np.take(table, index).view(item)[:, :cols]
         if packed.meta["format"] == "dense":
             out[part] = block
         else:
             keep = np.take(clear.view(f"V{8 * clear.itemsize}")[:, 0], mask_bytes(packed, part)).view(item)
             np.bitwise_and(block, keep[:, :cols], out=out[part])
+
+    each_block(packed, work)
     return torch.from_numpy(out).view(dtype)
 
 
 def unpack_codes(packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What pack was given: codes (out, in) uint8, 0 where pruned; mask (out, in) bool, True where pruned, or None."""
-    cols, moves = packed.meta["shape"][1], move_masks()
-    n = np.concatenate([ranks(packed, part, moves)[:, :cols] for part in blocks(packed)])
+    cols = packed.meta["shape"][1]
+    n = np.concatenate(each_block(packed, lambda part: ranks(packed, part)[:, :cols]))
     codes = torch.from_numpy(from_rank(n, packed.meta["bits"]) if packed.meta["grid"] == "offset" else n)
     if packed.meta["format"] == "dense":
         return codes, None

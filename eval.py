@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from data.config import resolve
 from data.progress import Progress
 from data.text import eval_tokens
 from data.tokenizer import load_tokenizer
-from model import load_model, resolve
+from model import load_model
 from prompt import load_prompt, text_nll, with_prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,7 +13,6 @@ so that compressing a model needs no hooks. Left out: training dropout, and rota
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,36 +20,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import read_folder, read_json, read_meta, write_atomic, write_safetensors
-
-
-@dataclass
-class Config:
-    family: str                       # "llama" or "opt"
-    vocab_size: int
-    d_model: int
-    n_layer: int
-    n_head: int
-    d_ff: int
-    n_kv_head: int = 0                # 0: as many as n_head; fewer is grouped-query attention
-    head_dim: int = 0                 # 0: d_model / n_head
-    max_positions: int = 2048
-    norm_eps: float = 1e-5
-    tied: bool = True                 # the head is the embedding matrix
-    attention_bias: bool = False      # on q, k, v and o
-    mlp_bias: bool = False
-    rope_theta: float = 10000.0       # llama only
-    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ..., ...}
-    pre_norm: bool = True             # OPT-350m norms after the residual instead
-    final_norm: bool = True           # ... and has no norm before the head
-    d_embed: int = 0                  # width of the embedding; 0: d_model (OPT-350m: 512 of 1024)
-
-    def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.head_dim = self.head_dim or self.d_model // self.n_head
-        self.d_embed = self.d_embed or self.d_model
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"{self.n_head} heads cannot share {self.n_kv_head} key-value heads: not a multiple")
+from data.checkpoint import read_folder, read_meta, write_atomic, write_safetensors
+from data.config import Config, hf_config, packed_layers, read_config, resolve
+from kernels.linear import PackedLinear
+from kernels.packing import Packed, check_packed, kept, nbytes
+from kernels.unpacking import unpack
 
 
 class RMSNorm(nn.Module):
@@ -255,112 +229,15 @@ META = [(r"^blocks", "layers"), (r"\.attn\.(\w)\.", r".attention.w\1."), (r"\.ml
         (r"\.norm2", ".ffn_norm"), (r"^lm_head", "output"), (r"^embed_tokens", "tok_embeddings")]
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$|\.masked_bias$")       # tables and masks, not weights
 
-# name: (d_model, layers, heads, key-value heads, d_ff, vocabulary, Hugging Face repository)
-PUBLISHED = {
-    "llama-7b": (4096, 32, 32, 32, 11008, 32000, "huggyllama/llama-7b"),
-    "llama-13b": (5120, 40, 40, 40, 13824, 32000, "huggyllama/llama-13b"),
-    "llama-30b": (6656, 60, 52, 52, 17920, 32000, "huggyllama/llama-30b"),
-    "llama-65b": (8192, 80, 64, 64, 22016, 32000, "huggyllama/llama-65b"),
-    "llama-2-7b": (4096, 32, 32, 32, 11008, 32000, "meta-llama/Llama-2-7b-hf"),
-    "llama-2-13b": (5120, 40, 40, 40, 13824, 32000, "meta-llama/Llama-2-13b-hf"),
-    "llama-2-70b": (8192, 80, 64, 8, 28672, 32000, "meta-llama/Llama-2-70b-hf"),
-    "llama-3-8b": (4096, 32, 32, 8, 14336, 128256, "meta-llama/Meta-Llama-3-8B"),
-    "llama-3-70b": (8192, 80, 64, 8, 28672, 128256, "meta-llama/Meta-Llama-3-70B"),
-    "opt-125m": (768, 12, 12, 12, 3072, 50272, "facebook/opt-125m"),
-    "opt-350m": (1024, 24, 16, 16, 4096, 50272, "facebook/opt-350m"),
-    "opt-1.3b": (2048, 24, 32, 32, 8192, 50272, "facebook/opt-1.3b"),
-    "opt-2.7b": (2560, 32, 32, 32, 10240, 50272, "facebook/opt-2.7b"),
-    "opt-6.7b": (4096, 32, 32, 32, 16384, 50272, "facebook/opt-6.7b"),
-    "opt-13b": (5120, 40, 40, 40, 20480, 50272, "facebook/opt-13b"),
-    "opt-30b": (7168, 48, 56, 56, 28672, 50272, "facebook/opt-30b"),
-    "opt-66b": (9216, 64, 72, 72, 36864, 50272, "facebook/opt-66b"),
-}
-HERE = Path(__file__).resolve().parent
-SHIPPED = {"tiny-llama": HERE / "data/tiny/llama", "tiny-opt": HERE / "data/tiny/opt"}
-
-
-def resolve(name: str | Path) -> Path:
-    """A checkpoint folder from a path, a published name (checkpoints/NAME) or tiny-llama / tiny-opt."""
-    path = SHIPPED.get(str(name), Path(name))
-    if not path.is_dir() and str(name) in PUBLISHED:
-        path = next((p for p in (Path("checkpoints") / name, HERE / "checkpoints" / name) if p.is_dir()), None)
-        if path is None:
-            raise FileNotFoundError(f"checkpoints/{name} is missing: fetch it with `pip install huggingface_hub && "
-                                    f"hf download {PUBLISHED[str(name)][-1]} --local-dir checkpoints/{name}`")
-    if not path.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder {path}; give a path or one of: {', '.join([*SHIPPED, *PUBLISHED])}")
-    return path
-
-
-def read_config(folder: Path) -> Config:
-    """Config of a Hugging Face folder (config.json, older and newer spelling) or a Meta one (params.json)."""
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        if not (folder / "params.json").exists():
-            raise FileNotFoundError(f"{folder} holds neither config.json (Hugging Face) nor params.json (Meta)")
-        return meta_config(folder)
-    j = read_json(folder / "config.json")
-    try:
-        if j.get("model_type") == "llama":
-            return llama_config(j)
-        if j.get("model_type") == "opt":
-            return opt_config(j)
-    except KeyError as e:
-        raise ValueError(f"{folder}/config.json lacks {e}") from None
-    raise ValueError(f"{folder}/config.json has model_type {j.get('model_type')!r}; supported are llama and opt")
-
-
-def llama_config(j: dict) -> Config:
-    act = j.get("hidden_act", "silu")
-    if act != "silu":
-        raise ValueError(f"hidden_act {act!r} is not supported for LLaMA: only silu")
-    rope = {**(j.get("rope_scaling") or {}), **(j.get("rope_parameters") or {})}
-    kind = rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope type {kind!r} is not supported: only default, linear and llama3")
-    need = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
-    return Config(
-        "llama", j["vocab_size"], j["hidden_size"], j["num_hidden_layers"], j["num_attention_heads"], j["intermediate_size"],
-        j.get("num_key_value_heads") or 0, j.get("head_dim") or 0, j.get("max_position_embeddings", 2048),
-        j.get("rms_norm_eps", 1e-6), j.get("tie_word_embeddings", False), j.get("attention_bias", False), j.get("mlp_bias", False),
-        rope.get("rope_theta", j.get("rope_theta", 10000.0)),
-        None if kind == "default" else {"rope_type": kind, **{k: rope[k] for k in need[kind]}})
-
-
-def opt_config(j: dict) -> Config:
-    for key, want in (("activation_function", "relu"), ("enable_bias", True), ("layer_norm_elementwise_affine", True)):
-        if j.get(key, want) != want:
-            raise ValueError(f"OPT with {key}={j[key]!r} is not supported: only {want!r}")
-    pre = j.get("do_layer_norm_before", True)
-    return Config(
-        "opt", j["vocab_size"], j["hidden_size"], j["num_hidden_layers"], j["num_attention_heads"], j["ffn_dim"],
-        max_positions=j.get("max_position_embeddings", 2048), tied=j.get("tie_word_embeddings", True), attention_bias=True,
-        mlp_bias=True, pre_norm=pre, final_norm=pre and not j.get("_remove_final_layer_norm", False),
-        d_embed=j.get("word_embed_proj_dim") or 0)
-
-
-def meta_config(folder: Path) -> Config:
-    """params.json leaves out the vocabulary (-1), the MLP's width and the context; the weights tell the first two."""
-    p, weights = read_json(folder / "params.json"), read_meta(folder)
-    if "layers.0.feed_forward.w1.weight" not in weights:
-        raise ValueError(f"{folder}: consolidated.*.pth do not hold LLaMA's layers.0.feed_forward.w1.weight")
-    try:
-        new = p.get("rope_theta", 10000.0) >= 500000.0          # LLaMA 3
-        context = 131072 if p.get("use_scaled_rope") else 8192 if new else 2048 if p["norm_eps"] < 5e-6 else 4096
-        scaling = {"rope_type": "llama3", "factor": p.get("rope_scaling_factor", 8.0), "low_freq_factor": 1.0,
-                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192} if p.get("use_scaled_rope") else None
-        return Config("llama", weights["tok_embeddings.weight"].shape[0], p["dim"], p["n_layers"], p["n_heads"],
-                      weights["layers.0.feed_forward.w1.weight"].shape[0], p.get("n_kv_heads") or 0,
-                      max_positions=p.get("max_seq_len", context), norm_eps=p["norm_eps"],
-                      tied="output.weight" not in weights, rope_theta=p.get("rope_theta", 10000.0), rope_scaling=scaling)
-    except KeyError as e:
-        raise ValueError(f"{folder}/params.json or its weights lack {e}") from None
-
-
 def published_name(name: str, table) -> str:
     for pattern, theirs in table:
         name = re.sub(pattern, theirs, name)
     return name
+
+
+def bare_name(name: str) -> str:
+    """Some Hugging Face files leave these prefixes out."""
+    return re.sub(r"^(model\.)?(decoder\.)?", "", name)
 
 
 def half_split(w, heads: int):
@@ -368,24 +245,44 @@ def half_split(w, heads: int):
     return w.view(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
-def load_model(path: str | Path, dtype=torch.float32, device="cpu") -> Transformer:
+def load_model(path: str | Path, dtype=torch.float32, device="cpu", packed: bool = True) -> Transformer:
     """A frozen Transformer from a folder or a name (see resolve). Files are mapped and read tensor by tensor.
 
+    Linears that are stored packed become PackedLinear, or, with packed=False, ordinary ones with the same weights.
     Raises FileNotFoundError / ValueError with one line for missing, extra, mis-shaped or truncated weights."""
     folder = resolve(path)
     c = read_config(folder)
     meta = not (folder / "config.json").exists()
     files = read_meta(folder) if meta else read_folder(folder)
     table = META if meta else HF[c.family]
-    bare = {n if meta else re.sub(r"^(model\.)?(decoder\.)?", "", n): n for n in files}      # some files leave prefixes out
+    bare = {n if meta else bare_name(n): n for n in files}
     if not c.tied and not meta and "lm_head.weight" not in bare and c.family == "opt":
         c.tied = True                                           # OPT always ties; some files say so only by leaving it out
     with torch.device("meta"):
         model = Transformer(c)
-    state, missing = {}, []
+    state, missing, layers = {}, [], packed_layers(folder)
+    for name, linear in model.linears():
+        theirs = published_name(f"{name}.weight", table).removesuffix(".weight")
+        if theirs not in layers:
+            continue
+        names = [n for n in bare if n.startswith(bare_name(theirs) + ".") and not n.endswith(".bias")]
+        held = Packed({n.rpartition(".")[2]: files[bare.pop(n)] for n in names}, layers.pop(theirs))
+        try:
+            check_packed(held, (linear.out_features, linear.in_features))
+        except ValueError as e:
+            raise ValueError(f"{folder}: {theirs}: {e}") from None
+        if packed:                                              # views of the file until they move to another device
+            held = Packed({n: t.to(device) for n, t in held.tensors.items()}, held.meta)
+            model.set_submodule(name, PackedLinear(held, linear.bias))
+        else:
+            state[f"{name}.weight"] = unpack(held, dtype).to(device)
+    if layers:
+        raise ValueError(f"{folder}/config.json packs {next(iter(layers))}, which is no Linear of this model")
     for name, p in model.named_parameters():
+        if name in state:
+            continue
         theirs = published_name(name, table)
-        key = bare.pop(theirs if meta else re.sub(r"^(model\.)?(decoder\.)?", "", theirs), None)
+        key = bare.pop(theirs if meta else bare_name(theirs), None)
         if key is None:
             missing.append(theirs)
             continue
@@ -401,30 +298,46 @@ def load_model(path: str | Path, dtype=torch.float32, device="cpu") -> Transform
     if missing or extra:
         raise ValueError(f"{folder} does not fit its configuration: " + "; ".join(
             f"{len(names)} {what}, such as {names[0]}" for what, names in (("missing", missing), ("unexpected", extra)) if names))
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, assign=True, strict=False)     # strict above; packed tensors are in place already
     return model.eval().requires_grad_(False)
 
 
-def hf_config(c: Config) -> dict:
-    """config.json of a model, in the spelling that transformers 4 and 5 both read."""
-    j = {"vocab_size": c.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
-         "max_position_embeddings": c.max_positions, "tie_word_embeddings": c.tied, "torch_dtype": "float16"}
-    if c.family == "opt":
-        return {**j, "model_type": "opt", "architectures": ["OPTForCausalLM"], "ffn_dim": c.d_ff, "word_embed_proj_dim": c.d_embed,
-                "do_layer_norm_before": c.pre_norm, "_remove_final_layer_norm": c.pre_norm and not c.final_norm}
-    return {**j, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": c.d_ff, "hidden_act": "silu",
-            "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
-            "rope_scaling": c.rope_scaling, "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
-
-
 def save_model(model: Transformer, folder: str | Path, dtype=torch.float16, extra: dict | None = None) -> None:
-    """Write config.json and model.safetensors in the Hugging Face layout; `extra` joins config.json."""
-    folder = Path(folder)
+    """Write config.json and model.safetensors in the Hugging Face layout; `extra` joins config.json.
+
+    A PackedLinear is written as its packed tensors, `<name of the Linear>.codes` and so on, with what they mean under
+    quantization_config. Other libraries cannot read these: for them, save what load_model(..., packed=False) gives."""
+    folder, table = Path(folder), HF[model.config.family]
     folder.mkdir(parents=True, exist_ok=True)
-    state = {published_name(n, HF[model.config.family]): p.detach().to(dtype) for n, p in model.named_parameters()}
+    state = {published_name(n, table): p.detach().to(dtype) for n, p in model.named_parameters()}
     for name, w in state.items():
         if not torch.isfinite(w).all():
             raise ValueError(f"{name} does not fit {dtype}: save in bfloat16 or float32")
+    layers = {}
+    for name, m in model.linears():
+        if isinstance(m, PackedLinear):
+            theirs = published_name(f"{name}.weight", table).removesuffix(".weight")
+            layers[theirs] = m.meta
+            state.update({f"{theirs}.{n}": t for n, t in m.packed.tensors.items()})
     write_safetensors(folder / "model.safetensors", state)
-    text = json.dumps({**hf_config(model.config), **(extra or {})}, indent=1)
+    text = json.dumps({**hf_config(model.config, layers), **(extra or {})}, indent=1)
     write_atomic(folder / "config.json", lambda f: f.write(text.encode()))
+
+
+def storage(model: Transformer, stored: int | None = None) -> dict:
+    """What half-precision files of the model take: megabytes, real bits per weight of everything and of the blocks'
+    Linears (masks, starts and grids counted), and `nominal`, the literature's 16 / (bits x share of weights kept).
+
+    stored: a file's real size in bytes, headers and all, if there is one."""
+    weights = used = needed = dense = 0
+    for _, m in model.linears():
+        n = m.in_features * m.out_features
+        weights += n
+        if isinstance(m, PackedLinear):
+            used, needed = used + nbytes(m.packed), needed + m.meta["bits"] * kept(m.packed)
+        else:
+            used, needed, dense = used + 2 * n, needed + 16 * int(m.weight.count_nonzero()), dense + n
+    others = sum(p.numel() for p in model.parameters()) - dense
+    stored = used + 2 * others if stored is None else stored
+    return {"megabytes": stored / 1e6, "bits_per_weight": 8 * stored / (weights + others),
+            "linear_bits_per_weight": 8 * used / weights, "nominal": 16 * weights / max(needed, 1)}

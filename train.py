@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 
 from data.checkpoint import write_atomic
+from data.config import SHIPPED, resolve
 from data.progress import Progress
 from data.text import calibration, eval_tokens
 from data.tokenizer import load_tokenizer
 from eval import DTYPES, fail, perplexity
 from gptq import gptq, inverse_factor
-from model import SHIPPED, Transformer, load_model, resolve, save_model
+from model import Transformer, load_model, save_model
 from prompt import initial_prompt, learn, save_prompt
 from sparsegpt import parse_sparsity, sparsegpt
 

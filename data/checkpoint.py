@@ -70,12 +70,13 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write {name: tensor} in the safetensors layout, one tensor at a time, to a temporary name and rename."""
     kinds, header, at = {v: k for k, v in DTYPES.items()}, {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))        # so that all of them are aligned
     for name, t in tensors.items():
         size = t.numel() * t.element_size()
         header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
         at += size
     head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 64)                            # keeps every tensor aligned where sizes allow it
+    head += b" " * (-len(head) % 8)
 
     def write(f):
         f.write(struct.pack("<Q", len(head)) + head)

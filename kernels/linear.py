@@ -50,7 +50,7 @@ class PackedLinear(nn.Module):
         self.names = list(packed.tensors)
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.int4 = None                                    # the decode cache, made at the first use
         self.in_triton = triton_reads(packed)
 

@@ -25,17 +25,19 @@ hold columns 0 2 4 6 1 3 5 7, so that one `and` finds two neighbouring columns i
     packed = pack(codes, mask, scale, zero, bits=4, grid="uniform")        # codes, mask as sparsegpt returns them
     weight = unpack(packed)                                             # (out, in) float16, the solver's, bit for bit
 
-`unpack` is in unpacking.py. Left out: entropy coding, and more than one group per column.
+`unpack` is in unpacking.py, bits.py has the pieces. Left out: entropy coding, and more than one group per column.
 """
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from kernels.bits import by_rank, compact, shuffle, to_bitmap, to_bits
+
 TILE = 128                                                  # columns between two starts of the unstructured format
 BITS = (2, 3, 4, 8)
-INT = {2: np.int16, 4: np.int32, 8: np.int64}               # numpy has no bfloat16: move values as integers
-KEPT = (np.arange(256)[:, None] >> np.arange(8)) & 1        # (256, 8) the bits of every mask byte
+FORMATS = ("dense", "nm", "unstructured")
+GRIDS = ("uniform", "offset")
 
 
 @dataclass
@@ -53,6 +55,14 @@ def bits_per_weight(packed: Packed) -> float:
     return 8 * nbytes(packed) / (packed.meta["shape"][0] * packed.meta["shape"][1])
 
 
+def kept(packed: Packed) -> int:
+    """How many weights pruning left."""
+    rows, cols = packed.meta["shape"]
+    if packed.meta["format"] == "dense":
+        return rows * cols
+    return int(np.bitwise_count(packed.tensors["mask"].cpu().numpy().view(np.uint32)).sum())
+
+
 def pack(codes: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor, bits: int,
          grid: str = "uniform", groupsize: int = -1, format: str = "auto", g_idx: torch.Tensor | None = None) -> Packed:
     """codes (out, in) uint8; mask (out, in) bool, True where pruned, or None; scale, zero (out, groups), exact in fp16.
@@ -62,7 +72,7 @@ def pack(codes: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor, ze
     "auto" takes the smallest that fits. Raises ValueError for what cannot be stored exactly."""
     rows, cols = codes.shape
     grouping = groups_of(cols, groupsize, g_idx)
-    if bits not in BITS or grid not in ("uniform", "offset"):
+    if bits not in BITS or grid not in GRIDS:
         raise ValueError(f"bits={bits!r}, grid={grid!r}: bits must be 2, 3, 4 or 8 and grid 'uniform' or 'offset'")
     if mask is not None and mask.shape != codes.shape:
         raise ValueError(f"mask {tuple(mask.shape)} and codes {tuple(codes.shape)} must have the same shape")
@@ -91,21 +101,15 @@ def pack(codes: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor, ze
             row = kept.argmax() * 16 // keep.shape[1]
             raise ValueError(f"format 'nm' keeps at most 8 of every 16 columns, row {row} keeps {kept.max()}: "
                              "use format='unstructured'")
-        starts = np.arange(len(kept), dtype=np.int64)
         tensors["mask"] = to_bitmap(keep)
-        tensors["codes"] = to_bits(compact(n, keep, kept, starts, len(kept)), bits, rows)
+        tensors["codes"] = to_bits(compact(n, keep, kept, np.arange(len(kept)), len(kept)), bits, rows)
     elif format == "unstructured" and keep is not None:
         if cols > 1 << 16:
             raise ValueError(f"{cols} columns: the 16-bit starts of format 'unstructured' reach 65536; split the layer")
-        n, keep = (np.pad(t, ((0, 0), (0, -cols % TILE))) for t in (n, keep))
-        kept = keep.reshape(rows, -1, TILE).sum(2, dtype=np.int64)
-        ends = ((kept.sum(1) + 7) // 8).cumsum()                                    # rows begin at whole words
-        total = int(ends[-1]) if rows else 0
-        starts = np.concatenate(([0], ends))[:rows]
-        tensors["mask"] = to_bitmap(keep[:, :cols + -cols % 32])
-        tensors["row_start"] = torch.from_numpy(starts.astype(np.int32))
-        tensors["tile_start"] = torch.from_numpy((kept.cumsum(1) - kept).astype(np.uint16).view(np.int16))
-        stream = compact(n, keep, kept.sum(1), starts, total + 2)                   # two words more: readers look ahead
+        n, keep = (np.pad(t, ((0, 0), (0, -cols % 32))) for t in (n, keep))
+        tensors["mask"] = to_bitmap(keep)
+        tensors["row_start"], tensors["tile_start"], words = starts(tensors["mask"])
+        stream = compact(n, keep, keep.sum(1), tensors["row_start"].numpy().astype(np.int64), words)
         tensors["codes"] = to_bits(stream, bits, 1).flatten()
     else:
         raise ValueError(f"format={format!r} with{'out' if keep is None else ''} a mask: use 'dense' without a mask, "
@@ -114,23 +118,69 @@ def pack(codes: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor, ze
     return Packed(tensors, meta)
 
 
+def starts(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Bitmap (out, words) int32 -> row_start, tile_start and the stream's length in words of 8 codes, two more than are
+    filled, because readers look ahead."""
+    kept = np.bitwise_count(mask.numpy().view(np.uint32))
+    kept = np.pad(kept, ((0, 0), (0, -kept.shape[1] % (TILE // 32))))
+    kept = kept.reshape(len(kept), -1, TILE // 32).sum(2, dtype=np.int64)           # (out, tiles)
+    ends = np.concatenate(([0], ((kept.sum(1) + 7) // 8).cumsum()))                 # rows begin at whole words
+    if ends[-1] >= 1 << 28:
+        raise ValueError(f"{8 * ends[-1]} kept weights: format 'unstructured' counts to {1 << 31}; split the layer")
+    tile_start = (kept.cumsum(1) - kept).astype(np.uint16).view(np.int16)
+    return torch.from_numpy(ends[:-1].astype(np.int32)), torch.from_numpy(tile_start), int(ends[-1]) + 2
+
+
+def check_packed(packed: Packed, shape: tuple[int, int]) -> None:
+    """Raises ValueError unless meta is known, every tensor has the type and size that it asks for, and the starts are
+    those of the mask: no reader of a checked file can run out of its tensors."""
+    t, meta = packed.tensors, packed.meta
+    bits, grid, size, format = (meta.get(key) for key in ("bits", "grid", "groupsize", "format"))
+    if bits not in BITS or grid not in GRIDS or format not in FORMATS or not isinstance(size, int) or size < 1 and size != -1:
+        raise ValueError(f"bits {bits!r}, grid {grid!r}, groupsize {size!r}, format {format!r}: this packing is not known")
+    if tuple(meta.get("shape", ())) != tuple(shape):
+        raise ValueError(f"packed as {meta.get('shape')}, but the configuration wants {list(shape)}")
+    rows, cols = shape
+    words, groups = -(-cols // 32), -(-cols // size) if size > 0 else 1
+    need = {"scale": (torch.float16, (rows, groups)), "zero": (torch.float16, (rows, groups))}
+    if "g_idx" in t:
+        need["g_idx"] = torch.int16, (cols,)
+    if format != "dense":
+        need["mask"] = torch.int32, (rows, words)
+    blocks = {"dense": (rows, -(-cols // 8)), "nm": (rows, 2 * words), "unstructured": None}[format]    # of eight codes
+    if format == "unstructured":
+        need["row_start"], need["tile_start"] = (torch.int32, (rows,)), (torch.int16, (rows, -(-cols // TILE)))
+        if "mask" in t and t["mask"].dtype == torch.int32 and t["mask"].shape == (rows, words):
+            *want, length = starts(t["mask"])
+            blocks = (length,)
+    if blocks:
+        need["codes"] = (torch.int32, blocks) if bits == 4 else (torch.uint8, (*blocks[:-1], blocks[-1] * bits))
+    for name in {**need, **t}:
+        have = (t[name].dtype, tuple(t[name].shape)) if name in t else "missing"
+        if have != need.get(name):
+            raise ValueError(f"packed tensor {name}: {have}, wanted {need.get(name, 'none')}")
+    if format == "unstructured" and not (torch.equal(t["row_start"], want[0]) and torch.equal(t["tile_start"], want[1])):
+        raise ValueError("row_start and tile_start do not fit the mask: the file is damaged")
+    if format == "nm" and int(np.bitwise_count(t["mask"].numpy().view(np.uint16)).max()) > 8:
+        raise ValueError("the mask keeps more than 8 of 16 columns: the file is damaged")
+    if "g_idx" in t and not 0 <= int(t["g_idx"].min()) <= int(t["g_idx"].max()) < groups:
+        raise ValueError(f"g_idx leaves the {groups} groups")
+
+
+def pack_compressed(out, bits: int) -> Packed:
+    """A solver's result (gptq.Compressed: mask, codes, scale, zero, g_idx, grid) in the smallest format that fits."""
+    cols = out.codes.shape[1]
+    size = int((out.g_idx == 0).sum()) if out.scale.shape[1] > 1 else -1            # the first group is a whole one
+    neighbours = size == -1 or torch.equal(out.g_idx.cpu(), torch.arange(cols) // size)
+    return pack(out.codes, out.mask if out.mask.any() else None, out.scale, out.zero, bits, getattr(out, "grid", "uniform"),
+                size, g_idx=None if neighbours else out.g_idx)
+
+
 def groups_of(cols: int, groupsize: int, g_idx: torch.Tensor | None) -> np.ndarray:
     """(cols,) the group of each column."""
     if g_idx is not None:
         return g_idx.cpu().numpy().astype(np.int64)
     return np.arange(cols) // (groupsize if groupsize > 0 else max(cols, 1))
-
-
-def by_rank(n: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of the offset grid -> ranks of their levels: -(k + zero) -> top - 1 - k, +(k + zero) -> top + k."""
-    top = 1 << (bits - 1)
-    return np.where(n & top, n ^ (2 * top - 1), n ^ top).astype(np.uint8)
-
-
-def from_rank(n: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of by_rank."""
-    top = 1 << (bits - 1)
-    return np.where(n & top, n ^ top, n ^ (2 * top - 1)).astype(np.uint8)
 
 
 def smallest(keep: np.ndarray, bits: int) -> str:
@@ -142,38 +192,3 @@ def smallest(keep: np.ndarray, bits: int) -> str:
     return "nm" if kept.max(initial=0) <= 8 and nm <= unstructured else "unstructured"
 
 
-def to_bitmap(keep: np.ndarray) -> torch.Tensor:
-    """(rows, columns) bool -> (rows, columns / 32) int32, column j at bit j % 32."""
-    return torch.from_numpy(np.packbits(keep, axis=1, bitorder="little").view(np.int32))
-
-
-def compact(n: np.ndarray, keep: np.ndarray, counts: np.ndarray, starts: np.ndarray, words: int) -> np.ndarray:
-    """The kept codes in memory order, counts[i] of them from 8 * starts[i] on; zeros between. -> (8 * words,) uint8."""
-    stream = np.zeros(8 * words, np.uint8)
-    place = np.repeat(8 * starts - (counts.cumsum() - counts), counts)
-    place += np.arange(len(place))
-    stream[place] = n[keep]
-    return stream
-
-
-def to_bits(n: np.ndarray, bits: int, rows: int) -> torch.Tensor:
-    """Eight codes -> `bits` bytes, the first code in the lowest bits. 4-bit codes become int32 words, others bytes."""
-    word = np.zeros(n.size // 8, np.uint64)
-    for j, c in enumerate(n.reshape(-1, 8).T):
-        word |= c.astype(np.uint64) << np.uint64(bits * j)
-    packed = np.ascontiguousarray(word.view(np.uint8).reshape(-1, 8)[:, :bits]).reshape(rows, -1)
-    return torch.from_numpy(packed.view(np.int32) if bits == 4 else packed)
-
-
-def from_bits(packed: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse: (rows, words) int32 or (rows, bytes) uint8 -> (rows, codes) uint8."""
-    blocks = packed.view(np.uint8).reshape(-1, bits)
-    word = np.zeros((len(blocks), 8), np.uint8)
-    word[:, :bits] = blocks
-    codes = word.view(np.uint64) >> np.uint64(bits) * np.arange(8, dtype=np.uint64)
-    return (codes & np.uint64((1 << bits) - 1)).astype(np.uint8).reshape(len(packed), -1)
-
-
-def shuffle(n: np.ndarray, bits: int) -> np.ndarray:
-    """4-bit codes of dense words: columns 0 2 4 6 1 3 5 7."""
-    return n.reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]] if bits == 4 else n

@@ -15,9 +15,11 @@ from functools import cache
 import numpy as np
 import torch
 
-from kernels.packing import INT, KEPT, Packed, from_bits, from_rank, groups_of
+from kernels.bits import KEPT, from_bits, from_rank
+from kernels.packing import Packed, groups_of
 
 BLOCK = 1 << 17                                             # weights unpacked at a time
+INT = {2: np.int16, 4: np.int32, 8: np.int64}               # numpy has no bfloat16: move values as integers
 
 
 @cache

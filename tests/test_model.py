@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from data.checkpoint import read_safetensors, write_safetensors
-from model import PUBLISHED, Transformer, load_model, read_config, resolve, save_model
+from data.config import PUBLISHED, Config, read_config, resolve
+from model import Transformer, load_model, save_model
 
 LLAMA = dict(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
              max_position_embeddings=64, rms_norm_eps=1e-6)
@@ -254,7 +255,6 @@ def test_names_resolve(tmp_path, monkeypatch):
 
 def test_published_table_counts_parameters():
     """The table's sizes give the published parameter counts, within the precision of the names."""
-    from model import Config
     for name, (d, layers, heads, kv, ff, vocab, _) in PUBLISHED.items():
         family = name.split("-")[0]
         c = Config(family, vocab, d, layers, heads, ff, kv, tied=family == "opt", attention_bias=family == "opt", mlp_bias=family == "opt")

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 import eval as evaluation
-from model import Config, Transformer, save_model
+from data.config import Config
+from model import Transformer, save_model
 from prompt import (initial_prompt, learn, load_prompt, mean_loss, save_prompt, text_nll, with_prompt)
 
 

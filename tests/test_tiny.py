@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.config import read_config
 from data.tiny.pretrain import CONFIGS, bits_per_byte, export, loss_of, initialize
 from data.tokenizer import load_tokenizer
-from model import META, Transformer, half_split, load_model, published_name, read_config
+from model import META, Transformer, half_split, load_model, published_name
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
 WEIGHTS = {"llama": "consolidated.00.pth", "opt": "model.safetensors"}

@@ -10,7 +10,8 @@ import torch
 import train
 from eval import perplexity
 from gptq import hessian
-from model import SHIPPED, load_model
+from data.config import SHIPPED
+from model import load_model
 from sparsegpt import sparsegpt
 from test_prompt import TOKENS, tiny
 

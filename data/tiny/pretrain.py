@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from data.checkpoint import write_atomic
+from data.config import Config
 from data.harvest import SETS, harvest, harvest_name
 from data.tokenizer import load_tokenizer
-from model import META, Config, Transformer, published_name, save_model
+from model import META, Transformer, published_name, save_model
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = {

@@ -4,8 +4,8 @@ A Linear maps inputs x to W x. With H = mean of x x^T over calibration inputs, c
 
     error(V) = trace((W - V) H (W - V)^T).                                                         (layer-wise objective)
 
-Every row has the same H. Fix the columns from left to right. Once column j is rounded from w to q, the best change of the
-columns still free, from Optimal Brain Surgeon, is
+Every row has the same H. Fix the columns one after the other. Once column j is rounded from w to q, the best change of
+the columns still free, from Optimal Brain Surgeon, is
 
     W[:, k] -= (w - q) / U[j, j] * U[j, k]   for k > j,   where  H^-1 = U^T U,  U upper triangular,     (section 3.3)
 
@@ -17,8 +17,11 @@ and it adds ((w - q) / U[j, j])^2 to the error. U is found once for all rows: th
     out = gptq(layer.weight.data, hessian(x), bits=4)
     layer.weight.data = out.weight                       # out.codes, out.scale, out.zero store it in 4 bits
 
-This file needs only torch. Left out: grids searched per group during the pass for more than one candidate.
+That is the paper's method. Beyond it: grids searched with the Hessian's diagonal as weights ("uniform"), grids without a
+level on zero, for weights whose zeros a mask stores ("offset"), a mask held fixed, and `descend`, which goes over the
+codes again. This file needs only torch. Left out: codebooks, and groups of unequal width.
 """
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,9 +32,10 @@ class Compressed(NamedTuple):
     mask: torch.Tensor                  # (out, in) bool, True where pruned
     codes: torch.Tensor | None          # (out, in) uint8, 0 where pruned; None when nothing was quantized
     scale: torch.Tensor | None          # (out, groups) float32 holding exact fp16 values
-    zero: torch.Tensor | None           # (out, groups) likewise; weight = scale * (codes - zero)
+    zero: torch.Tensor | None           # (out, groups) likewise
     g_idx: torch.Tensor | None          # (in,) group of each column
     error: float                        # trace((W-V) H (W-V)^T) / trace(W H W^T), the relative output error
+    grid: str = "uniform"               # how codes become weights: see `nearest`
 
 
 def hessian(x: torch.Tensor) -> torch.Tensor:
@@ -45,10 +49,26 @@ def fp16_exact(t: torch.Tensor) -> torch.Tensor:
     return t.half().to(t.dtype)
 
 
-def find_grid(W: torch.Tensor, bits: int, sym: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(w: torch.Tensor, scale, zero, bits: int, grid: str = "uniform") -> torch.Tensor:
+    """w rounded to its grid, in place of no one: "uniform" scale * (code - zero), codes 0 ... 2^bits - 1; or "offset"
+    +-scale * (k + zero), k = 0 ... 2^(bits-1) - 1, the code's top bit being the sign: no level is spent on zero."""
+    if grid == "offset":
+        return torch.copysign(((w.abs() / scale - zero).round_().clamp_(0, 2 ** (bits - 1) - 1) + zero) * scale, w)
+    return (quantize(w, scale, zero, bits) - zero) * scale
+
+
+def quantize(w: torch.Tensor, scale, zero, bits: int, grid: str = "uniform") -> torch.Tensor:
+    """The codes of `nearest`, as floats."""
+    if grid == "offset":
+        top = 2 ** (bits - 1)
+        return (w.abs() / scale - zero).round_().clamp_(0, top - 1) + top * torch.signbit(w)
+    return (w / scale + zero).round_().clamp_(0, 2 ** bits - 1)
+
+
+def find_grid(W: torch.Tensor, bits: int, sym: bool = False, shrink: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Min-max grid of each row of W (out, n): scale and zero, each (out, 1), levels scale * (0 ... 2^bits - 1  -  zero)."""
     levels = 2 ** bits - 1
-    low, high = W.amin(1, keepdim=True).clamp(max=0), W.amax(1, keepdim=True).clamp(min=0)   # zero stays a level
+    low, high = shrink * W.amin(1, keepdim=True).clamp(max=0), shrink * W.amax(1, keepdim=True).clamp(min=0)
     if sym:
         high = torch.maximum(-low, high)
         low = -high
@@ -58,9 +78,45 @@ def find_grid(W: torch.Tensor, bits: int, sym: bool = False) -> tuple[torch.Tens
     return scale, zero
 
 
-def quantize(W: torch.Tensor, scale, zero, bits: int) -> torch.Tensor:
-    """Nearest codes 0 ... 2^bits - 1, as floats."""
-    return (W / scale + zero).round().clamp(0, 2 ** bits - 1)
+def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, bits: int, grid: str = "offset", sym: bool = False):
+    """The grid of each row of W (rows, n) with the least sum of importance * (w - q)^2 over its kept weights.
+
+    keep (rows, n) 1 / 0; importance (rows or 1, n), the diagonal of H. "uniform": the min-max grid shrunk step by step.
+    "offset": half-integer levels shrunk step by step, then scale and offset by least squares with the codes held, then the
+    codes anew, four times (Lloyd's algorithm on a line). Returns scale and zero, each (rows, 1)."""
+    weight, best = keep * importance, None
+
+    def consider(best, scale, zero):
+        error = ((nearest(W, scale, zero, bits, grid) - W).square_() * weight).sum(1, keepdim=True)
+        if best is None:
+            return error, scale, zero
+        return tuple(torch.where(error < best[0], new, old) for new, old in zip((error, scale, zero), best))
+
+    if grid == "uniform":
+        for shrink in torch.linspace(1.0, 0.5, 11).tolist():
+            best = consider(best, *find_grid(W * keep, bits, sym, shrink))
+        return best[1:]
+    a, top = (W * keep).abs(), 2 ** (bits - 1) - 1
+    largest = a.amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    for shrink in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        scale = fp16_exact(shrink * largest / (top + 0.5)).clamp(min=2 ** -24)
+        best = consider(best, scale, torch.full_like(scale, 0.5))
+    _, scale, zero = best
+    total, mean = weight.sum(1, keepdim=True).clamp(min=1e-30), (weight * a).sum(1, keepdim=True)
+    for _ in range(4):
+        k = (a / scale - zero).round_().clamp_(0, top)
+        weighted = weight * k
+        k1, k2, ka = (t.sum(1, keepdim=True) for t in (weighted, weighted * k, weighted * a))
+        spread = total * k2 - k1 * k1
+        slope = (total * ka - k1 * mean) / spread                            # regression of |w| on k
+        fits = (spread > 1e-6 * total * k2) & (slope > 0)                    # else all k are equal
+        slope = torch.where(fits, slope, scale)
+        offset = torch.where(fits, (mean - slope * k1) / total, scale * zero)
+        scale = fp16_exact(slope).clamp(min=2 ** -24)
+        zero = fp16_exact((offset / scale).clamp(0, 16))
+        best = consider(best, scale, zero)
+    return best[1:]
 
 
 def check(W: torch.Tensor, H: torch.Tensor, bits: int | None, blocksize: int, groupsize: int) -> None:
@@ -83,14 +139,17 @@ def inverse_factor(H: torch.Tensor, percdamp: float = 0.01) -> torch.Tensor:
 
     H = R R^T with R upper is Cholesky with rows and columns in reverse order, and U = R^-1: one factorization. Inputs that
     are always zero get a diagonal of 1. Share U between the Linears that share H."""
-    H = H + torch.diag((H.diagonal() == 0).to(H.dtype))
-    flipped, mean = H.flip(0, 1), H.diagonal().mean()
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    for attempt in range(8):
-        L, info = torch.linalg.cholesky_ex(flipped + percdamp * mean * eye)
+    H = H.flip(0, 1)
+    H.diagonal().masked_fill_(H.diagonal() == 0, 1)
+    mean = float(H.diagonal().mean())
+    for _ in range(8):
+        H.diagonal().add_(percdamp * mean)
+        L, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
+            eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
             return torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1)
         print(f"Cholesky failed at damping {percdamp:g}, trying {max(percdamp * 10, 1e-4):g}")
+        H.diagonal().sub_(percdamp * mean)
         percdamp = max(percdamp * 10, 1e-4)
     raise ValueError("H is not positive definite even with heavy damping: are the calibration inputs finite and real?")
 
@@ -101,79 +160,126 @@ def relative_error(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor) -> float:
     return float(((D @ H) * D).sum() / ((W @ H) * W).sum().clamp(min=1e-30))
 
 
-def sweep(W, U, blocksize, choose, inner: int = 16):
-    """The column loop shared by GPTQ and SparseGPT: fixes W (out, in) from left to right, in place, and returns it.
+def sweep(Wt: torch.Tensor, U: torch.Tensor, blocksize: int, choose, inner: int = 16) -> torch.Tensor:
+    """The column loop of GPTQ, SparseGPT and `descend`: fixes W from left to right, in place. Wt (in, out) is W
+    transposed, so that a column lies in one piece.
 
-    choose(j, W, width) is called before column j with all errors of columns < j applied to W[:, j:j+width] and returns
-    their final values for one column, (out,). Errors travel in three strides (column, inner block, block), so that most
-    of the work is done by large matrix products; the result is the same as updating everything after each column."""
-    n = W.shape[1]
-    E = torch.empty_like(W)                                                     # errors divided by U[j, j]
+    choose(Wt, j, end) is called when all errors of columns < j have reached Wt[j] (and every column up to the block's
+    end, where j begins an inner block). It returns the column's final values and its error e, each (out,); then
+    Wt[k] -= e * U[j, k] for k > j. Errors travel in three strides (column, inner block, block), so that most of the work
+    is done by few large products; nothing in the loop waits for the device."""
+    n = len(Wt)
+    E = Wt.new_empty(min(blocksize, n), Wt.shape[1])
     for b in range(0, n, blocksize):
         end = min(b + blocksize, n)
-        choose.block(W, b, end)
         for s in range(b, end, inner):
             stop = min(s + inner, end)
             for j in range(s, stop):
-                choose.columns(W, j, stop)
-                q = choose(W[:, j], j)
-                E[:, j] = (W[:, j] - q) / U[j, j]
-                W[:, j] = q
-                W[:, j + 1:stop].addr_(E[:, j], U[j, j + 1:stop], alpha=-1)
-            W[:, stop:end].addmm_(E[:, s:stop], U[s:stop, stop:end], alpha=-1)
-        W[:, end:].addmm_(E[:, b:end], U[b:end, end:], alpha=-1)
-    return W
+                Wt[j], E[j - b] = choose(Wt, j, end)
+                Wt[j + 1:stop].addr_(U[j, j + 1:stop], E[j - b], alpha=-1)
+            Wt[stop:end].addmm_(U[s:stop, stop:end].T, E[s - b:stop - b], alpha=-1)
+        Wt[end:].addmm_(U[b:end, end:].T, E[:end - b], alpha=-1)
+    return Wt
 
 
 class Rounder:
-    """Chooses GPTQ's values: the nearest point of each column's grid. Grids are found when a group begins, or up front."""
+    """Chooses GPTQ's values in `sweep`: the nearest point of each column's grid, or 0 where the mask says so.
 
-    def __init__(self, W, bits, groupsize, sym, order=None, static_groups=False):
-        self.bits, self.sym, self.n = bits, sym, W.shape[1]
-        self.groupsize = self.n if groupsize == -1 else groupsize
-        # group of each column in the order of the loop: static groups keep to neighbouring columns of the original
-        place = torch.arange(self.n, device=W.device) if order is None or not static_groups else order
-        self.group = (place // self.groupsize).tolist()
-        self.codes, self.grids = torch.zeros(W.shape, dtype=torch.uint8, device=W.device), {}
-        if bits and (self.groupsize >= self.n or static_groups):
-            for g in range(max(self.group) + 1):
-                self.grids[g] = find_grid(W[:, [j for j in range(self.n) if self.group[j] == g]], bits, sym)
+    grids: scale and zero, each (groups, out), or None to find min-max grids when a group of columns begins."""
 
-    def block(self, W, start, end):
-        pass
+    def __init__(self, U, group: list[int], grids, bits, grid="uniform", sym=False, keep=None):
+        self.bits, self.grid, self.sym, self.group, self.keep = bits, grid, sym, group, keep         # keep (in, out) 1 / 0
+        self.damage, self.dynamic = 1 / U.diagonal(), grids is None
+        self.scale, self.zero = ([], []) if self.dynamic else grids
 
-    def columns(self, W, j, stop):
-        if self.bits and self.group[j] not in self.grids:
-            self.grids[self.group[j]] = find_grid(W[:, j:j + self.groupsize], self.bits, self.sym)
+    def __call__(self, Wt, j, end):
+        g = self.group[j]
+        if self.dynamic and g == len(self.scale):
+            width = self.group.count(g)
+            for held, found in zip((self.scale, self.zero), find_grid(Wt[j:j + width].T, self.bits, self.sym)):
+                held.append(found[:, 0])
+        q = nearest(Wt[j], self.scale[g], self.zero[g], self.bits, self.grid)
+        q = q if self.keep is None else q * self.keep[j]
+        return q, (Wt[j] - q) * self.damage[j]
 
-    def __call__(self, w, j):
-        scale, zero = (t[:, 0] for t in self.grids[self.group[j]])
-        q = quantize(w, scale, zero, self.bits)
-        self.codes[:, j] = q.to(torch.uint8)
-        return scale * (q - zero)
 
-    def tables(self):
-        grids = [self.grids[g] for g in sorted(self.grids)]
-        return torch.cat([s for s, _ in grids], 1).float(), torch.cat([z for _, z in grids], 1).float()
+def column_groups(n: int, groupsize: int, order: torch.Tensor | None = None) -> list[int]:
+    """Group of every column in the order of the loop; with `order`, groups are neighbours of the original matrix."""
+    place = torch.arange(n) if order is None else order.cpu()
+    return (place // (n if groupsize == -1 else groupsize)).tolist()
+
+
+def static_grids(W, H, keep, bits, groupsize, grid, sym):
+    """scale and zero, each (groups, out), of every row and group of neighbouring columns of W (out, in), up front."""
+    rows, n = W.shape
+    size = n if groupsize == -1 else groupsize
+    pad = lambda t: torch.nn.functional.pad(t, (0, -n % size)).reshape(-1, size)             # (out * groups, size)
+    if grid == "minmax":
+        found = find_grid(pad(W), bits, sym)
+    else:
+        found = search_grid(pad(W), pad(keep), pad(H.diagonal().expand(rows, n)), bits, grid, sym)
+    return tuple(t.view(rows, -1).T.contiguous() for t in found)
 
 
 def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: bool = False, act_order: bool = False,
-         static_groups: bool = False, percdamp: float = 0.01, blocksize: int = 128, U: torch.Tensor | None = None) -> Compressed:
+         static_groups: bool = False, percdamp: float = 0.01, blocksize: int = 128, U: torch.Tensor | None = None,
+         grid: str = "minmax", mask: torch.Tensor | None = None, descent: int = 0, target: torch.Tensor | None = None) -> Compressed:
     """Quantize W (out, in) to `bits` with the Hessian H (in, in); neither is changed. Work is done in W's precision, fp32 at least.
 
     groupsize: columns that share a grid, -1 for a whole row. act_order: columns in order of falling H diagonal; groups
     then follow that order (g_idx says which) unless static_groups keeps them to neighbours. U: inverse_factor(H) of the
-    same H, percdamp and order, to share it between Linears. Raises ValueError for NaN, Inf or wrong shapes."""
+    same H, percdamp and order, to share it between Linears. grid: "minmax" (the paper's), or "uniform" / "offset",
+    searched. mask (out, in): True stays zero. descent: passes of `descend` afterwards. target (out, in): the weights that
+    errors are measured from and descent aims at, where W itself is an approximation. Raises ValueError for NaN, Inf or
+    wrong shapes."""
     check(W, H, bits, blocksize, groupsize)
-    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else None
-    W0, H0 = W.to(torch.promote_types(W.dtype, torch.float32)), H.to(torch.promote_types(W.dtype, torch.float32))
-    W, H = (W0.clone(), H0) if order is None else (W0[:, order], H0[order][:, order])
-    W[:, H.diagonal() == 0] = 0                                # inputs that are always 0: any weight will do
-    choose = Rounder(W, bits, groupsize, sym, order, static_groups)
-    V = sweep(W, inverse_factor(H, percdamp) if U is None else U, blocksize, choose)
-    codes, g_idx = choose.codes, torch.tensor(choose.group, device=W.device)
-    if order is not None:
-        back = torch.argsort(order)
-        V, codes, g_idx = V[:, back], codes[:, back], g_idx[back]
-    scale, zero = choose.tables()
-    return Compressed(V, torch.zeros_like(V, dtype=torch.bool), codes, scale, zero, g_idx, relative_error(W0, V, H0))
+    if grid not in ("minmax", "uniform", "offset"):
+        raise ValueError(f"grid={grid!r}: known are minmax, uniform and offset")
+    n, dtype = W.shape[1], torch.promote_types(W.dtype, torch.float32)
+    static = groupsize == -1 or static_groups or grid != "minmax"
+    if not static and groupsize % blocksize and blocksize % groupsize:
+        raise ValueError(f"groupsize={groupsize} and blocksize={blocksize}: one must be a multiple of the other")
+    W, H = W.to(dtype), H.to(dtype)
+    target = W if target is None else target.to(dtype)
+    dead = H.diagonal() == 0                                       # inputs that are always 0: any weight will do
+    start = W.masked_fill(dead, 0) if mask is None else W.masked_fill(mask | dead, 0)
+    keep = torch.ones_like(W) if mask is None else (~mask).to(dtype)
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(n, device=W.device)
+    group = column_groups(n, groupsize, order if static else None)
+    Wt, kept = start.T[order], keep.T[order] if mask is not None else None
+    U = inverse_factor(H[order][:, order] if act_order else H, percdamp) if U is None else U
+    kind = "uniform" if grid == "minmax" else grid
+    grids = static_grids(start, H, keep, bits, groupsize, grid, sym) if static else None
+    choose = Rounder(U, group, grids, bits, kind, sym, kept)
+    V = torch.empty_like(Wt)
+    V[order] = sweep(Wt, U, blocksize, choose, inner=16 if static else math.gcd(16, groupsize))
+    scale, zero = grids if static else (torch.stack(choose.scale), torch.stack(choose.zero))          # (groups, out)
+    g_idx = torch.empty(n, dtype=torch.long, device=W.device)
+    g_idx[order] = torch.tensor(group, device=W.device)
+    if descent:
+        V = descend(V, target.T, H, keep.T, scale[g_idx], zero[g_idx], bits, kind, descent, percdamp, blocksize)
+    codes = quantize(V, scale[g_idx], zero[g_idx], bits, kind) * keep.T
+    return Compressed(V.T.contiguous(), ~keep.bool() if mask is None else mask, codes.to(torch.uint8).T.contiguous(),
+                      scale.T.float().contiguous(), zero.T.float().contiguous(), g_idx, relative_error(target, V.T, H), kind)
+
+
+def descend(Vt, Wt, H, keep, scale, zero, bits: int, grid: str, passes: int, percdamp: float = 0.01, blocksize: int = 128):
+    """Coordinate descent on the codes: column after column moves to the grid point that is best with all others held,
+
+        v_j <- nearest(v_j - g_j / H[j, j]),   g = (V - W) H,
+
+    which can only lower the error, now of the kept weights alone. With T = V - g / diag(H), moving column j by e moves
+    T[:, k] by -e H[j, k] / H[k, k]: the same loop as GPTQ's. All (in, out); returns the new Vt."""
+    h = H.diagonal() * (1 + percdamp)
+    h = torch.where(h > 0, h, torch.ones_like(h))
+    steps = H / h                                                            # [j, k] = H[j, k] / H[k, k]
+    for _ in range(passes):
+        old = Vt
+
+        def choose(T, j, end):
+            q = nearest(T[j], scale[j], zero[j], bits, grid) * keep[j]
+            return q, q - old[j]
+
+        D = Vt - Wt
+        Vt = sweep(Vt - (H @ D + (percdamp * H.diagonal())[:, None] * D) / h[:, None], steps, blocksize, choose)
+    return Vt

@@ -11,15 +11,20 @@ The joint pass is section 3.5: an error of rounding and an error of pruning are 
 
     import torch, torch.nn as nn
     from gptq import hessian
-    from sparsegpt import sparsegpt
+    from sparsegpt import prune_and_round, sparsegpt
     layer, x = nn.Linear(64, 32), torch.randn(512, 64)
-    layer.weight.data = sparsegpt(layer.weight.data, hessian(x), sparsity=0.5, bits=4).weight      # or "2:4", or bits=None
+    plain = sparsegpt(layer.weight.data, hessian(x), sparsity=0.5, bits=4)               # or "2:4", or bits=None
+    layer.weight.data = prune_and_round(layer.weight.data, hessian(x), 0.5, 4).weight    # slower, half of the error
 
-Copy it together with gptq.py, whose column loop it shares. Left out: sparsity chosen per layer.
+`prune_and_round` takes the same problem apart: a mask that sees the whole matrix at once (`admm`), the exact best values
+of what the mask keeps (`refit`), a grid for those values alone and GPTQ with the mask held (gptq.py). Copy this file
+together with gptq.py. Left out: sparsity chosen per layer.
 """
+import math
+
 import torch
 
-from gptq import Compressed, Rounder, check, inverse_factor, relative_error, sweep
+from gptq import Compressed, Rounder, check, column_groups, gptq, inverse_factor, quantize, relative_error, static_grids, sweep
 
 
 def parse_sparsity(sparsity: float | str) -> tuple[float, int, int]:
@@ -53,33 +58,42 @@ def prune_smallest(score: torch.Tensor, k: int) -> torch.Tensor:
     return mask.view(score.shape)
 
 
+def prune_pattern(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """True at all but the n largest of every m columns of score (rows, cols); a last group cut short prunes its share,
+    rounded down."""
+    mask, cols = torch.zeros_like(score, dtype=torch.bool), score.shape[1]
+    whole = cols // m * m
+    for start, width in ((0, m), (whole, cols - whole)):
+        part = score[:, start:whole if start == 0 else cols]
+        if part.numel():
+            groups = part.reshape(-1, width)
+            cut = groups.argsort(dim=1, stable=True)[:, :width * (m - n) // m]
+            mask[:, start:start + part.shape[1]] = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, cut, True).view(part.shape)
+    return mask
+
+
 class Pruner(Rounder):
-    """Chooses SparseGPT's values: zero where the mask says so, else GPTQ's rounding, else the weight as it is."""
+    """Chooses SparseGPT's values in `sweep`: zero where the mask says so, else GPTQ's rounding, else the weight as it is."""
 
-    def __init__(self, W, U, sparsity, bits, groupsize, sym):
-        super().__init__(W, bits, groupsize, sym)
-        self.fraction, self.keep, self.of = parse_sparsity(sparsity)
-        self.U, self.mask, self.pruned = U, torch.zeros_like(W, dtype=torch.bool), 0
+    def __init__(self, U, shape, sparsity, blocksize, *grids):
+        super().__init__(U, *grids)
+        self.fraction, self.n, self.m = parse_sparsity(sparsity)
+        self.stride = self.m or blocksize                      # columns whose mask is chosen at once
+        self.mask, self.pruned = torch.zeros(shape, dtype=torch.bool, device=U.device), 0            # (in, out)
 
-    def block(self, W, start, end):
-        if not self.of:                                        # a running total makes the matrix's sparsity exact
-            total = round(self.fraction * len(W) * end)
-            score = (W[:, start:end] / self.U.diagonal()[start:end]).square()
-            self.mask[:, start:end] = prune_smallest(score, total - self.pruned)
-            self.pruned = total
-
-    def columns(self, W, j, stop):
-        super().columns(W, j, stop)
-        if self.of and j % self.of == 0:                       # a last group cut short prunes its share, rounded down
-            end = min(j + self.of, self.n)
-            score = (W[:, j:end] / self.U.diagonal()[j:end]).square()
-            cut = score.argsort(dim=1, stable=True)[:, :(end - j) * (self.of - self.keep) // self.of]
-            self.mask[:, j:end].scatter_(1, cut, True)
-
-    def __call__(self, w, j):
-        q = super().__call__(w, j) if self.bits else w
-        self.codes[:, j].masked_fill_(self.mask[:, j], 0)
-        return q.masked_fill(self.mask[:, j], 0)
+    def __call__(self, Wt, j, end):
+        if j % self.stride == 0:
+            stop = min(j + self.stride, len(Wt))
+            score = (Wt[j:stop] * self.damage[j:stop, None]).square().T
+            if self.m:
+                cut = prune_pattern(score, self.n, self.m)
+            else:                                              # a running total makes the matrix's sparsity exact
+                total = round(self.fraction * Wt.shape[1] * stop)
+                cut, self.pruned = prune_smallest(score, total - self.pruned), total
+            self.mask[j:stop] = cut.T
+        q = super().__call__(Wt, j, end)[0] if self.bits else Wt[j]
+        q = q.masked_fill(self.mask[j], 0)
+        return q, (Wt[j] - q) * self.damage[j]
 
 
 def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int | None = None, groupsize: int = -1,
@@ -90,13 +104,111 @@ def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int
     weights for a fraction, n of every m columns for a pattern. The grid is the row's (or group's) min-max, as in gptq.py.
     U: inverse_factor of the same H and percdamp, to share it. Raises ValueError for NaN, Inf, wrong shapes or sparsity."""
     check(W, H, bits, blocksize, groupsize)
-    W0, H0 = W.to(torch.promote_types(W.dtype, torch.float32)), H.to(torch.promote_types(W.dtype, torch.float32))
-    W, H = W0.clone(), H0
-    W[:, H.diagonal() == 0] = 0                                # inputs that are always 0: pruned first, at no cost
+    m, dtype, n = parse_sparsity(sparsity)[2] or 1, torch.promote_types(W.dtype, torch.float32), W.shape[1]
+    blocksize, static = -(-blocksize // m) * m, groupsize == -1              # inner blocks hold whole n:m groups
+    if bits and not static and (groupsize % blocksize and blocksize % groupsize or groupsize % m):
+        raise ValueError(f"groupsize={groupsize}: it and blocksize={blocksize} must divide one another, and n:m groups divide it")
+    W, H = W.to(dtype), H.to(dtype)
+    start = W.masked_fill(H.diagonal() == 0, 0)                # inputs that are always 0: pruned first, at no cost
     U = inverse_factor(H, percdamp) if U is None else U
-    choose = Pruner(W, U, sparsity, bits, groupsize, sym)
-    m = choose.of or 1                                         # inner blocks hold whole n:m groups
-    V = sweep(W, U, -(-blocksize // m) * m, choose, inner=-(-16 // m) * m)
-    scale, zero = choose.tables() if bits else (None, None)
-    return Compressed(V, choose.mask, choose.codes if bits else None, scale, zero,
-                      torch.tensor(choose.group, device=W.device) if bits else None, relative_error(W0, V, H0))
+    grids = static_grids(start, H, None, bits, groupsize, "minmax", sym) if bits and static else None
+    choose = Pruner(U, (n, len(W)), sparsity, blocksize, column_groups(n, groupsize), grids, bits, "uniform", sym)
+    inner = -(-16 // m) * m if static or not bits else math.gcd(-(-16 // m) * m, groupsize)
+    V = sweep(start.T.contiguous(), U, blocksize, choose, inner).T.contiguous()
+    mask, error = choose.mask.T.contiguous(), relative_error(W, V, H)
+    if not bits:
+        return Compressed(V, mask, None, None, None, None, error)
+    scale, zero = (t.T.contiguous() for t in (grids if static else (torch.stack(choose.scale), torch.stack(choose.zero))))
+    g_idx = torch.tensor(choose.group, device=W.device)
+    codes = quantize(V, scale[:, g_idx], zero[:, g_idx], bits).masked_fill(mask, 0).to(torch.uint8)
+    return Compressed(V, mask, codes, scale.float(), zero.float(), g_idx, error)
+
+
+def normalized(W, H, percdamp):
+    """W and H in units where every input has mean square 1: then a weight's size tells its importance, and percdamp damps
+    all inputs alike. Returns W * d, H / (d d^T) + percdamp I and d (in,)."""
+    d = H.diagonal().sqrt()
+    d = d.clamp(min=max(1e-4 * float(d.max()), 1e-12))                       # an input that is always 0 has no size
+    Hn = H / d / d[:, None]
+    Hn.diagonal().add_(percdamp)
+    return W * d, Hn, d
+
+
+def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: int = 20, percdamp: float = 0.01,
+         rho: float = 0.2, growth: float = 1.5, every: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mask of W (out, in) by the alternating direction method of multipliers (ALPS, 2406.07831): minimize
+    trace((W-X) H (W-X)^T) over X = D, D sparse. With dual U, and rho pulling the two together,
+
+        X = (W H + rho (D - U)) (H + rho I)^-1       ridge regression, one product for all rows
+        D = keep the largest of X + U                projection onto the sparsity pattern
+        U = U + X - D                                what still separates them
+
+    in normalized units. rho grows by `growth` after every few iterations. Returns (mask (out, in) bool, True = pruned, with
+    exactly the sparsity asked for, and D, a good start for `refit`)."""
+    fraction, n, m = parse_sparsity(sparsity)
+    Wn, Hn, d = normalized(W, H, percdamp)
+    target, eye = Wn @ Hn, torch.eye(len(Hn), dtype=H.dtype, device=H.device)
+
+    def kept(Z, exact=False):
+        if m:
+            return ~prune_pattern(Z.abs(), n, m)
+        if exact:
+            return ~prune_smallest(Z.abs(), round(fraction * Z.numel()))
+        sample = Z.flatten()[::max(1, Z.numel() // 65536)].abs()             # on the way, an estimated threshold will do
+        return Z.abs() > sample.kthvalue(max(1, round(fraction * len(sample)))).values
+
+    Z, U, keep = Wn, torch.zeros_like(Wn), kept(Wn).to(W.dtype)              # Z = X + U, so D = Z * keep, U = Z - D
+    for i in range(iterations):
+        if i % every == 0:
+            if i:
+                rho, U = rho * growth, U / growth                            # U is in units of 1 / rho
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(Hn + rho * eye))
+            ridge, inverse = target @ inverse, inverse * rho
+        Z = torch.addmm(ridge + U, torch.addcmul(-U, Z, keep), inverse)
+        keep = kept(Z, exact=i == iterations - 1).to(W.dtype)
+        U = torch.addcmul(Z, Z, keep, value=-1)
+    return ~keep.bool(), Z * keep / d
+
+
+def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Tensor | None = None, iterations: int = 5,
+          percdamp: float = 0.01) -> torch.Tensor:
+    """The best values of the weights that mask (True = pruned) keeps: each row solves min (v-w) H (v-w)^T on its support.
+
+    Conjugate gradients on all rows at once, preconditioned by the diagonal (the normalized units); one product an iteration."""
+    Wn, Hn, d = normalized(W, H, percdamp)
+    keep = (~mask).to(W.dtype)
+    V = (Wn if start is None else start * d) * keep
+    R = (Wn - V) @ Hn * keep                                                 # residual: minus half the gradient
+    P, rr = R, R.square().sum(1, keepdim=True)
+    for _ in range(iterations):
+        Q = P @ Hn * keep
+        step = rr / (P * Q).sum(1, keepdim=True).clamp(min=1e-30)
+        V, R = V + step * P, R - step * Q
+        old, rr = rr, R.square().sum(1, keepdim=True)
+        P = R + rr / old.clamp(min=1e-30) * P
+    return V / d
+
+
+def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int | None = None, groupsize: int = -1,
+                    mask: str = "admm", refits: int = 5, grid: str = "offset", act_order: bool = True, descent: int = 2,
+                    percdamp: float = 0.01, blocksize: int = 128, sym: bool = False) -> Compressed:
+    """Prune W (out, in) with H (in, in) and quantize what is left: mask, refit, searched grid, GPTQ with the mask held, descent.
+
+    mask: "admm" or "sparsegpt"; refits: conjugate gradient iterations, 0 keeps the mask's own values; grid, act_order,
+    descent: see gptq.gptq; groups are neighbouring columns. sparsity 0 only quantizes, bits None only prunes."""
+    check(W, H, bits, blocksize, groupsize)
+    if mask not in ("admm", "sparsegpt"):
+        raise ValueError(f"mask={mask!r}: known are admm and sparsegpt")
+    W, H = (t.to(torch.promote_types(W.dtype, torch.float32)) for t in (W, H))
+    V, pruned = W, None
+    if parse_sparsity(sparsity)[0]:
+        if mask == "admm":
+            pruned, V = admm(W, H, sparsity, percdamp=percdamp)
+        else:
+            V, pruned = sparsegpt(W, H, sparsity, None, percdamp=percdamp, blocksize=blocksize)[:2]
+        V = refit(W, H, pruned, V, refits, percdamp) if refits else V
+    if bits is None:
+        pruned = torch.zeros_like(W, dtype=torch.bool) if pruned is None else pruned
+        return Compressed(V, pruned, None, None, None, None, relative_error(W, V, H))
+    return gptq(V, H, bits, groupsize, sym, act_order, static_groups=True, percdamp=percdamp, blocksize=blocksize, grid=grid,
+                mask=pruned, descent=descent, target=W)

@@ -83,7 +83,7 @@ def find_prompt(args, model, tokenizer) -> torch.Tensor | None:
 def main(args) -> None:
     folder = resolve(args.model)
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, DTYPES[args.dtype], args.device)
+    model = load_model(folder, DTYPES[args.dtype], args.device, args.fused == "on")
     prompt = find_prompt(args, model, tokenizer)
     if args.generate is not None:
         print(args.generate + generate(model, tokenizer, args.generate, args.max_new, args.temperature, args.top_p, prompt, args.seed))
@@ -121,6 +121,7 @@ if __name__ == "__main__":
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", default="float32", choices=DTYPES)
+    p.add_argument("--fused", default="on", choices=["on", "off"], help="off: unpack packed weights once, run ordinary Linears")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     try:
         main(p.parse_args())

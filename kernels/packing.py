@@ -172,8 +172,8 @@ def pack_compressed(out, bits: int) -> Packed:
     cols = out.codes.shape[1]
     size = int((out.g_idx == 0).sum()) if out.scale.shape[1] > 1 else -1            # the first group is a whole one
     neighbours = size == -1 or torch.equal(out.g_idx.cpu(), torch.arange(cols) // size)
-    return pack(out.codes, out.mask if out.mask.any() else None, out.scale, out.zero, bits, getattr(out, "grid", "uniform"),
-                size, g_idx=None if neighbours else out.g_idx)
+    return pack(out.codes, out.mask if out.mask.any() else None, out.scale, out.zero, bits, out.grid, size,
+                g_idx=None if neighbours else out.g_idx)
 
 
 def groups_of(cols: int, groupsize: int, g_idx: torch.Tensor | None) -> np.ndarray:

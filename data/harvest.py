@@ -39,8 +39,8 @@ CACHE = Path(__file__).resolve().parent / "cache"
 SKIP_DIRS = {"test", "tests", "testing", "idle_test", "_internal", "_vendor", "_bundled", "third_party", "licenses",
              "site-packages", "dist-packages", "encodings", "__pycache__", "f2py"}
 SKIP_TEXT = re.compile(r"licen[sc]e|copying|notice|credits|cmakelists|grammar|requirements", re.I)
-MAX_FILE = 150_000         # bytes; larger source files are mostly generated tables
-MIN_PROSE = 300            # characters; shorter module docstrings and files are not prose worth a document
+MAX_FILE = 150_000         # characters; larger source files are mostly generated tables
+MIN_PROSE = 300            # characters; shorter files and module docstrings are not worth a document
 
 
 def versions() -> dict[str, str]:
@@ -115,7 +115,7 @@ def collect() -> dict[str, list[tuple[str, str]]]:
         entries = [entry for entry, docstring in docstrings if first(docstring, seen)]
         if entries:
             sets["docstrings"].append((path, "\n\n\n".join(entries) + "\n"))
-        if len(code) >= MIN_PROSE and len(code) <= MAX_FILE and first(code, seen):
+        if MIN_PROSE <= len(code) <= MAX_FILE and first(code, seen):
             sets["code"].append((path, code))
     for package in versions():
         description = "" if package == "python" else importlib.metadata.metadata(package).get_payload() or ""

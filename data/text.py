@@ -6,7 +6,7 @@
 wikitext2         train, validation, test    the file's lines, a blank one as "", joined with "\\n\\n" (GPTQ)
 ptb               train, validation, test    sentences, joined with " "
 c4                train, validation          documents; evaluation takes the first 1100, joined with " "
-docs, docstrings, code                       train, validation, test: documents harvested from the user's own machine
+docs, docstrings, code                       train, validation, test: documents harvested on the user's own machine
 PATH.txt .raw .md, PATH.jsonl (field text)   a file as it is, also as .gz; a .jsonl is joined with "\\n\\n"
 
 A named set is looked for in `folder`, in the folder that the environment variable TEXT_FOLDER names, in data/cache/NAME
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from data.download import fetch
+from data.harvest import SETS as HARVESTED, harvest
 
 CACHE = Path(__file__).resolve().parent / "cache"
 FILES = {   # set -> split -> file names, the published one first
@@ -32,7 +33,6 @@ FILES = {   # set -> split -> file names, the published one first
            "validation": ["c4-validation.00000-of-00008.json.gz", "validation.jsonl"]},
 }
 SUBFOLDERS = {"wikitext2": "wikitext-2-raw", "ptb": "data", "c4": "en"}     # of the published archives
-HARVESTED = ("docs", "docstrings", "code")
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
 C4_EVAL_DOCUMENTS, C4_EVAL_WINDOWS = 1100, 256
 
@@ -40,7 +40,6 @@ C4_EVAL_DOCUMENTS, C4_EVAL_WINDOWS = 1100, 256
 def load_text(name: str, split: str, folder: str | Path | None = None) -> list[str] | str:
     """One text (wikitext2, ptb, a file) or a list of documents (c4, harvested sets, a .jsonl). A file has no splits."""
     if name in HARVESTED:
-        from data.harvest import harvest                                    # parses source files for a minute
         return harvest(name, split)
     if name not in FILES:
         path = Path(name)

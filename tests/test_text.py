@@ -109,8 +109,7 @@ def test_files_are_read_as_they_are(tmp_path, text):
 
 
 def test_harvested_sets_are_loaded_on_demand(monkeypatch):
-    harvest = pytest.importorskip("data.harvest")
-    monkeypatch.setattr(harvest, "harvest", lambda name, split: [f"{name} {split}", "b"])
+    monkeypatch.setattr(data.text, "harvest", lambda name, split: [f"{name} {split}", "b"])
     assert load_text("docstrings", "validation") == ["docstrings validation", "b"]
     assert eval_tokens(Characters(), "docs", "test", 3).tolist() == Characters().encode("docs test\n\nb")
 

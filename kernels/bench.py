@@ -2,6 +2,7 @@
 
     python -m kernels.bench                               # a GPU: everything; a CPU: a short list, its own paths
     python -m kernels.bench --shapes 4096x11008 --batches 1 16 --formats nm --backward
+    python -m kernels.bench --generate runs/out/compressed           # whole models, see bench_model.py
 
 Shapes are out x in. Every call reads another copy of the weights, more of them than any cache holds; on a GPU the
 calls are replayed from a CUDA graph, so that Python's launch time is not counted. Times are medians. `limit` is the
@@ -10,6 +11,7 @@ limit / time.
 """
 import argparse
 import statistics
+import sys
 import time
 
 import torch
@@ -132,6 +134,9 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype or ("fp16" if gpu else "bf16")]
+    if args.generate or args.tune:
+        from kernels import bench_model                     # here, because it needs model.py
+        return bench_model.main(args, dtype, device)
     name, memory_rate, compute_rate = machine(device)
     print(f"{name}: {memory_rate / 1e9:.0f} GB/s, {compute_rate / 1e12:.2f} Tflop/s; "
           f"x in {dtype}, grid {args.grid}, groupsize {args.groupsize}")
@@ -157,4 +162,14 @@ if __name__ == "__main__":
     parser.add_argument("--device")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--backward", action="store_true", help="also dx = dy W")
-    main(parser.parse_args())
+    parser.add_argument("--generate", metavar="FOLDER", help="tokens per second, dense against packed; or random-llama-7b")
+    parser.add_argument("--tune", metavar="FOLDER", help="a prompt-tuning step, dense against packed; or random-llama-7b")
+    parser.add_argument("--context", type=int, default=64, help="--generate: tokens in front")
+    parser.add_argument("--batch", type=int, default=4, help="--tune: windows a step")
+    parser.add_argument("--tokens", type=int, default=512, help="--tune: tokens a window")
+    parser.add_argument("--prompt-tokens", type=int, default=100, help="--tune: learned tokens in front of each")
+    parser.add_argument("--checkpointing", action="store_true", help="--tune: recompute activations")
+    try:
+        main(parser.parse_args())
+    except (ValueError, FileNotFoundError) as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,184 @@
+"""Whole models, dense against packed: decoding at batch 1, and a step of prompt tuning. Called by bench.py.
+
+    python -m kernels.bench --generate runs/out/compressed                      # a folder that train.py wrote
+    python -m kernels.bench --generate random-llama-7b                          # that shape, random weights, made here
+    python -m kernels.bench --tune runs/out/compressed --batch 4 --tokens 512
+
+Both models hold the same weights and run in turn, a token or a step each, so that whatever else the machine does slows
+both; times are medians. Memory: what a model holds, and on a GPU the peak while it runs, without the other model.
+This is the one file of the folder that knows model.py.
+"""
+import statistics
+import time
+
+import torch
+import torch.nn as nn
+
+from data.config import PUBLISHED, Config
+from kernels.bench import random_layer
+from kernels.linear import PackedLinear
+from kernels.packing import Packed
+from model import Transformer, load_model
+from prompt import initial_prompt, text_nll
+
+
+def random_model(name: str, format: str, grid: str, dtype, device) -> tuple[Transformer, Transformer]:
+    """(dense, packed) of a published model's shape; Linears of one shape share their numbers, not their memory, and the
+    two models share what is no Linear."""
+    d, layers, heads, kv, ff, vocab, _ = PUBLISHED[name]
+    opt = name.startswith("opt")
+    config = Config("opt" if opt else "llama", vocab, d, layers, heads, ff, kv, tied=opt, attention_bias=opt, mlp_bias=opt)
+    models, made = [], {}
+    for packed in (False, True):
+        with torch.device("meta"):
+            model = Transformer(config).requires_grad_(False)
+        for key, linear in model.linears():
+            shape = (linear.out_features, linear.in_features)
+            if shape not in made:
+                made[shape] = PackedLinear(random_layer(shape, format, grid, -1, device)).to(device)
+            if packed:
+                held = made[shape].packed
+                model.set_submodule(key, PackedLinear(Packed({n: t.clone() for n, t in held.tensors.items()}, held.meta), linear.bias))
+            else:
+                linear.weight = nn.Parameter(made[shape].weight_dequantized(dtype).clone(), requires_grad=False)
+        for key, p in model.named_parameters():
+            if p.is_meta and key not in made:                   # embeddings, norms, biases, head
+                made[key] = 0.02 * torch.randn(p.shape, device=device, dtype=dtype) + ("norm" in key)
+        model.load_state_dict({key: t for key, t in made.items() if isinstance(key, str)}, strict=False, assign=True)
+        models.append(model.requires_grad_(False).eval())
+    return tuple(models)
+
+
+def pair(path: str, format: str, grid: str, dtype, device) -> tuple[Transformer, Transformer]:
+    """(dense, packed) from a packed folder or from random-NAME."""
+    name = path.removeprefix("random-")
+    if name != path:
+        if name not in PUBLISHED:
+            raise ValueError(f"{path}: give random- and one of {', '.join(PUBLISHED)}")
+        return random_model(name, format, grid, dtype, device)
+    dense, packed = (load_model(path, dtype, device, packed=p) for p in (False, True))
+    if not any(isinstance(m, PackedLinear) for _, m in packed.linears()):
+        raise ValueError(f"{path} is not packed: train.py with --bits 2, 3, 4 or 8 writes packed folders")
+    return dense, packed
+
+
+def held(model: Transformer) -> int:
+    """Bytes of weights, packed or not, and of the caches that decoding on a CPU makes."""
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    caches = sum(m.decode_bytes() for _, m in model.linears() if isinstance(m, PackedLinear))
+    return sum(t.numel() * t.element_size() for t in tensors.values()) + caches
+
+
+def in_turn(calls: list, repeats: int, device) -> list[float]:
+    """Median seconds of each call."""
+    times = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, seconds in zip(calls, times):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(s) for s in times]
+
+
+def peaks(calls: list, models: list[Transformer], device) -> list[str]:
+    """Peak memory of each call on a GPU, the other model's weights taken off; on a CPU what the models hold."""
+    lines = []
+    for call, other in zip(calls, reversed(models)):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        call()
+        lines.append(torch.cuda.max_memory_allocated() - held(other) if device.type == "cuda" else 0)
+    return [f"{peak / 1e6:.0f} MB at the peak, {held(m) / 1e6:.0f} held" if peak else f"{held(m) / 1e6:.0f} MB held"
+            for peak, m in zip(lines, models)]
+
+
+@torch.no_grad()
+def generate(models: list[Transformer], context: int, repeats: int, device) -> None:
+    """Greedy decoding behind `context` random tokens. On a GPU also one step replayed from a CUDA graph, always at the
+    same position: what decoding costs once Python is out of the way."""
+    text = torch.randint(0, models[0].config.vocab_size, (1, context), device=device)
+    logits, steps, graphs = [], [], []
+    for model in models:
+        cache = model.new_cache(1, context + repeats + 8)
+        logits.append(model(text, cache)[0, -1].float())
+        token = logits[-1].argmax().view(1, 1)
+
+        def step(model=model, cache=cache, token=token):
+            token.copy_(model.head(model.hidden(token, cache)[:, -1]).argmax(-1, keepdim=True))
+
+        step()                                                  # makes decode caches, compiles kernels
+        steps.append(step)
+        if device.type == "cuda":
+            def again(step=step, cache=cache):
+                cache.start = context
+                step()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                again()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                again()
+            graphs.append(graph.replay)
+    difference = (logits[0] - logits[1]).abs().max() / logits[0].abs().max()
+    print(f"largest difference of a logit behind {context} tokens: {difference:.1e} of the largest logit")
+    for calls, how in ((steps, "as it runs"), (graphs, "from a CUDA graph")):
+        if calls:
+            dense, packed = in_turn(calls, repeats, device)
+            print(f"decoding, batch 1, {how}: dense {1 / dense:.1f} tokens/s, packed {1 / packed:.1f} tokens/s, "
+                  f"{dense / packed:.2f} x")
+    for name, line in zip(("dense", "packed"), peaks(steps, models, device)):
+        print(f"memory while decoding, {name}: {line}")
+
+
+def tune(models: list[Transformer], batch: int, tokens: int, prompt_tokens: int, repeats: int, device) -> None:
+    """One step, forward and backward, of learning a prompt in front of `batch` windows of random tokens."""
+    text = torch.randint(0, models[0].config.vocab_size, (batch, tokens), device=device)
+    start, positions = initial_prompt(models[0], prompt_tokens, "vocab"), batch * (prompt_tokens + tokens)
+
+    def step(model):
+        prompt = nn.Parameter(start.clone())
+        text_nll(model, prompt, text).mean().backward()
+        return prompt.grad
+
+    def kept(model) -> int:
+        """Bytes that the forward pass keeps for the backward pass, weights aside."""
+        weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+        found = {}
+
+        def note(t):
+            if t.untyped_storage().data_ptr() not in weights:
+                found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            text_nll(model, nn.Parameter(start.clone()), text).mean()
+        return sum(found.values())
+
+    gradients = [step(m).float() for m in models]
+    difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    calls = [lambda m=m: step(m) for m in models]
+    dense, packed = in_turn(calls, repeats, device)
+    print(f"difference of the prompt's gradient: {difference:.1e} of its norm")
+    print(f"prompt tuning, batch {batch}, {prompt_tokens} + {tokens} tokens: dense {dense:.2f} s a step, packed {packed:.2f} s, "
+          f"{packed / dense:.2f} x the time")
+    for name, m, line in zip(("dense", "packed"), models, peaks(calls, models, device)):
+        weights = sum(p.numel() for p in models[0].parameters())
+        print(f"memory of a step, {name}: {line}; weights {held(m) / weights:.2f} bytes per parameter, activations kept "
+              f"{kept(m) / positions / 1e3:.1f} kB per token, {16 * start.numel() / 1e6:.2f} MB for the prompt, its gradient and Adam")
+
+
+def main(args, dtype, device) -> None:
+    path = args.generate or args.tune
+    models = list(pair(path, args.formats[-1], args.grid, dtype, device))
+    print(f"{path}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, {dtype}")
+    if args.generate:
+        generate(models, args.context, args.repeats, device)
+    else:
+        for model in models:
+            model.checkpointing = args.checkpointing
+        tune(models, args.batch, args.tokens, args.prompt_tokens, args.repeats, device)

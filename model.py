@@ -106,23 +106,24 @@ class Block(nn.Module):
         self.norm2, self.mlp = norm(c.d_model, eps=c.norm_eps), MLP(c)
 
     def steps(self, h, rope, kv=None):
-        """The forward pass as a generator: yields (names of the Linears about to be used, their shared input), and
-        last ((), output). Whoever drives it may replace those Linears' weights before it goes on."""
+        """The forward pass as a generator: yields (names of the Linears about to be used, their shared input, what their
+        output will be added to or None), and last ((), output, None). Whoever drives it may replace those Linears' weights
+        before it goes on."""
         x = self.norm1(h) if self.pre_norm else h
-        yield ("attn.q", "attn.k", "attn.v"), x
+        yield ("attn.q", "attn.k", "attn.v"), x, None
         x = self.attn.mix(x, rope, kv)
-        yield ("attn.o",), x
+        yield ("attn.o",), x, h
         h = h + self.attn.o(x)
         h = h if self.pre_norm else self.norm1(h)
         x = self.norm2(h) if self.pre_norm else h
-        yield ("mlp.up",) if self.mlp.gate is None else ("mlp.gate", "mlp.up"), x
+        yield ("mlp.up",) if self.mlp.gate is None else ("mlp.gate", "mlp.up"), x, None
         x = self.mlp.mix(x)
-        yield ("mlp.down",), x
+        yield ("mlp.down",), x, h
         h = h + self.mlp.down(x)
-        yield (), h if self.pre_norm else self.norm2(h)
+        yield (), h if self.pre_norm else self.norm2(h), None
 
     def forward(self, h, rope, kv=None):
-        for _, h in self.steps(h, rope, kv):
+        for _, h, _ in self.steps(h, rope, kv):
             pass
         return h
 

@@ -75,11 +75,11 @@ def prune_pattern(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
 class Pruner(Rounder):
     """Chooses SparseGPT's values in `sweep`: zero where the mask says so, else GPTQ's rounding, else the weight as it is."""
 
-    def __init__(self, U, shape, sparsity, blocksize, *grids):
+    def __init__(self, U, shape, sparsity, blocksize, parts, *grids):
         super().__init__(U, *grids)
         self.fraction, self.n, self.m = parse_sparsity(sparsity)
         self.stride = self.m or blocksize                      # columns whose mask is chosen at once
-        self.mask, self.pruned = torch.zeros(shape, dtype=torch.bool, device=U.device), 0            # (in, out)
+        self.mask, self.parts, self.before = torch.zeros(shape, dtype=torch.bool, device=U.device), parts, 0     # (in, out)
 
     def __call__(self, Wt, j, end):
         if j % self.stride == 0:
@@ -87,9 +87,10 @@ class Pruner(Rounder):
             score = (Wt[j:stop] * self.damage[j:stop, None]).square().T
             if self.m:
                 cut = prune_pattern(score, self.n, self.m)
-            else:                                              # a running total makes the matrix's sparsity exact
-                total = round(self.fraction * Wt.shape[1] * stop)
-                cut, self.pruned = prune_smallest(score, total - self.pruned), total
+            else:                                              # running totals make a matrix's sparsity exact
+                total = lambda rows, columns: round(self.fraction * rows * columns)
+                cut = torch.cat([prune_smallest(s, total(len(s), stop) - total(len(s), self.before)) for s in score.split(self.parts)])
+                self.before = stop
             self.mask[j:stop] = cut.T
         q = super().__call__(Wt, j, end)[0] if self.bits else Wt[j]
         q = q.masked_fill(self.mask[j], 0)
@@ -97,12 +98,14 @@ class Pruner(Rounder):
 
 
 def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int | None = None, groupsize: int = -1,
-              sym: bool = False, percdamp: float = 0.01, blocksize: int = 128, U: torch.Tensor | None = None) -> Compressed:
+              sym: bool = False, percdamp: float = 0.01, blocksize: int = 128, U: torch.Tensor | None = None,
+              parts: list[int] | None = None) -> Compressed:
     """Prune W (out, in) to `sparsity` (0.5, or "2:4" for n kept of every m) with H (in, in), and quantize it if bits is given.
 
     Neither input is changed; work is done in W's precision, fp32 at least. Sparsity is exact: round(sparsity * W.numel())
     weights for a fraction, n of every m columns for a pattern. The grid is the row's (or group's) min-max, as in gptq.py.
-    U: inverse_factor of the same H and percdamp, to share it. Raises ValueError for NaN, Inf, wrong shapes or sparsity."""
+    U: inverse_factor of the same H and percdamp, to share it. parts: rows of each of several matrices that share H and are
+    stacked in W; each is pruned to the sparsity. Raises ValueError for NaN, Inf, wrong shapes or sparsity."""
     check(W, H, bits, blocksize, groupsize)
     m, dtype, n = parse_sparsity(sparsity)[2] or 1, torch.promote_types(W.dtype, torch.float32), W.shape[1]
     blocksize, static = -(-blocksize // m) * m, groupsize == -1              # inner blocks hold whole n:m groups
@@ -112,7 +115,7 @@ def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int
     start = W.masked_fill(H.diagonal() == 0, 0)                # inputs that are always 0: pruned first, at no cost
     U = inverse_factor(H, percdamp) if U is None else U
     grids = static_grids(start, H, None, bits, groupsize, "minmax", sym) if bits and static else None
-    choose = Pruner(U, (n, len(W)), sparsity, blocksize, column_groups(n, groupsize), grids, bits, "uniform", sym)
+    choose = Pruner(U, (n, len(W)), sparsity, blocksize, parts or [len(W)], column_groups(n, groupsize), grids, bits, "uniform", sym)
     inner = -(-16 // m) * m if static or not bits else math.gcd(-(-16 // m) * m, groupsize)
     V = sweep(start.T.contiguous(), U, blocksize, choose, inner).T.contiguous()
     mask, error = choose.mask.T.contiguous(), relative_error(W, V, H)
@@ -124,13 +127,14 @@ def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int
     return Compressed(V, mask, codes, scale.float(), zero.float(), g_idx, error)
 
 
-def normalized(W, H, percdamp):
-    """W and H in units where every input has mean square 1: then a weight's size tells its importance, and percdamp damps
-    all inputs alike. Returns W * d, H / (d d^T) + percdamp I and d (in,)."""
+def normalized(W, H, damp):
+    """W and H in units where every input has mean square 1: then a weight's size tells its importance, and damping treats
+    all inputs alike. Returns W * d, H / (d d^T) + damp I and d (in,)."""
     d = H.diagonal().sqrt()
     d = d.clamp(min=max(1e-4 * float(d.max()), 1e-12))                       # an input that is always 0 has no size
-    Hn = H / d / d[:, None]
-    Hn.diagonal().add_(percdamp)
+    Hn = H / d
+    Hn /= d[:, None]
+    Hn.diagonal().add_(damp)
     return W * d, Hn, d
 
 
@@ -147,7 +151,8 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
     exactly the sparsity asked for, and D, a good start for `refit`)."""
     fraction, n, m = parse_sparsity(sparsity)
     Wn, Hn, d = normalized(W, H, percdamp)
-    target, eye = Wn @ Hn, torch.eye(len(Hn), dtype=H.dtype, device=H.device)
+    target, damp = Wn @ Hn, percdamp
+    fast = torch.bfloat16 if W.shape[1] > 2048 else W.dtype                  # a mask stands a little noise, wide layers are slow
 
     def kept(Z, exact=False):
         if m:
@@ -162,9 +167,12 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
         if i % every == 0:
             if i:
                 rho, U = rho * growth, U / growth                            # U is in units of 1 / rho
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(Hn + rho * eye))
-            ridge, inverse = target @ inverse, inverse * rho
-        Z = torch.addmm(ridge + U, torch.addcmul(-U, Z, keep), inverse)
+            Hn.diagonal().add_(percdamp + rho - damp)
+            damp, inverse = percdamp + rho, None
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(Hn))
+            ridge, inverse = target @ inverse, inverse.mul_(rho).to(fast)
+        X = torch.addcmul(-U, Z, keep).to(fast) @ inverse
+        Z = U.add_(ridge).add_(X)
         keep = kept(Z, exact=i == iterations - 1).to(W.dtype)
         U = torch.addcmul(Z, Z, keep, value=-1)
     return ~keep.bool(), Z * keep / d
@@ -179,23 +187,24 @@ def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Ten
     keep = (~mask).to(W.dtype)
     V = (Wn if start is None else start * d) * keep
     R = (Wn - V) @ Hn * keep                                                 # residual: minus half the gradient
-    P, rr = R, R.square().sum(1, keepdim=True)
+    P, rr = R.clone(), R.square().sum(1, keepdim=True)
     for _ in range(iterations):
-        Q = P @ Hn * keep
+        Q = (P @ Hn).mul_(keep)
         step = rr / (P * Q).sum(1, keepdim=True).clamp(min=1e-30)
-        V, R = V + step * P, R - step * Q
+        V.addcmul_(step, P)
+        R.addcmul_(step, Q, value=-1)
         old, rr = rr, R.square().sum(1, keepdim=True)
-        P = R + rr / old.clamp(min=1e-30) * P
-    return V / d
+        P.mul_(rr / old.clamp(min=1e-30)).add_(R)
+    return V.div_(d)
 
 
 def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int | None = None, groupsize: int = -1,
-                    mask: str = "admm", refits: int = 5, grid: str = "offset", act_order: bool = True, descent: int = 2,
+                    mask: str = "admm", refits: int = 5, grid: str = "auto", act_order: bool = True, descent: int = 2,
                     percdamp: float = 0.01, blocksize: int = 128, sym: bool = False) -> Compressed:
     """Prune W (out, in) with H (in, in) and quantize what is left: mask, refit, searched grid, GPTQ with the mask held, descent.
 
     mask: "admm" or "sparsegpt"; refits: conjugate gradient iterations, 0 keeps the mask's own values; grid, act_order,
-    descent: see gptq.gptq; groups are neighbouring columns. sparsity 0 only quantizes, bits None only prunes."""
+    descent: see gptq.gptq, "auto" being "offset" behind a mask and "uniform" without; groups are neighbouring columns. sparsity 0 only quantizes, bits None only prunes."""
     check(W, H, bits, blocksize, groupsize)
     if mask not in ("admm", "sparsegpt"):
         raise ValueError(f"mask={mask!r}: known are admm and sparsegpt")
@@ -207,6 +216,7 @@ def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bit
         else:
             V, pruned = sparsegpt(W, H, sparsity, None, percdamp=percdamp, blocksize=blocksize)[:2]
         V = refit(W, H, pruned, V, refits, percdamp) if refits else V
+    grid = ("uniform" if pruned is None else "offset") if grid == "auto" else grid
     if bits is None:
         pruned = torch.zeros_like(W, dtype=torch.bool) if pruned is None else pruned
         return Compressed(V, pruned, None, None, None, None, relative_error(W, V, H))

@@ -8,6 +8,7 @@ Everything lands in --out: compressed/ (load_model reads it), prompt.safetensors
 next begins. Left out: training on several GPUs.
 """
 import argparse
+import copy
 import json
 import platform
 import shutil
@@ -23,91 +24,166 @@ from data.progress import Progress
 from data.text import calibration, eval_tokens
 from data.tokenizer import load_tokenizer
 from eval import DTYPES, fail, perplexity
-from gptq import gptq, inverse_factor
-from model import Transformer, load_model, save_model
+from gptq import gptq
+from kernels.linear import PackedLinear
+from kernels.packing import pack_compressed
+from model import Transformer, load_model, save_model, storage
 from prompt import initial_prompt, learn, save_prompt
-from sparsegpt import parse_sparsity, sparsegpt
+from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
+
+
+RECIPES = {"plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, true_sequential=False, correct=0.0),
+           "best": dict(mask="admm", refits=5, grid="auto", act_order=True, descent=2, true_sequential=True, correct=0.5)}
 
 
 def make_solver(args):
-    """solve(W, H, U) -> Compressed, for the settings in args."""
+    """solve(W, H, parts) -> Compressed, for the settings in args; W stacks the Linears that read one input, parts has their
+    rows. None where there is nothing to do."""
     fraction, _, m = parse_sparsity(args.sparsity)
     if args.bits == 16 and not fraction:
-        return None                                              # nothing to do
-    bits = None if args.bits == 16 else args.bits
-    if not fraction:
-        return lambda W, H, U: gptq(W, H, bits, args.groupsize, args.sym, args.act_order, args.static_groups, args.percdamp,
-                                    args.blocksize, None if args.act_order else U)
-    if args.act_order or args.static_groups:
-        raise ValueError("--act-order and --static-groups belong to quantization alone (--sparsity 0)")
-    pattern = str(args.sparsity) if m else fraction
-    return lambda W, H, U: sparsegpt(W, H, pattern, bits, args.groupsize, args.sym, args.percdamp, args.blocksize, U)
+        return None
+    bits, pattern = None if args.bits == 16 else args.bits, str(args.sparsity) if m else fraction
+    if args.static_groups and (args.recipe != "plain" or not args.act_order or fraction):
+        raise ValueError("--static-groups belongs to --recipe plain --sparsity 0 --act-order; the searched grids' groups are static anyway")
+    if args.mask == "admm" or args.refits or args.descent or args.grid != "minmax" or fraction and args.act_order:
+        return lambda W, H, parts: prune_and_round(W, H, pattern, bits, args.groupsize, args.mask, args.refits, args.grid, args.act_order,
+                                                   args.descent, args.percdamp, args.blocksize, args.sym)
+    if fraction:                                                 # one joint pass, as the paper has it
+        return lambda W, H, parts: sparsegpt(W, H, pattern, bits, args.groupsize, args.sym, args.percdamp, args.blocksize, parts=parts)
+    return lambda W, H, parts: gptq(W, H, bits, args.groupsize, args.sym, args.act_order, args.static_groups, args.percdamp, args.blocksize)
+
+
+class Gram:
+    """The mean of x x^T over all x (..., n) added, in fp32. Products of bf16 numbers are exact there; sums in bf16 are not
+    exact enough to be inverted. H is symmetric, so only a staircase of it is computed."""
+
+    def __init__(self):
+        self.H, self.count = None, 0
+
+    def add(self, x: torch.Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).float()
+        n, self.count = x.shape[1], self.count + len(x)
+        self.H = x.new_zeros(n, n) if self.H is None else self.H
+        step = max(128, -(-n // 4))
+        for s in range(0, n, step):
+            self.H[s:, s:s + step].addmm_(x[:, s:].T, x[:, s:s + step])
+
+    def mean(self) -> torch.Tensor:
+        return (self.H.tril() + self.H.tril(-1).T) / self.count
+
+
+def corrected(W, bias, H, inputs, dense_inputs, residuals, dense_residuals, strength: float, damp: float = 0.1):
+    """The weights that a compressed Linear should aim at, given that it reads x where the dense model reads x', and that its
+    output joins r where the dense model has r': least squares, damped towards W (QEP 2504.09629, GPTAQ 2504.02692; the
+    residual stream's own error is ours),
+
+        W + strength (W C + R) (H + damp diag H)^-1,   C = mean (x' - x) x^T,   R = mean (r' - r) x^T.
+
+    With a bias, H, C and R are taken around the means, which the bias then meets. Returns (W, H, shift), shift (V) being
+    what the bias gains once the Linear's weights have become V."""
+    count = sum(x.shape[0] * x.shape[1] for x in inputs)
+    flat = lambda t: t.reshape(-1, t.shape[-1])
+    C = R = torch.zeros((), device=W.device)
+    mean = gain = drift = 0
+    for k, x in enumerate(inputs):
+        dx, x = flat(dense_inputs[k] - x), flat(x)
+        dr = None if residuals[k] is None else flat(dense_residuals[k] - residuals[k])
+        C = C + (dx.T @ x).float()                               # a difference may be summed in half precision
+        R = R if dr is None else R + (dr.T @ x).float()
+        if bias is not None:
+            mean, gain = mean + x.sum(0, dtype=torch.float32), gain + dx.sum(0, dtype=torch.float32)
+            drift = drift if dr is None else drift + dr.sum(0, dtype=torch.float32)
+    C, R = C / count, R / count
+    shift = None
+    if bias is not None:
+        mean, gain, drift = mean / count, gain / count, drift / count
+        H, C = H - torch.outer(mean, mean), C - torch.outer(gain, mean)
+        R = R - torch.outer(drift, mean) if torch.is_tensor(drift) else R
+        wanted = W @ (mean + strength * gain) + strength * drift
+        shift = lambda V: wanted - V @ mean
+    damped = H + torch.diag(damp * H.diagonal() + 1e-6 * H.diagonal().mean() + 1e-12)
+    step = torch.linalg.solve(damped, (W @ C + R).T).T
+    return W + strength * step, H, shift
 
 
 @torch.no_grad()
-def compress(model: Transformer, windows: torch.Tensor, solve, percdamp: float = 0.01, true_sequential: bool = False,
-             batch_size: int = 4) -> list[dict]:
-    """Compress every Linear of every block in place; windows (N, T) int64 are the calibration text. Returns one dict a Linear.
+def compress(model: Transformer, windows: torch.Tensor, solve, true_sequential: bool = True, correct: float = 0.5,
+             batch_size: int = 4, dtype: torch.dtype | None = None, bits: int | None = None) -> list[dict]:
+    """Compress every Linear of every block in place; windows (N, T) int64 are the calibration text. Returns one dict a Linear (error: its group's).
 
     Block by block; what enters a block comes out of the compressed blocks before it. Linears that share an input share one
-    Hessian and one factor. Plain: all four Hessians of a block come from its dense weights, then it runs once more,
-    compressed. true_sequential: all windows go through the block together, group by group, and each group of Linears is
-    compressed just before it is used, so that every Linear runs once and later groups see the earlier ones' errors."""
-    device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
-    hs = [model.stem(model.embed(w.to(device))) for w in windows.split(batch_size)]        # (batch, T, d_model) each
-    rope, stats = model.rope(0, windows.shape[1], device), []
+    Hessian and are solved as one stacked matrix. Plain: all four Hessians of a block come from its dense weights, then it
+    runs once more, compressed. true_sequential: all windows go through the block together, group by group, and each group of
+    Linears is compressed just before it is used, so that every Linear runs once and later groups see the earlier ones'
+    errors. correct > 0: the dense model runs alongside and every Linear aims at its outputs (`corrected`).
+    dtype: of activations and of the two copies of the block that run; solvers work in fp32.
+    bits: a quantized Linear becomes a PackedLinear of that width when its block is done; None leaves it dense."""
+    device, kept = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+    dtype = dtype or kept
+    hs = [model.stem(model.embed(w.to(device))).to(dtype) for w in windows.split(batch_size)]        # (batch, T, d_model) each
+    dense_hs, rope, stats, packed = hs, model.rope(0, windows.shape[1], device), [], {}
 
-    def accumulate(H, x):                                        # sum of x x^T in fp32; the caller divides
-        x = x.reshape(-1, x.shape[-1]).float()
-        return x.T @ x if H is None else H.addmm_(x.T, x)
-
-    def solve_group(i, block, names, H):
-        H = H / windows.numel()
-        U = inverse_factor(H, percdamp)
-        for name in names:
-            linear = block.get_submodule(name)
-            out = solve(linear.weight.float(), H, U)
-            linear.weight.data = out.weight.half().to(dtype)     # what fp16 stores is what is measured
-            stats.append({"name": f"blocks.{i}.{name}", "error": out.error, "sparsity": float(out.mask.float().mean())})
+    def solve_group(i, block, work, names, H, seen=None):
+        linears = [block.get_submodule(name) for name in names]
+        parts, W = [m.out_features for m in linears], torch.cat([m.weight.float() for m in linears])
+        bias, shift = None if linears[0].bias is None else torch.cat([m.bias.float() for m in linears]), None
+        if seen is not None:
+            W, H, shift = corrected(W, bias, H, *seen, correct)
+        out = solve(W, H, parts)
+        shifts = [None] * len(parts) if shift is None else shift(out.weight).split(parts)
+        rows = [t.split(parts) if torch.is_tensor(t) else [None] * len(parts) for t in out[:5]]
+        for name, linear, moved, weight, mask, codes, scale, zero in zip(names, linears, shifts, *rows):
+            quantized = bits is not None and codes is not None
+            linear.weight.data = (weight if quantized else weight.half()).to(kept)      # what is stored is what is measured
+            if moved is not None:
+                linear.bias.data = (linear.bias.float() + moved).half().to(kept)
+            if quantized:
+                one = out._replace(weight=weight, mask=mask, codes=codes, scale=scale, zero=zero)
+                packed[name] = PackedLinear(pack_compressed(one, bits), linear.bias).to(device)
+            work.get_submodule(name).load_state_dict(linear.state_dict())
+            stats.append({"name": f"blocks.{i}.{name}", "error": out.error, "sparsity": float(mask.float().mean())})
 
     bar = Progress(model.blocks, "compressing blocks")
     for i, block in enumerate(bar):
-        if true_sequential:
-            runs = [block.steps(h, rope) for h in hs]
+        work = copy.deepcopy(block).to(dtype)
+        if true_sequential or correct:
+            runs = [work.steps(h, rope) for h in hs]
+            dense = copy.deepcopy(work) if correct else None
+            twins = [dense.steps(h, rope) for h in dense_hs] if correct else []
             while True:
-                names, hs = zip(*(next(run) for run in runs))
+                names, hs, residuals = zip(*(next(run) for run in runs))
+                seen = None
+                if correct:
+                    _, dense_hs, dense_residuals = zip(*(next(twin) for twin in twins))
+                    seen = hs, dense_hs, residuals, dense_residuals
                 if not names[0]:
                     break
-                H = None
+                gram = Gram()
                 for x in hs:
-                    H = accumulate(H, x)
-                solve_group(i, block, names[0], H)
+                    gram.add(x)
+                solve_group(i, block, work, names[0], gram.mean(), seen)
         else:
-            H = {}
+            grams = {}
             for h in hs:
-                for names, x in block.steps(h, rope):
+                for names, x, _ in work.steps(h, rope):
                     if names:
-                        H[names] = accumulate(H.get(names), x)
+                        grams.setdefault(names, Gram()).add(x)
                     if "mlp.down" in names:
                         break                                    # its output is not needed yet
-            for names in H:
-                solve_group(i, block, names, H[names])
-            hs = [block(h, rope) for h in hs]
+            for names, gram in grams.items():
+                solve_group(i, block, work, names, gram.mean())
+            hs = [work(h, rope) for h in hs]
+        for name in list(packed):
+            block.set_submodule(name, packed.pop(name))
         bar.note(f"mean error {sum(s['error'] for s in stats) / len(stats):.4f}")
     return stats
 
 
-def sizes(model: Transformer, stored: int | None = None) -> dict:
-    """megabytes and bits per weight of the half-precision file; `stored` is a file's real size in bytes."""
-    weights = sum(p.numel() for p in model.parameters())
-    stored = 2 * weights if stored is None else stored
-    return {"megabytes": stored / 1e6, "bits_per_weight": 8 * stored / weights, "linear_bits_per_weight": 16.0}
-
-
 def table(rows: list[dict]) -> str:
-    head = f"{'':30s} {'perplexity':>12s} {'MB':>9s} {'bits/weight':>12s} {'bits/weight, Linears':>21s} {'seconds':>9s}"
+    head = f"{'':30s} {'perplexity':>12s} {'MB':>9s} {'bits/weight':>12s} {'bits/weight, Linears':>21s} {'nominal':>8s} {'seconds':>9s}"
     return "\n".join([head] + [f"{r['name']:30s} {r['perplexity']:12.3f} {r['megabytes']:9.1f} {r['bits_per_weight']:12.2f} "
-                               f"{r['linear_bits_per_weight']:21.2f} {r['seconds']:9.1f}" for r in rows])
+                               f"{r['linear_bits_per_weight']:21.2f} {r['nominal']:7.1f}x {r['seconds']:9.1f}" for r in rows]
+                     + ["nominal: 16 bits over bits x share kept, as papers count; files also hold masks, grids and all that is no Linear"])
 
 
 def describe_machine(device: str) -> str:
@@ -118,6 +194,9 @@ def describe_machine(device: str) -> str:
 
 def main(args) -> dict:
     torch.manual_seed(args.seed)
+    for name, value in RECIPES[args.recipe].items():             # single flags go before the recipe
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     folder, out, dtype = resolve(args.model), Path(args.out), DTYPES[args.dtype]
     solve = make_solver(args)                                    # bad settings fail before any work
     tiny = str(args.model) in SHIPPED
@@ -136,7 +215,7 @@ def main(args) -> dict:
         t = time.monotonic()
         ppl, settings["scored_tokens"] = perplexity(model, test, seqlen, prompt, args.batch_size, f"measuring: {name}")
         extra = {"seconds": t - since if since else time.monotonic() - t, "prompt_tokens": 0 if prompt is None else len(prompt)}
-        rows.append({"name": name, "perplexity": ppl, **(size or sizes(model)), **extra})
+        rows.append({"name": name, "perplexity": ppl, **(size or storage(model)), **extra})
         text = json.dumps({"rows": rows, "settings": settings}, indent=1)
         write_atomic(out / "report.json", lambda f: f.write(text.encode()))
 
@@ -153,13 +232,15 @@ def main(args) -> dict:
     measure("dense", model)
     if solve:
         start = time.monotonic()
-        stats = compress(model, calib_windows, solve, args.percdamp, args.true_sequential)
+        stats = compress(model, calib_windows, solve, args.true_sequential, args.correct, args.batch_size, DTYPES[args.calib_dtype], args.bits)
         save_model(model, out / "compressed")
         for f in folder.iterdir():                               # the tokenizer goes with the model
             if f.name.startswith(("tokenizer", "vocab.", "merges.", "special_tokens", "generation_config")):
                 shutil.copyfile(f, out / "compressed" / f.name)
         settings["layers"] = stats
-        kept = sizes(model, (out / "compressed/model.safetensors").stat().st_size)
+        kept = storage(model, (out / "compressed/model.safetensors").stat().st_size)
+        if args.fused == "off":
+            model = load_model(out / "compressed", dtype, args.device, packed=False)
         measure("compressed", model, size=kept, since=start)
     if args.steps:
         tune = DTYPES[args.tune_dtype]
@@ -167,7 +248,7 @@ def main(args) -> dict:
         p0 = initial_prompt(model, args.prompt_tokens, args.prompt_init, pool[0], args.seed)
         measure(f"{name} + initial prompt", model, p0, size)
         start = time.monotonic()
-        work = model if tune == dtype else load_model(out / "compressed" if solve else folder, tune, args.device)
+        work = model if tune == dtype else load_model(out / "compressed" if solve else folder, tune, args.device, args.fused == "on")
         work.checkpointing = args.checkpointing
         got = learn(work, p0, pool, val, args.steps, args.batch_size, args.lr, seed=args.seed, progress=Progress)
         save_prompt(out / "prompt.safetensors", got.prompt, {**settings, "val_loss": got.val_loss, "layers": None})
@@ -186,9 +267,16 @@ if __name__ == "__main__":
     a("--sparsity", default="0.5", help="0, a fraction of weights to prune, or n:m such as 2:4")
     a("--groupsize", type=int, default=-1, help="columns that share a grid; -1: a whole row")
     a("--sym", action="store_true", help="grids symmetric around zero")
-    a("--act-order", action="store_true", help="quantize columns in order of falling Hessian diagonal")
-    a("--static-groups", action="store_true", help="with --act-order: groups stay neighbouring columns")
-    a("--true-sequential", action="store_true", help="groups of Linears inside a block one after the other")
+    a("--recipe", default="best", choices=RECIPES, help="plain: SparseGPT and GPTQ as published; single steps by the flags below")
+    a("--mask", choices=["admm", "sparsegpt"], help="how weights to prune are found")
+    a("--refits", type=int, help="conjugate gradient iterations on the weights kept")
+    a("--grid", choices=["minmax", "uniform", "offset", "auto"], help="auto: offset (no level on zero) where weights are pruned, else uniform")
+    a("--act-order", action=argparse.BooleanOptionalAction, help="quantize columns in order of falling Hessian diagonal")
+    a("--static-groups", action="store_true", help="plain GPTQ with --act-order: groups stay neighbouring columns")
+    a("--descent", type=int, help="passes over the codes afterwards")
+    a("--true-sequential", action=argparse.BooleanOptionalAction, help="groups of Linears inside a block one after the other")
+    a("--correct", type=float, help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
+    a("--calib-dtype", default="bfloat16", choices=DTYPES, help="precision of the calibration's forward passes")
     a("--percdamp", type=float, default=0.01, help="damping, as a share of the Hessian's mean diagonal")
     a("--blocksize", type=int, default=128, help="columns whose errors travel together")
     a("--calib", help="calibration text: wikitext2, ptb, c4 or a path")
@@ -208,6 +296,7 @@ if __name__ == "__main__":
     a("--checkpointing", action="store_true", help="recompute activations to save memory")
     a("--seed", type=int, default=0)
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a("--fused", default="on", choices=["on", "off"], help="off: unpack the compressed weights once, run ordinary Linears")
     a("--dtype", default="float32" if not torch.cuda.is_available() else "float16", choices=DTYPES)
     a("--out", default="runs/out", help="folder for the compressed model, the prompt and report.json")
     try:

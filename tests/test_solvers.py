@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq import Compressed, find_grid, gptq, hessian, inverse_factor, quantize, relative_error
-from sparsegpt import parse_sparsity, prune_smallest, sparsegpt
+from gptq import Compressed, descend, find_grid, gptq, hessian, inverse_factor, nearest, quantize, relative_error, search_grid
+from sparsegpt import admm, parse_sparsity, prune_and_round, prune_smallest, refit, sparsegpt
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -199,3 +199,129 @@ def test_docstring_lines_run_alone_in_an_empty_folder(module, tmp_path):
 def test_hessian_is_the_mean_of_outer_products():
     x = torch.randn(3, 50, 8)
     assert torch.allclose(hessian(x), torch.einsum("bti,btj->ij", x, x) / 150, atol=1e-5)
+
+
+def test_stacked_matrices_are_solved_as_if_alone():
+    W, H = layer(40)
+    both, parts = sparsegpt(W, H, 0.5, 4, blocksize=32, parts=[24, 16]), [sparsegpt(w, H, 0.5, 4, blocksize=32) for w in W.split([24, 16])]
+    assert torch.equal(both.mask, torch.cat([p.mask for p in parts])) and torch.allclose(both.weight, torch.cat([p.weight for p in parts]))
+
+
+def error(W, V, H):
+    return float(((W - V) @ H * (W - V)).sum())
+
+
+def test_refit_finds_the_least_squares_of_every_row():
+    W, H = layer()
+    mask = prune_smallest(W.abs(), W.numel() // 2)
+    V, exact = refit(W, H, mask, iterations=500, percdamp=0.0), torch.zeros_like(W)
+    for r in range(len(W)):
+        s = ~mask[r]
+        exact[r, s] = torch.linalg.solve(H[s][:, s], (H @ W[r])[s])
+    assert (V[mask] == 0).all() and torch.allclose(V, exact, atol=1e-5)
+    few = [error(W, refit(W, H, mask, iterations=k, percdamp=0.0), H) for k in (1, 3, 10, 30)]
+    assert few == sorted(few, reverse=True) and few[-1] >= error(W, exact, H) - 1e-9
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.625, "2:4", "8:16", "1:3"])
+def test_admm_masks_are_exact_and_beat_sparsegpts(sparsity):
+    W, H = layer()
+    W, H = W.float(), H.float()
+    mask, start = admm(W, H, sparsity)
+    fraction, n, m = parse_sparsity(sparsity)
+    assert (start[mask] == 0).all() and torch.isfinite(start).all()
+    if m:
+        assert ((~mask).view(24, -1, m).sum(-1) == n).all()
+    else:
+        assert int(mask.sum()) == round(fraction * W.numel())
+    other = sparsegpt(W, H, sparsity).mask
+    assert error(W, refit(W, H, mask, iterations=50), H) < error(W, refit(W, H, other, iterations=50), H)
+
+
+@pytest.mark.parametrize("grid", ["uniform", "offset"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_searched_grids(grid, bits):
+    """Never worse than min-max in the weighted error they minimize; stored numbers are fp16; an empty row does no harm."""
+    g = torch.Generator().manual_seed(bits)
+    W, keep, h = torch.randn(16, 200, generator=g), (torch.rand(16, 200, generator=g) < 0.5).float(), torch.rand(1, 200, generator=g)
+    W[3], keep[4] = 0, 0
+    scale, zero = search_grid(W, keep, h, bits, grid)
+    cost = lambda q: ((q - W) ** 2 * keep * h).sum(1)
+    found = nearest(W, scale, zero, bits, grid)
+    plain = nearest(W, *find_grid(W * keep, bits), bits)
+    assert torch.isfinite(found).all() and torch.equal(scale, scale.half().float()) and torch.equal(zero, zero.half().float())
+    if grid == "uniform":
+        assert (cost(found) <= cost(plain) * 1.0001).all()
+    elif bits in (3, 4):                                               # no level on zero: two more levels for the kept
+        assert cost(found).sum() < cost(plain).sum()
+    codes = quantize(W, scale, zero, bits, grid)
+    assert int(codes.max()) < 2 ** bits and int(codes.min()) >= 0
+
+
+def naive_descent(V, W, H, keep, scale, zero, bits, grid, percdamp):
+    """One column of one matrix after the other, the gradient computed anew for each."""
+    V, h = V.clone(), H.diagonal() * (1 + percdamp)
+    for j in range(V.shape[1]):
+        gradient = (V - W) @ H[:, j] + percdamp * H[j, j] * (V - W)[:, j]
+        V[:, j] = nearest(V[:, j] - gradient / h[j], scale[:, 0], zero[:, 0], bits, grid) * keep[:, j]
+    return V
+
+
+@pytest.mark.parametrize("grid", ["uniform", "offset"])
+def test_descent_equals_naive_and_never_climbs(grid):
+    W, H = layer()
+    mask = prune_smallest(W.abs(), W.numel() // 2)
+    out = gptq(refit(W, H, mask), H, 3, grid=grid, mask=mask, static_groups=True, act_order=True)
+    keep, scale, zero, last = (~mask).double(), out.scale.double(), out.zero.double(), out.weight
+    for _ in range(3):
+        naive = naive_descent(last, W, H, keep, scale, zero, 3, grid, 0.01)
+        ours = descend(last.T, W.T, H, keep.T, *(t.T.expand(96, -1) for t in (scale, zero)), 3, grid, 1, 0.01, blocksize=32).T
+        assert torch.allclose(ours, naive, atol=1e-12)
+        damped = H + 0.01 * torch.diag(H.diagonal())
+        assert error(W, ours, damped) <= error(W, last, damped) * (1 + 1e-12)
+        last = ours
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(groupsize=32), dict(groupsize=40), dict(grid="uniform"), dict(mask="sparsegpt", refits=0),
+                                      dict(act_order=False, descent=0), dict(grid="minmax", sym=True)])
+@pytest.mark.parametrize("sparsity,bits", [(0.5, 4), (0.5, 3), ("2:4", 4), (0, 4), (0.75, None)])
+def test_whole_stack(settings, sparsity, bits):
+    """What is returned rebuilds the weight, zeros are zeros, and the error is below the plain method's."""
+    W, H = layer()
+    W, H = W.float(), H.float()
+    out = prune_and_round(W, H, sparsity, bits, **settings)
+    assert (out.weight[out.mask] == 0).all() and out.error == pytest.approx(relative_error(W, out.weight, H), rel=1e-4)
+    assert int(out.mask.sum()) == round(parse_sparsity(sparsity)[0] * W.numel())
+    if bits:
+        scale, zero = out.scale[:, out.g_idx], out.zero[:, out.g_idx]
+        if out.grid == "offset":
+            top = 2 ** (bits - 1)
+            rebuilt = torch.where(out.codes >= top, -scale, scale) * (out.codes % top + zero)
+        else:
+            rebuilt = scale * (out.codes - zero)
+        assert torch.equal(rebuilt.masked_fill(out.mask, 0), out.weight)
+        assert torch.equal(out.g_idx, torch.arange(96) // settings.get("groupsize", 96))
+    if settings.get("mask") != "sparsegpt" and not settings.get("sym") and (sparsity or settings.get("descent", 2)):
+        assert out.error < sparsegpt(W, H, sparsity, bits, blocksize=32).error
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sparsity,bits", [(0.5, 4), (0.9, 2), ("2:4", 3), (0, 2), (0.3, 8)])
+def test_best_stack_beats_magnitude_and_rounding_everywhere(seed, sparsity, bits):
+    W, H = (t.float() for t in layer(24, 96, seed))
+    fraction, n, m = parse_sparsity(sparsity)
+    mask = W.abs().view(24, -1, m).argsort(-1).argsort(-1).lt(m - n).view_as(W) if m else prune_smallest(W.abs(), round(fraction * W.numel()))
+    scale, zero = find_grid(W, bits)
+    plain = nearest(W, scale, zero, bits).masked_fill(mask, 0)
+    assert prune_and_round(W, H, sparsity, bits).error < relative_error(W, plain, H)
+
+
+def test_stack_survives_dead_inputs_and_zero_matrices():
+    W, H = (t.float() for t in layer())
+    H[:, :30], H[:30] = 0, 0
+    for out in (prune_and_round(W, H, 0.5, 4), prune_and_round(W, H, "2:4", 4), prune_and_round(W * 0, H, 0.5, 4), prune_and_round(W, H * 0, 0.5, 4)):
+        assert torch.isfinite(out.weight).all() and int(out.mask.sum()) == W.numel() // 2
+    with pytest.raises(ValueError, match="mask='best'"):
+        prune_and_round(W, H, 0.5, 4, mask="best")
+    with pytest.raises(ValueError, match="grid='log'"):
+        prune_and_round(W, H, 0.5, 4, grid="log")

@@ -1,0 +1,134 @@
+"""Time and error of the solvers, beside the published recipe written naively, in one run on this machine.
+
+    python bench.py                                            # random layers of real shapes
+    python bench.py --shapes 4096x11008 --no-naive
+    python bench.py --model checkpoints/SmolLM2-135M --data PATH.txt       # and a whole model, its walk included
+
+The naive side follows the papers' pseudo-code column by column, sorts for its thresholds, keeps one Hessian per Linear and
+runs its forward passes in fp32. Errors are relative output errors (gptq.relative_error) of 50% + 4 bits, unless told.
+"""
+import argparse
+import copy
+import resource
+import time
+
+import torch
+
+from data.progress import Progress
+from data.text import calibration
+from data.tokenizer import load_tokenizer
+from gptq import find_grid, quantize, relative_error
+from model import load_model
+from sparsegpt import parse_sparsity, prune_and_round, prune_smallest, sparsegpt
+from train import compress
+
+
+def naive_sparsegpt(W, H, fraction: float, bits: int, blocksize: int = 128, percdamp: float = 0.01):
+    """Algorithm 1 of SparseGPT with joint quantization (sections 3.2 to 3.5), one column at a time: (out, in) -> (out, in)."""
+    W, n = W.clone(), W.shape[1]
+    H = H + percdamp * H.diagonal().mean() * torch.eye(n)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    scale, zero = (t[:, 0] for t in find_grid(W, bits))
+    for b in range(0, n, blocksize):
+        end = min(b + blocksize, n)
+        block, errors = W[:, b:end].clone(), torch.zeros(len(W), end - b)
+        score = block ** 2 / U.diagonal()[b:end] ** 2
+        mask = score <= score.flatten().sort().values[max(0, int(score.numel() * fraction) - 1)]
+        for j in range(end - b):
+            w, d = block[:, j], U[b + j, b + j]
+            q = scale * (quantize(w, scale, zero, bits) - zero)
+            q[mask[:, j]] = 0
+            errors[:, j] = (w - q) / d
+            block[:, j:] -= errors[:, j:j + 1] @ U[b + j:b + j + 1, b + j:end]
+            W[:, b + j] = q
+        W[:, end:] -= errors @ U[b:end, end:]
+    return W
+
+
+@torch.no_grad()
+def naive_compress(model, windows, fraction: float, bits: int) -> None:
+    """The walk of the published code: all of a block's Hessians from its dense weights, one per Linear, then the block again."""
+    hs, rope = [model.stem(model.embed(w[None])) for w in windows], model.rope(0, windows.shape[1], "cpu")
+    for block in Progress(model.blocks, "naive walk"):
+        H = {}
+        for h in hs:
+            for names, x, _ in block.steps(h, rope):
+                for name in names:
+                    x2 = x.reshape(-1, x.shape[-1])
+                    H[name] = H.get(name, 0) + x2.T @ x2 / windows.numel()
+        for name in H:
+            linear = block.get_submodule(name)
+            linear.weight.data = naive_sparsegpt(linear.weight, H[name], fraction, bits)
+        hs = [block(h, rope) for h in hs]
+
+
+def random_layer(out: int, n: int, seed: int = 0):
+    """A normal weight and a Hessian like that of activations: a decaying spectrum in random directions, a few large channels."""
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(2 * n, n, generator=g) * torch.logspace(0, -1, n)
+    X = (X @ torch.randn(n, n, generator=g) / n ** 0.5) * torch.empty(n).log_normal_(0, 0.5, generator=g)
+    return torch.randn(out, n, generator=g) * n ** -0.5, X.T @ X / len(X)
+
+
+def timed(work):
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start
+
+
+def steps(W, H, sparsity, bits: int, naive: bool):
+    """(name, error, seconds) of every step of the stack, in order; each step keeps those before it."""
+    fraction, _, m = parse_sparsity(sparsity)
+    error = lambda V: relative_error(W, V, H)
+    if not m:
+        mask = prune_smallest(W.abs(), round(fraction * W.numel()))
+        scale, zero = find_grid(W, bits)
+        V, seconds = timed(lambda: (scale * (quantize(W, scale, zero, bits) - zero)).masked_fill(mask, 0))
+        yield "magnitude, nearest level", error(V), seconds
+        if naive:
+            V, seconds = timed(lambda: naive_sparsegpt(W, H, fraction, bits))
+            yield "SparseGPT, naive", error(V), seconds
+    out, seconds = timed(lambda: sparsegpt(W, H, sparsity, bits))
+    yield "SparseGPT, ours", out.error, seconds
+    settings = dict(mask="sparsegpt", refits=5, grid="minmax", act_order=False, descent=0)
+    for name, change in (("refit, then GPTQ", {}), ("columns by importance", {"act_order": True}), ("ADMM mask", {"mask": "admm"}),
+                         ("searched grid", {"grid": "uniform"}), ("offset grid", {"grid": "offset"}), ("descent on codes", {"descent": 2})):
+        settings.update(change)
+        out, seconds = timed(lambda: prune_and_round(W, H, sparsity, bits, **settings))
+        yield "+ " + name, out.error, seconds
+
+
+def main(args) -> None:
+    print(f"{torch.get_num_threads()} threads, sparsity {args.sparsity}, {args.bits} bits, one grid a row")
+    for shape in args.shapes:
+        out, n = (int(s) for s in shape.split("x"))
+        W, H = random_layer(out, n)
+        print(f"\n{out} x {n:<24} {'error':>10} {'seconds':>9}")
+        for name, error, seconds in steps(W, H, args.sparsity, args.bits, args.naive):
+            print(f"{name:30} {error:10.5f} {seconds:9.2f}", flush=True)
+    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    if not args.model:
+        return
+    model = load_model(args.model)
+    windows = calibration(load_tokenizer(args.model), args.data, "train", args.nsamples, args.seqlen, 0)
+    fraction = parse_sparsity(args.sparsity)[0]
+    rows = [("naive", lambda m: naive_compress(m, windows, fraction, args.bits)),
+            ("plain", lambda m: compress(m, windows, lambda W, H, parts: sparsegpt(W, H, args.sparsity, args.bits, parts=parts), False, 0.0,
+                                         dtype=torch.bfloat16)),
+            ("best", lambda m: compress(m, windows, lambda W, H, parts: prune_and_round(W, H, args.sparsity, args.bits), dtype=torch.bfloat16))]
+    seconds = {name: timed(lambda: work(copy.deepcopy(model)))[1] for name, work in rows if args.naive or name != "naive"}
+    print(f"\n{args.model}, {windows.numel()} calibration tokens")
+    for name, s in seconds.items():
+        print(f"{name:8} {s:8.1f} s" + (f"   {s / seconds['naive']:5.2f} of naive" if args.naive else ""))
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--shapes", nargs="*", default=["576x576", "1536x576", "4096x4096", "4096x11008"], help="out x in")
+    p.add_argument("--sparsity", default="0.5")
+    p.add_argument("--bits", type=int, default=4, choices=[2, 3, 4, 8])
+    p.add_argument("--naive", action=argparse.BooleanOptionalAction, default=True, help="the naive side too")
+    p.add_argument("--model", help="a checkpoint folder: time its whole walk")
+    p.add_argument("--data", default="docs", help="its calibration text")
+    p.add_argument("--nsamples", type=int, default=32)
+    p.add_argument("--seqlen", type=int, default=512)
+    main(p.parse_args())

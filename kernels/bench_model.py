@@ -37,8 +37,8 @@ def random_model(name: str, format: str, grid: str, dtype, device) -> tuple[Tran
             if shape not in made:
                 made[shape] = PackedLinear(random_layer(shape, format, grid, -1, device)).to(device)
             if packed:
-                held = made[shape].packed
-                model.set_submodule(key, PackedLinear(Packed({n: t.clone() for n, t in held.tensors.items()}, held.meta), linear.bias))
+                tensors = {n: t.clone() for n, t in made[shape].packed.tensors.items()}
+                model.set_submodule(key, PackedLinear(Packed(tensors, made[shape].meta), linear.bias))
             else:
                 linear.weight = nn.Parameter(made[shape].weight_dequantized(dtype).clone(), requires_grad=False)
         for key, p in model.named_parameters():
@@ -164,18 +164,19 @@ def tune(models: list[Transformer], batch: int, tokens: int, prompt_tokens: int,
     calls = [lambda m=m: step(m) for m in models]
     dense, packed = in_turn(calls, repeats, device)
     print(f"difference of the prompt's gradient: {difference:.1e} of its norm")
-    print(f"prompt tuning, batch {batch}, {prompt_tokens} + {tokens} tokens: dense {dense:.2f} s a step, packed {packed:.2f} s, "
-          f"{packed / dense:.2f} x the time")
+    print(f"prompt tuning, batch {batch}, {prompt_tokens} + {tokens} tokens: dense {dense:.2f} s a step, "
+          f"packed {packed:.2f} s, {packed / dense:.2f} x the time")
     for name, m, line in zip(("dense", "packed"), models, peaks(calls, models, device)):
         weights = sum(p.numel() for p in models[0].parameters())
         print(f"memory of a step, {name}: {line}; weights {held(m) / weights:.2f} bytes per parameter, activations kept "
-              f"{kept(m) / positions / 1e3:.1f} kB per token, {16 * start.numel() / 1e6:.2f} MB for the prompt, its gradient and Adam")
+              f"{kept(m) / positions / 1e3:.1f} kB per token, {16 * start.numel() / 1e6:.2f} MB for prompt, gradient and Adam")
 
 
 def main(args, dtype, device) -> None:
     path = args.generate or args.tune
     models = list(pair(path, args.formats[-1], args.grid, dtype, device))
-    print(f"{path}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, {dtype}")
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{path}, {machine}, {dtype}")
     if args.generate:
         generate(models, args.context, args.repeats, device)
     else:

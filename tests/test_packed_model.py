@@ -10,6 +10,7 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 from data.config import Config
+from kernels import bench_model
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from model import Transformer, load_model, save_model, storage
@@ -138,8 +139,8 @@ def test_storage_counts_what_the_file_takes(folder, tmp_path):
     sizes = load_file(folder / "model.safetensors")
     assert got["megabytes"] * 1e6 == sum(t.numel() * t.element_size() for t in sizes.values())
     inside = {n: t for n, t in sizes.items() if ".layers." in n and "norm" not in n and not n.endswith("bias")}
-    weights = 2 * (4 * 64 * 64 + 2 * 64 * 96)
-    assert got["linear_bits_per_weight"] == pytest.approx(8 * sum(t.numel() * t.element_size() for t in inside.values()) / weights)
+    weights, taken = 2 * (4 * 64 * 64 + 2 * 64 * 96), sum(t.numel() * t.element_size() for t in inside.values())
+    assert got["linear_bits_per_weight"] == pytest.approx(8 * taken / weights)
     assert got["nominal"] == pytest.approx(8, rel=0.01)
     dense = storage(load_model(folder, packed=False))
     assert dense["linear_bits_per_weight"] == 16 and dense["nominal"] == pytest.approx(2, rel=0.01)
@@ -220,3 +221,20 @@ def test_pruned_but_not_quantized_stays_dense(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     got = storage(load_model(tmp_path))
     assert got["linear_bits_per_weight"] == 16 and math.isclose(got["nominal"], 2, rel_tol=0.05)
+
+
+def test_bench_of_whole_models(folder, capsys):
+    """Both benches run on a packed folder and find both models equal; a dense folder and an unknown name are refused."""
+    cpu = torch.device("cpu")
+    models = list(bench_model.pair(str(folder), "unstructured", "offset", torch.float32, cpu))
+    bench_model.generate(models, 8, 2, cpu)
+    bench_model.tune(models, 2, 16, 4, 1, cpu)
+    out = capsys.readouterr().out
+    for what in ("largest difference of a logit", "difference of the prompt's gradient"):
+        assert float(out.partition(what)[2].partition(": ")[2].split()[0]) < 1e-4
+    assert "tokens/s" in out and "bytes per parameter" in out and "kB per token" in out
+    with pytest.raises(ValueError, match="give random- and one of llama-7b"):
+        bench_model.pair("random-7b", "nm", "offset", torch.float32, cpu)
+    save_model(models[0], folder / "dense")
+    with pytest.raises(ValueError, match="is not packed"):
+        bench_model.pair(str(folder / "dense"), "nm", "offset", torch.float32, cpu)

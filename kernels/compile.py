@@ -1,18 +1,18 @@
 """Compile every configuration that ships for sm_80 and sm_90, without a GPU, and count what one weight costs.
 
-    python -m kernels.compile                               # the table of kernels/README.md; about a second per line
+    python -m kernels.compile --write                       # compiled.csv, all of it; about a second per line
     python -m kernels.compile --arch 90 --format nm --tokens 8
 
-Columns: registers per thread, bytes spilled, shared memory, and machine instructions of the main loop per decoded
-weight and thread. To stay limited by memory rather than by instructions at batch 1, an H100 may spend about 3.5 per
-weight and an A100 3.7. Uses the assembler and disassembler inside triton's wheel.
+Columns: registers per thread, bytes spilled, bytes of shared memory, and per_weight: machine instructions of the main
+loop for every weight that a thread decodes. To stay limited by memory rather than by instructions at batch 1, an H100
+may spend about 3.5 per weight and an A100 3.7. Uses the assembler and disassembler inside triton's wheel.
 """
 import argparse
+import csv
 import itertools
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from kernels.backward import backward_kernel
 from kernels.forward import forward_kernel
 from kernels.matmul import BACKWARD, FORWARD, Config, choose
 
+TABLE = Path(__file__).with_name("compiled.csv")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 N, K, TILES = 4096, 8192, 32                                # a layer whose columns are a multiple of every share
 
@@ -69,7 +70,7 @@ def assembler(arch: int) -> Path:
 
 
 def inspect(v: Variant) -> dict:
-    """registers, spilled (bytes), shared (bytes), per_weight (instructions of the main loop), ops (their kinds)."""
+    """registers, spilled (bytes), shared (bytes), per_weight (instructions of the main loop)."""
     compiled = build(v)
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
@@ -84,10 +85,9 @@ def inspect(v: Variant) -> dict:
     if not registers or not spills:
         raise ValueError(f"{v}: ptxas says {report.stderr.strip()[-300:]}")
     body = main_loop(sass)
-    ops = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in body)
     weights = v.config.BN * v.config.BK / (32 * v.config.warps)
     return dict(registers=int(registers[1]), spilled=int(spills[1]) + int(spills[2]), shared=compiled.metadata.shared,
-                per_weight=len(body) / weights, ops=dict(ops.most_common()))
+                per_weight=len(body) / weights)
 
 
 def main_loop(sass: str) -> list[str]:
@@ -96,6 +96,33 @@ def main_loop(sass: str) -> list[str]:
     jumps = [(int(to[1], 16), at) for at, text in lines if "BRA" in text and (to := re.search(r"0x([0-9a-f]+)", text))]
     start, end = max((j for j in jumps if j[0] < j[1]), key=lambda j: j[1] - j[0], default=(0, 1 << 62))
     return [text for at, text in lines if start <= at <= end]
+
+
+def row(v: Variant) -> dict:
+    """A line of the table, all values as text."""
+    c, r = v.config, inspect(v)
+    limit = c.tokens if c.tokens < 1 << 30 else "more"
+    named = dict(triton=triton.__version__, direction=v.direction, sm=v.arch, format=v.format, grid=v.grid, x=v.dtype,
+                 group=v.group or "row", tokens=limit, BM=c.BM, BN=c.BN, BK=c.BK, warps=c.warps, registers=r["registers"],
+                 spilled=r["spilled"], shared=r["shared"], per_weight=f"{r['per_weight']:.2f}")
+    return {key: str(value) for key, value in named.items()}
+
+
+def main(args) -> None:
+    lines = []
+    for v in variants(args.arch, args.direction, args.format, args.grid, args.dtype, args.group):
+        if not args.tokens or v.config.tokens in args.tokens:
+            lines.append(row(v))
+            if len(lines) == 1:
+                print(",".join(lines[0]))
+            print(",".join(lines[-1].values()), flush=True)
+    if args.write:
+        part = TABLE.with_suffix(".tmp")
+        with open(part, "w", newline="") as f:
+            writer = csv.DictWriter(f, lines[0])
+            writer.writeheader()
+            writer.writerows(lines)
+        part.replace(TABLE)
 
 
 if __name__ == "__main__":
@@ -107,18 +134,5 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", nargs="*", default=["fp16", "bf16"])
     parser.add_argument("--group", type=int, nargs="*", default=[0, 128])
     parser.add_argument("--tokens", type=int, nargs="*", help="only configurations with these limits")
-    parser.add_argument("--ops", action="store_true", help="print the kinds of instructions too")
-    args = parser.parse_args()
-    print(f"triton {triton.__version__}")
-    print("| direction | sm | format | grid | x | group | tokens | BM BN BK | warps | registers | spilled | shared "
-          "| per weight |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for v in variants(args.arch, args.direction, args.format, args.grid, args.dtype, args.group):
-        c = v.config
-        if args.tokens and c.tokens not in args.tokens:
-            continue
-        r = inspect(v)
-        limit = str(c.tokens) if c.tokens < 1 << 30 else "more"
-        print(f"| {v.direction} | {v.arch} | {v.format} | {v.grid} | {v.dtype} | {v.group or 'row'} | {limit} "
-              f"| {c.BM} {c.BN} {c.BK} | {c.warps} | {r['registers']} | {r['spilled']} | {r['shared']} "
-              f"| {r['per_weight']:.1f} |", r["ops"] if args.ops else "", flush=True)
+    parser.add_argument("--write", action="store_true", help="replace compiled.csv by the lines printed")
+    main(parser.parse_args())

@@ -32,7 +32,7 @@ class Config(NamedTuple):
 FORWARD = {
     80: (Config(8, True, 8, 32, 128, 2, 1), Config(16, True, 16, 32, 128, 2, 1), Config(32, True, 32, 32, 128, 2, 1),
          Config(64, False, 64, 64, 128, 4, 1), Config(1 << 30, False, 128, 64, 64, 4, 2)),
-    90: (Config(8, True, 8, 32, 128, 2, 1), Config(16, True, 16, 32, 128, 2, 1), Config(32, True, 32, 32, 128, 2, 1),
+    90: (Config(8, True, 8, 32, 256, 2, 1), Config(16, True, 16, 32, 128, 2, 1), Config(32, True, 32, 32, 128, 2, 1),
          Config(64, False, 64, 64, 128, 4, 1), Config(1 << 30, False, 128, 128, 64, 8, 1)),
 }
 BACKWARD = {

@@ -138,8 +138,8 @@ def normalized(W, H, damp):
     return W * d, Hn, d
 
 
-def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: int = 20, percdamp: float = 0.01,
-         rho: float = 0.2, growth: float = 1.5, every: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: int = 16, percdamp: float = 0.01,
+         rho: float = 0.2, growth: float = 1.5, every: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask of W (out, in) by the alternating direction method of multipliers (ALPS, 2406.07831): minimize
     trace((W-X) H (W-X)^T) over X = D, D sparse. With dual U, and rho pulling the two together,
 
@@ -152,30 +152,30 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
     fraction, n, m = parse_sparsity(sparsity)
     Wn, Hn, d = normalized(W, H, percdamp)
     target, damp = Wn @ Hn, percdamp
-    fast = torch.bfloat16 if W.shape[1] > 2048 else W.dtype                  # a mask stands a little noise, wide layers are slow
+    fast = torch.bfloat16 if W.shape[1] >= 512 else W.dtype                  # a mask stands a little noise, and half is time
 
     def kept(Z, exact=False):
+        size = Z.abs()
         if m:
-            return ~prune_pattern(Z.abs(), n, m)
+            return ~prune_pattern(size, n, m)
         if exact:
-            return ~prune_smallest(Z.abs(), round(fraction * Z.numel()))
-        sample = Z.flatten()[::max(1, Z.numel() // 65536)].abs()             # on the way, an estimated threshold will do
-        return Z.abs() > sample.kthvalue(max(1, round(fraction * len(sample)))).values
+            return ~prune_smallest(size, round(fraction * Z.numel()))
+        sample = size.flatten()[::max(1, Z.numel() // 65536)]                # on the way, an estimated threshold will do
+        return size > sample.kthvalue(max(1, round(fraction * len(sample)))).values
 
-    Z, U, keep = Wn, torch.zeros_like(Wn), kept(Wn).to(W.dtype)              # Z = X + U, so D = Z * keep, U = Z - D
+    Z, keep = Wn.clone(), kept(Wn)                                           # Z = X + U, so D is Z where kept, U is Z elsewhere
     for i in range(iterations):
         if i % every == 0:
             if i:
-                rho, U = rho * growth, U / growth                            # U is in units of 1 / rho
+                rho, Z = rho * growth, torch.where(keep, Z, Z / growth)      # U is in units of 1 / rho
             Hn.diagonal().add_(percdamp + rho - damp)
             damp, inverse = percdamp + rho, None
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(Hn))
             ridge, inverse = target @ inverse, inverse.mul_(rho).to(fast)
-        X = torch.addcmul(-U, Z, keep).to(fast) @ inverse
-        Z = U.add_(ridge).add_(X)
-        keep = kept(Z, exact=i == iterations - 1).to(W.dtype)
-        U = torch.addcmul(Z, Z, keep, value=-1)
-    return ~keep.bool(), Z * keep / d
+        difference = torch.where(keep, Z, -Z).to(fast)                       # D - U
+        Z = Z.masked_fill_(keep, 0).add_(ridge).add_(difference @ inverse)
+        keep = kept(Z, exact=i == iterations - 1)
+    return ~keep, (Z * keep).div_(d)
 
 
 def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Tensor | None = None, iterations: int = 5,

@@ -32,8 +32,10 @@ from prompt import initial_prompt, learn, save_prompt
 from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
 
 
-RECIPES = {"plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, true_sequential=False, correct=0.0),
-           "best": dict(mask="admm", refits=5, grid="auto", act_order=True, descent=2, true_sequential=True, correct=0.5)}
+RECIPES = {"plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, true_sequential=False, correct=0.0, percdamp=0.01),
+           "best": dict(mask="admm", refits=5, grid="auto", act_order=True, descent=2, true_sequential=True, correct=0.5, percdamp=0.03)}
+SCALES = {"large": dict(calib="c4", data="wikitext2", nsamples=128, seqlen=2048, prompt_tokens=100, steps=200, lr=5e-3, control=False),
+          "tiny": dict(calib="docs", data="docs", nsamples=128, seqlen=256, prompt_tokens=50, steps=200, lr=2e-2, control=True)}
 
 
 def make_solver(args):
@@ -194,20 +196,18 @@ def describe_machine(device: str) -> str:
 
 def main(args) -> dict:
     torch.manual_seed(args.seed)
-    for name, value in RECIPES[args.recipe].items():             # single flags go before the recipe
+    scale = SCALES["tiny" if str(args.model) in SHIPPED else "large"]
+    for name, value in {**RECIPES[args.recipe], **scale}.items():                        # what no flag has set
         if getattr(args, name) is None:
             setattr(args, name, value)
     folder, out, dtype = resolve(args.model), Path(args.out), DTYPES[args.dtype]
     solve = make_solver(args)                                    # bad settings fail before any work
-    tiny = str(args.model) in SHIPPED
-    calib, data = args.calib or ("docs" if tiny else "c4"), args.data or ("docs" if tiny else "wikitext2")
-    train_data, seqlen = args.train_data or calib, args.seqlen or (256 if tiny else 2048)
+    calib, data, train_data, seqlen = args.calib, args.data, args.train_data or args.calib, args.seqlen
     tokenizer = load_tokenizer(folder)
     test = eval_tokens(tokenizer, data, "validation" if data == "c4" else "test", seqlen, args.max_tokens, folder=args.data_dir)
     calib_windows = calibration(tokenizer, calib, "train", args.nsamples, seqlen, args.seed, folder=args.data_dir)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "calib": calib, "data": data,
-                "train_data": train_data, "seqlen": seqlen, "hardware": describe_machine(args.device),
+    settings = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "train_data": train_data, "hardware": describe_machine(args.device),
                 "python": platform.python_version(), "torch": torch.__version__, "calibration_tokens": calib_windows.numel()}
     rows = []
 
@@ -243,17 +243,26 @@ def main(args) -> dict:
             model = load_model(out / "compressed", dtype, args.device, packed=False)
         measure("compressed", model, size=kept, since=start)
     if args.steps:
-        tune = DTYPES[args.tune_dtype]
-        name, size = ("compressed", kept) if solve else ("dense", None)
+        tune, fused = DTYPES[args.tune_dtype], args.fused == "on"
+
+        def learn_on(source, model, name, file, size=None):
+            """A prompt for the model in folder source, measured in front of `model`, the same in full precision."""
+            start = time.monotonic()
+            work = model if tune == dtype else load_model(source, tune, args.device, fused)
+            work.checkpointing = args.checkpointing
+            got = learn(work, p0, pool, val, args.steps, args.batch_size, args.lr, seed=args.seed, progress=Progress)
+            save_prompt(out / file, got.prompt, {**settings, "val_loss": got.val_loss, "layers": None})
+            settings[f"losses of {file}"] = got.losses
+            measure(name, model, got.prompt, size, since=start)
+
         p0 = initial_prompt(model, args.prompt_tokens, args.prompt_init, pool[0], args.seed)
-        measure(f"{name} + initial prompt", model, p0, size)
-        start = time.monotonic()
-        work = model if tune == dtype else load_model(out / "compressed" if solve else folder, tune, args.device, args.fused == "on")
-        work.checkpointing = args.checkpointing
-        got = learn(work, p0, pool, val, args.steps, args.batch_size, args.lr, seed=args.seed, progress=Progress)
-        save_prompt(out / "prompt.safetensors", got.prompt, {**settings, "val_loss": got.val_loss, "layers": None})
-        settings["prompt_losses"] = got.losses
-        measure(f"{name} + learned prompt", model, got.prompt, size, since=start)
+        if solve:
+            measure("compressed + initial prompt", model, p0, kept)
+            learn_on(out / "compressed", model, "compressed + learned prompt", "prompt.safetensors", kept)
+        if args.control or not solve:                            # how much of it is adaptation to the text
+            model = load_model(folder, dtype, args.device)
+            measure("dense + initial prompt", model, p0)
+            learn_on(folder, model, "dense + learned prompt", "prompt-dense.safetensors" if solve else "prompt.safetensors")
     print(f"\n{args.model}, {data}, {settings['scored_tokens']} scored tokens, seqlen {seqlen}, {args.bits} bits, sparsity {args.sparsity}, "
           f"seed {args.seed}\n{table(rows)}\n\nsaved in {out}: {', '.join(sorted(f.name for f in out.iterdir()))}")
     return {"rows": rows, "settings": settings}
@@ -277,21 +286,22 @@ if __name__ == "__main__":
     a("--true-sequential", action=argparse.BooleanOptionalAction, help="groups of Linears inside a block one after the other")
     a("--correct", type=float, help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
     a("--calib-dtype", default="bfloat16", choices=DTYPES, help="precision of the calibration's forward passes")
-    a("--percdamp", type=float, default=0.01, help="damping, as a share of the Hessian's mean diagonal")
+    a("--percdamp", type=float, help="damping, as a share of the Hessian's diagonal")
     a("--blocksize", type=int, default=128, help="columns whose errors travel together")
-    a("--calib", help="calibration text: wikitext2, ptb, c4 or a path")
-    a("--nsamples", type=int, default=128, help="calibration windows")
+    a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, or a path (default c4; tiny models docs)")
+    a("--nsamples", type=int, help="calibration windows (default 128)")
     a("--seqlen", type=int, help="tokens a window, everywhere (default 2048; tiny models 256)")
-    a("--data", help="text the perplexity is measured on: wikitext2, ptb, c4 or a path")
+    a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models docs)")
     a("--data-dir", type=Path, help="folder that holds the text sets")
     a("--max-tokens", type=int, help="measure on the first so many tokens only")
     a("--train-data", help="text the prompt is learned on (default: --calib)")
     a("--val-windows", type=int, default=8, help="windows of it held out to choose the best prompt")
-    a("--prompt-tokens", type=int, default=100)
+    a("--prompt-tokens", type=int, help=f"default {SCALES['large']['prompt_tokens']}; tiny models {SCALES['tiny']['prompt_tokens']}")
     a("--prompt-init", default="text", choices=["text", "vocab", "random"])
-    a("--steps", type=int, default=200, help="prompt learning steps; 0 skips the prompt")
+    a("--steps", type=int, help="prompt learning steps (default 200); 0 skips the prompt")
     a("--batch-size", type=int, default=4, help="windows a step, and at a time when measuring")
-    a("--lr", type=float, default=5e-3, help="peak learning rate (the paper: 1e-3, for 30,000 steps)")
+    a("--lr", type=float, help="peak learning rate (default 5e-3; tiny models 2e-2; the paper: 1e-3, for 30,000 steps)")
+    a("--control", action=argparse.BooleanOptionalAction, help="learn a prompt on the dense model too (default for tiny models)")
     a("--tune-dtype", default="bfloat16", choices=DTYPES, help="precision of the frozen model while the prompt is learned")
     a("--checkpointing", action="store_true", help="recompute activations to save memory")
     a("--seed", type=int, default=0)

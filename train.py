@@ -74,7 +74,7 @@ class Gram:
         return (self.H.tril() + self.H.tril(-1).T) / self.count
 
 
-def corrected(W, bias, H, inputs, dense_inputs, residuals, dense_residuals, strength: float, damp: float = 0.1):
+def corrected(W, bias, H, inputs, dense_inputs, residuals, dense_residuals, strength: float, damp: float = 0.3):
     """The weights that a compressed Linear should aim at, given that it reads x where the dense model reads x', and that its
     output joins r where the dense model has r': least squares, damped towards W (QEP 2504.09629, GPTAQ 2504.02692; the
     residual stream's own error is ours),

@@ -24,15 +24,15 @@ def weigh(acc, acc_f, acc_g, scale, zero, OFFSET: tl.constexpr, PLANES: tl.const
     """Sums of x over planes (BN, BM), scale and zero (BN,) fp32 -> sums of w x. See planes.py for the weights.
 
     acc holds 16 f + n, acc_f 16 f and acc_g 16 f + 8 h, as fp16 in units of 2^-24."""
+    unit: tl.constexpr = 1.0 if not FP16 else 16777216.0 if PLANES else 512.0
+    scale = scale[:, None] * unit
+    y = acc * scale                                         # first: Triton would make acc + ... the start of acc's product
     if PLANES:
+        low = (-7 - zero if OFFSET else -zero)[:, None]
+        y += acc_f * ((low / 16 - 1) * scale)
         if OFFSET:
-            acc += acc_f * ((-7 - zero) / 16 - 1)[:, None] + (acc_g - acc_f) * ((2 * zero - 1) / 8)[:, None]
-        else:
-            acc += acc_f * (-zero / 16 - 1)[:, None]
-        unit: tl.constexpr = 16777216.0 if FP16 else 1.0
-    else:
-        unit: tl.constexpr = 512.0 if FP16 else 1.0
-    return acc * (scale * unit)[:, None]
+            y += (acc_g - acc_f) * ((2 * zero - 1)[:, None] / 8 * scale)
+    return y
 
 
 @triton.jit

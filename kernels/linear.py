@@ -4,9 +4,10 @@
     layer.fused = False                                                    # compare: unpack, then F.linear, always
 
 No weight gets a gradient and nothing dense is kept for the backward pass: dx = dy W unpacks (or decodes) once more,
-which is what lets a prompt be trained through a compressed model. CPU decoding keeps a second copy of the codes
-(cpu_int4.py); `decode_bytes()` tells its size and `decode_cache = False` forbids it. On a CPU fp16 is computed in
-fp32, because fp16 products are some sixty times slower there.
+which is what lets a prompt be trained through a compressed model. CPU decoding keeps a second copy of the weight: in
+bf16 as int4 (cpu_int4.py), else, and where int4 does not fit, unpacked. `decode_bytes()` tells its size and
+`decode_cache = False` forbids it. On a CPU fp16 is computed in fp32, because fp16 products are some sixty times slower
+there.
 """
 import torch
 import torch.nn as nn
@@ -40,6 +41,24 @@ def triton_reads(packed: Packed) -> bool:
             and bool(reach.all() and (scale.abs() < 128).all()))
 
 
+class Unpacked:
+    """The decode cache where int4 does not fit: the whole weight."""
+    most_tokens = cpu_int4.MOST_TOKENS
+
+    def __init__(self, packed: Packed, dtype: torch.dtype):
+        self.weight = unpack(packed, dtype)
+
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+
+
+def computed_in(x: torch.Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype == torch.float16 and not x.is_cuda else x.dtype
+
+
 class PackedLinear(nn.Module):
     """x (..., in_features) in fp32, bf16 or fp16 -> (..., out_features). Buffers carry the names of packed.tensors."""
 
@@ -51,7 +70,7 @@ class PackedLinear(nn.Module):
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.int4 = None                                    # the decode cache, made at the first use
+        self.decoder = None, None                           # (dtype of x, its decode cache), made at the first use
         self.in_triton = triton_reads(packed)
 
     @property
@@ -64,10 +83,10 @@ class PackedLinear(nn.Module):
 
     def decode_bytes(self) -> int:
         """Memory of the CPU's decode cache, on top of the packed tensors; 0 before the first decoding step."""
-        return 0 if self.int4 is None else self.int4.nbytes()
+        return 0 if self.decoder[1] is None else self.decoder[1].nbytes()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.int4(x) if self.fused and self.decodes(x) else PackedMatmul.apply(x, self)
+        y = self.decoder[1](x) if self.fused and self.decodes(x) else PackedMatmul.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: torch.Tensor, transposed: bool = False) -> torch.Tensor:
@@ -76,21 +95,18 @@ class PackedLinear(nn.Module):
             from kernels.matmul import matmul, matmul_transposed        # here, because triton exists on few machines
             with torch.cuda.device_of(x):
                 return matmul_transposed(x, self.packed) if transposed else matmul(x, self.packed)
-        dtype = torch.float32 if x.dtype == torch.float16 and not x.is_cuda else x.dtype
-        weight = self.weight_dequantized(dtype)
-        return F.linear(x.to(dtype), weight.T if transposed else weight).to(x.dtype)
+        weight = self.weight_dequantized(computed_in(x))
+        return F.linear(x.to(weight.dtype), weight.T if transposed else weight).to(x.dtype)
 
     def decodes(self, x: torch.Tensor) -> bool:
-        """Is this a CPU decoding step? bf16 because torch's int4 product is fast in nothing else."""
-        learns = x.requires_grad and torch.is_grad_enabled()
-        if x.dtype != torch.bfloat16 or x.is_cuda or not self.decode_cache or learns:
+        """Is this a CPU decoding step? Makes the cache if so."""
+        learns, tokens = x.requires_grad and torch.is_grad_enabled(), x.numel() // self.in_features
+        if x.is_cuda or not self.decode_cache or learns or tokens > cpu_int4.MOST_TOKENS:
             return False
-        tokens = x.numel() // self.in_features
-        if tokens > cpu_int4.MOST_TOKENS or not cpu_int4.fits(self.meta) or "g_idx" in self.names:
-            return False
-        if self.int4 is None:
-            self.int4 = cpu_int4.Int4(self.packed)
-        return tokens <= self.int4.most_tokens
+        if self.decoder[0] != x.dtype:
+            int4 = x.dtype == torch.bfloat16 and cpu_int4.fits(self.meta) and "g_idx" not in self.names
+            self.decoder = x.dtype, cpu_int4.Int4(self.packed) if int4 else Unpacked(self.packed, computed_in(x))
+        return tokens <= self.decoder[1].most_tokens
 
     def _apply(self, fn, recurse=True):
         """Moves between devices and dtypes, except that the grid stays the fp16 that the codes were rounded with."""
@@ -98,7 +114,7 @@ class PackedLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, exact in grid.items():
             setattr(self, name, exact.to(getattr(self, name).device))
-        self.int4 = None
+        self.decoder = None, None
         return self
 
     def extra_repr(self) -> str:

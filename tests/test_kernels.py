@@ -80,14 +80,22 @@ def test_nothing_dense_is_saved_for_backward():
 
 def test_decode_cache_is_made_when_needed_and_counted():
     packed, x = layer((64, 256)), torch.randn(1, 256)
+    packed(x.expand(65, -1))
+    packed(x.requires_grad_())
+    assert packed.decode_bytes() == 0                                               # neither is a decoding step
+    x = x.detach()
     packed(x)
-    assert packed.decode_bytes() == 0                                               # fp32 does not decode with int4
+    assert packed.decode_bytes() == 64 * 256 * 4                                    # fp32 does not decode with int4
     packed(x.bfloat16())
     assert 64 * 256 / 2 <= packed.decode_bytes() < 64 * 256 / 2 * 1.2               # one matrix: zero is a level
     offset = layer((64, 256), "offset")
     offset(x.bfloat16())
     assert 64 * 256 <= offset.decode_bytes() < 64 * 256 * 1.2                       # two: it is not
-    packed.decode_cache, packed.int4 = False, None
+    odd = layer((33, 130))
+    odd(torch.randn(1, 130).bfloat16())
+    assert odd.decode_bytes() == 33 * 130 * 2                                       # no shape for torch's int4
+    packed.to(torch.float32)                                                        # moving drops the cache
+    packed.decode_cache = False
     packed(x.bfloat16())
     assert packed.decode_bytes() == 0
     assert sum(b.numel() * b.element_size() for b in packed.buffers()) == nbytes(packed.packed)

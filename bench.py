@@ -89,9 +89,9 @@ def steps(W, H, sparsity, bits: int, naive: bool):
             yield "SparseGPT, naive", error(V), seconds
     out, seconds = timed(lambda: sparsegpt(W, H, sparsity, bits))
     yield "SparseGPT, ours", out.error, seconds
-    settings = dict(mask="sparsegpt", refits=5, grid="minmax", act_order=False, descent=0)
-    for name, change in (("refit, then GPTQ", {}), ("columns by importance", {"act_order": True}), ("ADMM mask", {"mask": "admm"}),
-                         ("searched grid", {"grid": "uniform"}), ("offset grid", {"grid": "offset"}), ("descent on codes", {"descent": 2})):
+    settings = dict(mask="sparsegpt", refits=5, grid="uniform", act_order=False, descent=0)
+    for name, change in (("refit, searched grid, GPTQ", {}), ("columns by importance", {"act_order": True}), ("offset grid", {"grid": "offset"}),
+                         ("ADMM mask", {"mask": "admm"}), ("descent on codes", {"descent": 2})):
         settings.update(change)
         out, seconds = timed(lambda: prune_and_round(W, H, sparsity, bits, **settings))
         yield "+ " + name, out.error, seconds

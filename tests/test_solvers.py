@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import random_layer, steps
 from gptq import Compressed, descend, find_grid, gptq, hessian, inverse_factor, nearest, quantize, relative_error, search_grid
 from sparsegpt import admm, parse_sparsity, prune_and_round, prune_smallest, refit, sparsegpt
 
@@ -325,3 +326,12 @@ def test_stack_survives_dead_inputs_and_zero_matrices():
         prune_and_round(W, H, 0.5, 4, mask="best")
     with pytest.raises(ValueError, match="grid='log'"):
         prune_and_round(W, H, 0.5, 4, grid="log")
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "0.625", "2:4"])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_step_of_the_stack_lowers_the_error(sparsity, seed):
+    """The benchmark's table, in its order."""
+    rows = list(steps(*random_layer(96, 192, seed), sparsity, 4, naive=True))
+    errors = [error for _, error, _ in rows]
+    assert len(rows) >= 6 and all(b <= a * 1.02 for a, b in zip(errors, errors[1:])), rows

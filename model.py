@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from data.checkpoint import read_folder, read_meta, write_atomic, write_safetensors
 from data.config import Config, hf_config, packed_layers, read_config, resolve
 from kernels.linear import PackedLinear
-from kernels.packing import Packed, check_packed, kept, nbytes
+from kernels.packing import Packed, check_packed, count_kept, nbytes
 from kernels.unpacking import unpack
 
 
@@ -335,7 +335,7 @@ def storage(model: Transformer, stored: int | None = None) -> dict:
         n = m.in_features * m.out_features
         weights += n
         if isinstance(m, PackedLinear):
-            used, needed = used + nbytes(m.packed), needed + m.meta["bits"] * kept(m.packed)
+            used, needed = used + nbytes(m.packed), needed + m.meta["bits"] * count_kept(m.packed)
         else:
             used, needed, dense = used + 2 * n, needed + 16 * int(m.weight.count_nonzero()), dense + n
     others = sum(p.numel() for p in model.parameters()) - dense

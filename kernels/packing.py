@@ -55,7 +55,7 @@ def bits_per_weight(packed: Packed) -> float:
     return 8 * nbytes(packed) / (packed.meta["shape"][0] * packed.meta["shape"][1])
 
 
-def kept(packed: Packed) -> int:
+def count_kept(packed: Packed) -> int:
     """How many weights pruning left."""
     rows, cols = packed.meta["shape"]
     if packed.meta["format"] == "dense":
@@ -135,11 +135,11 @@ def check_packed(packed: Packed, shape: tuple[int, int]) -> None:
     """Raises ValueError unless meta is known, every tensor has the type and size that it asks for, and the starts are
     those of the mask: no reader of a checked file can run out of its tensors."""
     t, meta = packed.tensors, packed.meta
+    if not isinstance(meta, dict) or meta.get("shape") != list(shape):
+        raise ValueError(f"packed as {meta}, but the configuration wants a shape of {list(shape)}")
     bits, grid, size, format = (meta.get(key) for key in ("bits", "grid", "groupsize", "format"))
     if bits not in BITS or grid not in GRIDS or format not in FORMATS or not isinstance(size, int) or size < 1 and size != -1:
         raise ValueError(f"bits {bits!r}, grid {grid!r}, groupsize {size!r}, format {format!r}: this packing is not known")
-    if tuple(meta.get("shape", ())) != tuple(shape):
-        raise ValueError(f"packed as {meta.get('shape')}, but the configuration wants {list(shape)}")
     rows, cols = shape
     words, groups = -(-cols // 32), -(-cols // size) if size > 0 else 1
     need = {"scale": (torch.float16, (rows, groups)), "zero": (torch.float16, (rows, groups))}

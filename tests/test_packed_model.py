@@ -191,7 +191,7 @@ def test_damaged_tensors_are_one_line(tensor, new, message, folder, tmp_path):
 
 @pytest.mark.parametrize("key,value,message", [
     ("bits", 5, "bits 5"), ("grid", "log", "grid 'log'"), ("format", "csr", "format 'csr'"), ("groupsize", 0, "groupsize 0"),
-    ("shape", [64, 32], "wants"), ("format", "nm", "packed tensor codes"), ("format", "dense", "packed tensor"),
+    ("shape", [64, 32], "wants"), ("shape", 64, "wants"), ("format", "nm", "packed tensor codes"), ("format", "dense", "packed tensor"),
     ("groupsize", 16, "packed tensor scale")])
 def test_meta_that_does_not_fit_is_one_line(key, value, message, folder, tmp_path):
     def config(j):

@@ -21,7 +21,7 @@ def backward_kernel(dy_ptr, dx_ptr, mask_ptr, codes_ptr, row_start_ptr, tile_sta
     """dy (M, N), dx (M, K). Program (k, m)."""
     FP16: tl.constexpr = dy_ptr.dtype.element_ty == tl.float16
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
-    UNIT: tl.constexpr = 512.0 if FP16 else 1.0
+    UNIT: tl.constexpr = 1024.0 if FP16 else 1.0
     EVEN: tl.constexpr = K % BK == 0
     k0 = tl.program_id(0) * BK
     m = tl.program_id(1) * BM + tl.arange(0, BM)

@@ -24,7 +24,7 @@ def weigh(acc, acc_f, acc_g, scale, zero, OFFSET: tl.constexpr, PLANES: tl.const
     """Sums of x over planes (BN, BM), scale and zero (BN,) fp32 -> sums of w x. See planes.py for the weights.
 
     acc holds 16 f + n, acc_f 16 f and acc_g 16 f + 8 h, as fp16 in units of 2^-24."""
-    unit: tl.constexpr = 1.0 if not FP16 else 16777216.0 if PLANES else 512.0
+    unit: tl.constexpr = 1.0 if not FP16 else 16777216.0 if PLANES else 1024.0
     scale = scale[:, None] * unit
     y = acc * scale                                         # first: Triton would make acc + ... the start of acc's product
     if PLANES:

@@ -34,11 +34,11 @@ class PackedMatmul(torch.autograd.Function):
 
 def triton_reads(packed: Packed) -> bool:
     """Can the kernels multiply this? 4-bit codes, groups of neighbours in whole 32s, and a grid that stays within fp16
-    when planes.py scales it: by 512 (scale), 2048 (zero of "uniform"), 4096 (2 zero - 1 of "offset")."""
+    when planes.py scales it: by 1024 (scale, zero of "uniform") or 2048 (2 zero - 1 of "offset")."""
     size, scale, zero = packed.meta["groupsize"], packed.tensors["scale"].float(), packed.tensors["zero"].float()
-    reach = (2 * zero - 1).abs() < 16 if packed.meta["grid"] == "offset" else zero.abs() < 32
+    reach = (2 * zero - 1).abs() < 32 if packed.meta["grid"] == "offset" else zero.abs() < 64
     return (packed.meta["bits"] == 4 and "g_idx" not in packed.tensors and (size == -1 or size % 32 == 0)
-            and bool(reach.all() and (scale.abs() < 128).all()))
+            and bool(reach.all() and (scale.abs() < 64).all()))
 
 
 class Unpacked:

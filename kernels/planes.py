@@ -50,23 +50,23 @@ def fma(a, b, c, FP16: tl.constexpr):
 
 @triton.jit
 def add_planes(pattern, zero, OFFSET: tl.constexpr, FP16: tl.constexpr):
-    """pattern (BN, BK), zero (BN, 1) fp32 -> (BN, BK) of w / scale, in units of 2^-9 (fp16) or 1 (bf16).
+    """pattern (BN, BK), zero (BN, 1) fp32 -> (BN, BK) of w / scale, in units of 2^-10 (fp16) or 1 (bf16).
 
     Whole numbers are added first and exactly, fractions last.
-    fp16: n * 2^-24 * 2^15 = n * 2^-9 and f * 2^-20 * 2^11 = f * 2^-9."""
+    fp16: n * 2^-24 * 2^14 = n * 2^-10 and f * 2^-20 * 2^10 = f * 2^-10."""
     f, none = plane(pattern, F_FP16 if FP16 else F_BF16, FP16), zero * 0
     if FP16:
-        w = fma(plane(pattern, N_FP16, FP16), none + 32768, none, FP16)
+        w = fma(plane(pattern, N_FP16, FP16), none + 16384, none, FP16)
         if OFFSET:
-            w = fma(f, none - 7 * 2048, w, FP16)
-        w = fma(f, -zero * 2048, w, FP16)
+            w = fma(f, none - 7 * 1024, w, FP16)
+        w = fma(f, -zero * 1024, w, FP16)
     else:
         whole = none + 7 if OFFSET else tl.floor(zero + 0.5)
         rest = zero if OFFSET else zero - whole
         w = fma(f, -1 - whole / 16, pattern, FP16)                          # 16 f + n - 16 f - whole f
         w = fma(f, -rest / 16, w, FP16)
     if OFFSET:
-        F_UNIT: tl.constexpr = 2048 if FP16 else 1 / 16
+        F_UNIT: tl.constexpr = 1024 if FP16 else 1 / 16
         h = fma(f, none - 1, plane(pattern, G_FP16 if FP16 else G_BF16, FP16), FP16)
         w = fma(h, (2 * zero - 1) * (2 * F_UNIT), w, FP16)
     return w

@@ -1,7 +1,7 @@
 """Time and error of the solvers, beside the published recipe written naively, in one run on this machine.
 
     python bench.py                                            # random layers of real shapes
-    python bench.py --shapes 4096x11008 --no-naive
+    python bench.py --shapes 4096x11008 --no-naive --whole
     python bench.py --model checkpoints/SmolLM2-135M --data PATH.txt       # and a whole model, its walk included
 
 The naive side follows the papers' pseudo-code column by column, sorts for its thresholds, keeps one Hessian per Linear and
@@ -63,11 +63,14 @@ def naive_compress(model, windows, fraction: float, bits: int) -> None:
 
 
 def random_layer(out: int, n: int, seed: int = 0):
-    """A normal weight and a Hessian like that of activations: a decaying spectrum in random directions, a few large channels."""
+    """A normal weight and a Hessian like that of activations: correlated inputs, common factors, channels of unlike size."""
     g = torch.Generator().manual_seed(seed)
-    X = torch.randn(2 * n, n, generator=g) * torch.logspace(0, -1, n)
-    X = (X @ torch.randn(n, n, generator=g) / n ** 0.5) * torch.empty(n).log_normal_(0, 0.5, generator=g)
-    return torch.randn(out, n, generator=g) * n ** -0.5, X.T @ X / len(X)
+    place = torch.randperm(n, generator=g).float()
+    H = (place[:, None] - place).abs_().mul_(-0.1).exp_()                    # neighbours in a hidden order go together
+    factors = 0.5 * torch.randn(n, 32, generator=g)
+    size = torch.empty(n).log_normal_(0, 0.5, generator=g)
+    H.addmm_(factors, factors.T).mul_(size).mul_(size[:, None])
+    return torch.randn(out, n, generator=g) * n ** -0.5, H
 
 
 def timed(work):
@@ -75,8 +78,8 @@ def timed(work):
     return work(), time.perf_counter() - start
 
 
-def steps(W, H, sparsity, bits: int, naive: bool):
-    """(name, error, seconds) of every step of the stack, in order; each step keeps those before it."""
+def steps(W, H, sparsity, bits: int, naive: bool, whole: bool = False):
+    """(name, error, seconds) of every step of the stack, in order; each step keeps those before it. whole: only the last."""
     fraction, _, m = parse_sparsity(sparsity)
     error = lambda V: relative_error(W, V, H)
     if not m:
@@ -93,6 +96,8 @@ def steps(W, H, sparsity, bits: int, naive: bool):
     for name, change in (("refit, searched grid, GPTQ", {}), ("columns by importance", {"act_order": True}), ("offset grid", {"grid": "offset"}),
                          ("ADMM mask", {"mask": "admm"}), ("descent on codes", {"descent": 2})):
         settings.update(change)
+        if whole and not settings["descent"]:
+            continue
         out, seconds = timed(lambda: prune_and_round(W, H, sparsity, bits, **settings))
         yield "+ " + name, out.error, seconds
 
@@ -103,7 +108,7 @@ def main(args) -> None:
         out, n = (int(s) for s in shape.split("x"))
         W, H = random_layer(out, n)
         print(f"\n{out} x {n:<24} {'error':>10} {'seconds':>9}")
-        for name, error, seconds in steps(W, H, args.sparsity, args.bits, args.naive):
+        for name, error, seconds in steps(W, H, args.sparsity, args.bits, args.naive, args.whole):
             print(f"{name:30} {error:10.5f} {seconds:9.2f}", flush=True)
     print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
     if not args.model:
@@ -127,6 +132,7 @@ if __name__ == "__main__":
     p.add_argument("--sparsity", default="0.5")
     p.add_argument("--bits", type=int, default=4, choices=[2, 3, 4, 8])
     p.add_argument("--naive", action=argparse.BooleanOptionalAction, default=True, help="the naive side too")
+    p.add_argument("--whole", action="store_true", help="leave out the steps between the published recipe and the whole stack")
     p.add_argument("--model", help="a checkpoint folder: time its whole walk")
     p.add_argument("--data", default="docs", help="its calibration text")
     p.add_argument("--nsamples", type=int, default=32)

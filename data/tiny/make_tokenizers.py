@@ -16,9 +16,10 @@ from pathlib import Path
 
 import sentencepiece
 
+from data.bpe import byte_letters
 from data.harvest import SETS, harvest
 
-VOCAB_SIZE = 3072
+VOCAB_SIZE = 2048
 CODE_BYTES = 4_000_000     # of source text; all of it would outweigh the documentation three to one
 # GPT-2's word pattern; it has \p{L} for letters and \p{N} for numbers, which Python's own `re` spells as below
 WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
@@ -72,15 +73,8 @@ def byte_level_bpe(texts: list[str], n_merges: int) -> list[tuple[bytes, bytes]]
     return merges
 
 
-def byte_letters() -> dict[int, str]:
-    """GPT-2's visible character for each byte: itself where printable, else the next one from U+0100 on."""
-    plain = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
-    rest = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
-
-
 def main():
-    texts, here, letters = training_text(), Path(__file__).parent, byte_letters()
+    texts, here, letters = training_text(), Path(__file__).parent, {b: c for c, b in byte_letters().items()}
     merges = byte_level_bpe(texts, VOCAB_SIZE - 4 - 256)
     spelled = [tuple("".join(letters[b] for b in token) for token in pair) for pair in merges]
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *letters.values(), *(a + b for a, b in spelled)]

@@ -92,7 +92,7 @@ def steps(W, H, sparsity, bits: int, naive: bool, whole: bool = False):
             yield "SparseGPT, naive", error(V), seconds
     out, seconds = timed(lambda: sparsegpt(W, H, sparsity, bits))
     yield "SparseGPT, ours", out.error, seconds
-    settings = dict(mask="sparsegpt", refits=5, grid="uniform", act_order=False, descent=0)
+    settings = dict(mask="sparsegpt", refits=3, grid="uniform", act_order=False, descent=0)
     for name, change in (("refit, searched grid, GPTQ", {}), ("columns by importance", {"act_order": True}), ("offset grid", {"grid": "offset"}),
                          ("ADMM mask", {"mask": "admm"}), ("descent on codes", {"descent": 2})):
         settings.update(change)

@@ -81,7 +81,7 @@ def find_grid(W: torch.Tensor, bits: int, sym: bool = False, shrink: float = 1.0
 def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, bits: int, grid: str = "offset", sym: bool = False):
     """The grid of each row of W (rows, n) with the least sum of importance * (w - q)^2 over its kept weights.
 
-    keep (rows, n) 1 / 0; importance (rows or 1, n), the diagonal of H. "uniform": the min-max grid shrunk step by step.
+    keep (rows, n) bool; importance (rows or 1, n), the diagonal of H. "uniform": the min-max grid shrunk step by step.
     "offset": half-integer levels shrunk step by step, then scale and offset by least squares with the codes held, then the
     codes anew, four times (Lloyd's algorithm on a line). Returns scale and zero, each (rows, 1)."""
     weight, best = keep * importance, None
@@ -134,20 +134,23 @@ def check(W: torch.Tensor, H: torch.Tensor, bits: int | None, blocksize: int, gr
         raise ValueError(f"blocksize={blocksize} must be at least 1 and groupsize={groupsize} -1 (a whole row) or positive")
 
 
-def inverse_factor(H: torch.Tensor, percdamp: float = 0.01) -> torch.Tensor:
+def inverse_factor(H: torch.Tensor, percdamp: float = 0.01, order: torch.Tensor | None = None) -> torch.Tensor:
     """U (in, in) upper triangular with (H + damping)^-1 = U^T U; damping = percdamp * mean(diag H), raised until it works.
 
     H = R R^T with R upper is Cholesky with rows and columns in reverse order, and U = R^-1: one factorization. Inputs that
-    are always zero get a diagonal of 1. Share U between the Linears that share H."""
-    H = H.flip(0, 1)
+    are always zero get a diagonal of 1. order (in,): of the columns, first to last. Share U between the Linears that share H."""
+    back = (torch.arange(len(H), device=H.device) if order is None else order).flip(0)
+    H = H[back[:, None], back]
     H.diagonal().masked_fill_(H.diagonal() == 0, 1)
     mean = float(H.diagonal().mean())
     for _ in range(8):
         H.diagonal().add_(percdamp * mean)
         L, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
-            eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-            return torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1)
+            H = torch.eye(len(H), dtype=H.dtype, device=H.device)
+            torch.linalg.solve_triangular(L, H, upper=False, out=H)
+            del L                                                            # large ones count in memory
+            return H.flip(0, 1)
         print(f"Cholesky failed at damping {percdamp:g}, trying {max(percdamp * 10, 1e-4):g}")
         H.diagonal().sub_(percdamp * mean)
         percdamp = max(percdamp * 10, 1e-4)
@@ -188,7 +191,7 @@ class Rounder:
     grids: scale and zero, each (groups, out), or None to find min-max grids when a group of columns begins."""
 
     def __init__(self, U, group: list[int], grids, bits, grid="uniform", sym=False, keep=None):
-        self.bits, self.grid, self.sym, self.group, self.keep = bits, grid, sym, group, keep         # keep (in, out) 1 / 0
+        self.bits, self.grid, self.sym, self.group, self.keep = bits, grid, sym, group, keep         # keep (in, out) bool
         self.damage, self.dynamic = 1 / U.diagonal(), grids is None
         self.scale, self.zero = ([], []) if self.dynamic else grids
 
@@ -214,11 +217,16 @@ def static_grids(W, H, keep, bits, groupsize, grid, sym):
     rows, n = W.shape
     size = n if groupsize == -1 else groupsize
     pad = lambda t: torch.nn.functional.pad(t, (0, -n % size)).reshape(-1, size)             # (out * groups, size)
-    if grid == "minmax":
-        found = find_grid(pad(W), bits, sym)
-    else:
-        found = search_grid(pad(W), pad(keep), pad(H.diagonal().expand(rows, n)), bits, grid, sym)
-    return tuple(t.view(rows, -1).T.contiguous() for t in found)
+    scale, zero = W.new_empty(rows, -(-n // size)), W.new_empty(rows, -(-n // size))
+    step = max(1, 2 ** 20 // n)
+    for r in range(0, rows, step):                                           # a search holds many copies: a few rows at a time
+        part = W[r:r + step]
+        if grid == "minmax":
+            found = find_grid(pad(part), bits, sym)
+        else:
+            found = search_grid(pad(part), pad(keep[r:r + step]), pad(H.diagonal().expand(len(part), n)), bits, grid, sym)
+        scale[r:r + step], zero[r:r + step] = (t.view(len(part), -1) for t in found)
+    return scale.T.contiguous(), zero.T.contiguous()
 
 
 def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: bool = False, act_order: bool = False,
@@ -243,23 +251,25 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
     target = W if target is None else target.to(dtype)
     dead = H.diagonal() == 0                                       # inputs that are always 0: any weight will do
     start = W.masked_fill(dead, 0) if mask is None else W.masked_fill(mask | dead, 0)
-    keep = torch.ones_like(W) if mask is None else (~mask).to(dtype)
+    keep = torch.ones_like(W, dtype=torch.bool) if mask is None else ~mask
     order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(n, device=W.device)
     group = column_groups(n, groupsize, order if static else None)
-    Wt, kept = start.T[order], keep.T[order] if mask is not None else None
-    U = inverse_factor(H[order][:, order] if act_order else H, percdamp) if U is None else U
+    U = inverse_factor(H, percdamp, order) if U is None else U
     kind = "uniform" if grid == "minmax" else grid
     grids = static_grids(start, H, keep, bits, groupsize, grid, sym) if static else None
-    choose = Rounder(U, group, grids, bits, kind, sym, kept)
+    choose = Rounder(U, group, grids, bits, kind, sym, keep.T[order] if mask is not None else None)
+    Wt = start.T[order]
+    del start
     V = torch.empty_like(Wt)
     V[order] = sweep(Wt, U, blocksize, choose, inner=16 if static else math.gcd(16, groupsize))
     scale, zero = grids if static else (torch.stack(choose.scale), torch.stack(choose.zero))          # (groups, out)
+    del U, Wt, choose
     g_idx = torch.empty(n, dtype=torch.long, device=W.device)
     g_idx[order] = torch.tensor(group, device=W.device)
     if descent:
         V = descend(V, target.T, H, keep.T, scale[g_idx], zero[g_idx], bits, kind, descent, percdamp, blocksize)
     codes = quantize(V, scale[g_idx], zero[g_idx], bits, kind) * keep.T
-    return Compressed(V.T.contiguous(), ~keep.bool() if mask is None else mask, codes.to(torch.uint8).T.contiguous(),
+    return Compressed(V.T.contiguous(), ~keep if mask is None else mask, codes.to(torch.uint8).T.contiguous(),
                       scale.T.float().contiguous(), zero.T.float().contiguous(), g_idx, relative_error(target, V.T, H), kind)
 
 
@@ -272,7 +282,7 @@ def descend(Vt, Wt, H, keep, scale, zero, bits: int, grid: str, passes: int, per
     T[:, k] by -e H[j, k] / H[k, k]: the same loop as GPTQ's. All (in, out); returns the new Vt."""
     h = H.diagonal() * (1 + percdamp)
     h = torch.where(h > 0, h, torch.ones_like(h))
-    steps = H / h                                                            # [j, k] = H[j, k] / H[k, k]
+    steps, keep = H / h, keep.contiguous()                                   # [j, k] = H[j, k] / H[k, k]
     for _ in range(passes):
         old = Vt
 

@@ -127,31 +127,35 @@ def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int
     return Compressed(V, mask, codes, scale.float(), zero.float(), g_idx, error)
 
 
-def normalized(W, H, damp):
-    """W and H in units where every input has mean square 1: then a weight's size tells its importance, and damping treats
-    all inputs alike. Returns W * d, H / (d d^T) + damp I and d (in,)."""
+def sizes(H):
+    """Root mean square of every input (in,): weights times this are alike in importance. An input that is always 0 has none."""
     d = H.diagonal().sqrt()
-    d = d.clamp(min=max(1e-4 * float(d.max()), 1e-12))                       # an input that is always 0 has no size
+    return d.clamp(min=max(1e-4 * float(d.max()), 1e-12))
+
+
+def normalized(H, d, damp):
+    """H in units where every input has mean square 1, so that damp treats all alike: H / (d d^T) + damp I."""
     Hn = H / d
     Hn /= d[:, None]
     Hn.diagonal().add_(damp)
-    return W * d, Hn, d
+    return Hn
 
 
-def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: int = 16, percdamp: float = 0.01,
-         rho: float = 0.2, growth: float = 1.5, every: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: int = 15, percdamp: float = 0.01,
+         rho: float = 0.2, growth: float = 1.7, every: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask of W (out, in) by the alternating direction method of multipliers (ALPS, 2406.07831): minimize
     trace((W-X) H (W-X)^T) over X = D, D sparse. With dual U, and rho pulling the two together,
 
         X = (W H + rho (D - U)) (H + rho I)^-1       ridge regression, one product for all rows
+          = W + (D - U - W) rho (H + rho I)^-1       the same, and kinder to half precision
         D = keep the largest of X + U                projection onto the sparsity pattern
         U = U + X - D                                what still separates them
 
     in normalized units. rho grows by `growth` after every few iterations. Returns (mask (out, in) bool, True = pruned, with
     exactly the sparsity asked for, and D, a good start for `refit`)."""
     fraction, n, m = parse_sparsity(sparsity)
-    Wn, Hn, d = normalized(W, H, percdamp)
-    target, damp = Wn @ Hn, percdamp
+    d = sizes(H)
+    Wn = W * d
     fast = torch.bfloat16 if W.shape[1] >= 512 else W.dtype                  # a mask stands a little noise, and half is time
 
     def kept(Z, exact=False):
@@ -168,22 +172,21 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
         if i % every == 0:
             if i:
                 rho, Z = rho * growth, torch.where(keep, Z, Z / growth)      # U is in units of 1 / rho
-            Hn.diagonal().add_(percdamp + rho - damp)
-            damp, inverse = percdamp + rho, None
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(Hn))
-            ridge, inverse = target @ inverse, inverse.mul_(rho).to(fast)
-        difference = torch.where(keep, Z, -Z).to(fast)                       # D - U
-        Z = Z.masked_fill_(keep, 0).add_(ridge).add_(difference @ inverse)
+            shrink = None                                                    # make room: H is large
+            shrink = torch.cholesky_inverse(torch.linalg.cholesky(normalized(H, d, percdamp + rho))).mul_(rho).to(fast)
+        gap = torch.where(keep, Z, -Z).sub_(Wn).to(fast)                     # D - U - W
+        Z = Z.masked_fill_(keep, 0).add_(Wn).add_(gap @ shrink)
         keep = kept(Z, exact=i == iterations - 1)
-    return ~keep, (Z * keep).div_(d)
+    return ~keep, Z.masked_fill_(~keep, 0).div_(d)
 
 
-def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Tensor | None = None, iterations: int = 5,
+def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Tensor | None = None, iterations: int = 3,
           percdamp: float = 0.01) -> torch.Tensor:
     """The best values of the weights that mask (True = pruned) keeps: each row solves min (v-w) H (v-w)^T on its support.
 
     Conjugate gradients on all rows at once, preconditioned by the diagonal (the normalized units); one product an iteration."""
-    Wn, Hn, d = normalized(W, H, percdamp)
+    d = sizes(H)
+    Wn, Hn = W * d, normalized(H, d, percdamp)
     keep = (~mask).to(W.dtype)
     V = (Wn if start is None else start * d) * keep
     R = (Wn - V) @ Hn * keep                                                 # residual: minus half the gradient
@@ -199,7 +202,7 @@ def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Ten
 
 
 def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int | None = None, groupsize: int = -1,
-                    mask: str = "admm", refits: int = 5, grid: str = "auto", act_order: bool = True, descent: int = 2,
+                    mask: str = "admm", refits: int = 3, grid: str = "auto", act_order: bool = True, descent: int = 2,
                     percdamp: float = 0.01, blocksize: int = 128, sym: bool = False) -> Compressed:
     """Prune W (out, in) with H (in, in) and quantize what is left: mask, refit, searched grid, GPTQ with the mask held, descent.
 

@@ -33,7 +33,7 @@ from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
 
 
 RECIPES = {"plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, true_sequential=False, correct=0.0, percdamp=0.01),
-           "best": dict(mask="admm", refits=5, grid="auto", act_order=True, descent=2, true_sequential=True, correct=0.5, percdamp=0.03)}
+           "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, true_sequential=True, correct=0.5, percdamp=0.03)}
 SCALES = {"large": dict(calib="c4", data="wikitext2", nsamples=128, seqlen=2048, prompt_tokens=100, steps=200, lr=5e-3, control=False),
           "tiny": dict(calib="docs", data="docs", nsamples=128, seqlen=256, prompt_tokens=50, steps=200, lr=2e-2, control=True)}
 

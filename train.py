@@ -34,8 +34,8 @@ from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
 
 RECIPES = {"plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, true_sequential=False, correct=0.0, percdamp=0.01),
            "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, true_sequential=True, correct=0.5, percdamp=0.03)}
-SCALES = {"large": dict(calib="c4", data="wikitext2", nsamples=128, seqlen=2048, prompt_tokens=100, steps=200, lr=5e-3, control=False),
-          "tiny": dict(calib="docs", data="docs", nsamples=128, seqlen=256, prompt_tokens=50, steps=200, lr=2e-2, control=True)}
+SCALES = {"large": dict(calib="c4", data="wikitext2", nsamples=128, seqlen=2048, prompt_tokens=100, steps=200, lr=5e-3, control=False, batch_size=4, max_tokens=None),
+          "tiny": dict(calib="docs", data="docs", nsamples=128, seqlen=256, prompt_tokens=50, steps=150, lr=2e-2, control=True, batch_size=8, max_tokens=32768)}
 
 
 def make_solver(args):
@@ -293,13 +293,13 @@ if __name__ == "__main__":
     a("--seqlen", type=int, help="tokens a window, everywhere (default 2048; tiny models 256)")
     a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models docs)")
     a("--data-dir", type=Path, help="folder that holds the text sets")
-    a("--max-tokens", type=int, help="measure on the first so many tokens only")
+    a("--max-tokens", type=int, help="measure on the first so many tokens only (default all; tiny models 32768)")
     a("--train-data", help="text the prompt is learned on (default: --calib)")
     a("--val-windows", type=int, default=8, help="windows of it held out to choose the best prompt")
     a("--prompt-tokens", type=int, help=f"default {SCALES['large']['prompt_tokens']}; tiny models {SCALES['tiny']['prompt_tokens']}")
     a("--prompt-init", default="text", choices=["text", "vocab", "random"])
-    a("--steps", type=int, help="prompt learning steps (default 200); 0 skips the prompt")
-    a("--batch-size", type=int, default=4, help="windows a step, and at a time when measuring")
+    a("--steps", type=int, help="prompt learning steps (default 200; tiny models 150); 0 skips the prompt")
+    a("--batch-size", type=int, help="windows a step, and at a time when measuring (default 4; tiny models 8)")
     a("--lr", type=float, help="peak learning rate (default 5e-3; tiny models 2e-2; the paper: 1e-3, for 30,000 steps)")
     a("--control", action=argparse.BooleanOptionalAction, help="learn a prompt on the dense model too (default for tiny models)")
     a("--tune-dtype", default="bfloat16", choices=DTYPES, help="precision of the frozen model while the prompt is learned")

@@ -32,10 +32,14 @@ from prompt import initial_prompt, learn, save_prompt
 from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
 
 
-RECIPES = {"plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, true_sequential=False, correct=0.0, percdamp=0.01),
-           "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, true_sequential=True, correct=0.5, percdamp=0.03)}
-SCALES = {"large": dict(calib="c4", data="wikitext2", nsamples=128, seqlen=2048, prompt_tokens=100, steps=200, lr=5e-3, control=False, batch_size=4, max_tokens=None),
-          "tiny": dict(calib="docs", data="docs", nsamples=128, seqlen=256, prompt_tokens=50, steps=150, lr=2e-2, control=True, batch_size=8, max_tokens=32768)}
+RECIPES = {                                                       # what the flags of these names default to
+    "plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, true_sequential=False, correct=0.0, percdamp=0.01),
+    "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, true_sequential=True, correct=0.5, percdamp=0.03)}
+SCALES = {                                                        # likewise, by the size of the model
+    "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048, max_tokens=None, batch_size=4, prompt_tokens=100,
+                  steps=200, lr=5e-3, control=False),
+    "tiny": dict(calib="docs", data="code", train_data="code", nsamples=128, seqlen=256, max_tokens=32768, batch_size=8, prompt_tokens=50,
+                 steps=120, lr=2e-2, control=True)}
 
 
 def make_solver(args):
@@ -291,14 +295,14 @@ if __name__ == "__main__":
     a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, or a path (default c4; tiny models docs)")
     a("--nsamples", type=int, help="calibration windows (default 128)")
     a("--seqlen", type=int, help="tokens a window, everywhere (default 2048; tiny models 256)")
-    a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models docs)")
+    a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models code)")
     a("--data-dir", type=Path, help="folder that holds the text sets")
     a("--max-tokens", type=int, help="measure on the first so many tokens only (default all; tiny models 32768)")
-    a("--train-data", help="text the prompt is learned on (default: --calib)")
+    a("--train-data", help="text the prompt is learned on (default: --calib; tiny models code)")
     a("--val-windows", type=int, default=8, help="windows of it held out to choose the best prompt")
     a("--prompt-tokens", type=int, help=f"default {SCALES['large']['prompt_tokens']}; tiny models {SCALES['tiny']['prompt_tokens']}")
     a("--prompt-init", default="text", choices=["text", "vocab", "random"])
-    a("--steps", type=int, help="prompt learning steps (default 200; tiny models 150); 0 skips the prompt")
+    a("--steps", type=int, help="prompt learning steps (default 200; tiny models 120); 0 skips the prompt")
     a("--batch-size", type=int, help="windows a step, and at a time when measuring (default 4; tiny models 8)")
     a("--lr", type=float, help="peak learning rate (default 5e-3; tiny models 2e-2; the paper: 1e-3, for 30,000 steps)")
     a("--control", action=argparse.BooleanOptionalAction, help="learn a prompt on the dense model too (default for tiny models)")

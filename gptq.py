@@ -205,6 +205,10 @@ class Rounder:
         q = q if self.keep is None else q * self.keep[j]
         return q, (Wt[j] - q) * self.damage[j]
 
+    def tables(self):
+        """scale and zero, each (groups, out)."""
+        return torch.stack(list(self.scale)), torch.stack(list(self.zero))
+
 
 def column_groups(n: int, groupsize: int, order: torch.Tensor | None = None) -> list[int]:
     """Group of every column in the order of the loop; with `order`, groups are neighbours of the original matrix."""
@@ -237,9 +241,9 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
     groupsize: columns that share a grid, -1 for a whole row. act_order: columns in order of falling H diagonal; groups
     then follow that order (g_idx says which) unless static_groups keeps them to neighbours. U: inverse_factor(H) of the
     same H, percdamp and order, to share it between Linears. grid: "minmax" (the paper's), or "uniform" / "offset",
-    searched. mask (out, in): True stays zero. descent: passes of `descend` afterwards. target (out, in): the weights that
-    errors are measured from and descent aims at, where W itself is an approximation. Raises ValueError for NaN, Inf or
-    wrong shapes."""
+    searched; sym: symmetric around zero, as offset grids always are. mask (out, in): True stays zero. descent: passes of
+    `descend` afterwards. target (out, in): the weights that errors are measured from and descent aims at, where W itself is
+    an approximation. Raises ValueError for NaN, Inf or wrong shapes."""
     check(W, H, bits, blocksize, groupsize)
     if grid not in ("minmax", "uniform", "offset"):
         raise ValueError(f"grid={grid!r}: known are minmax, uniform and offset")
@@ -262,7 +266,7 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
     del start
     V = torch.empty_like(Wt)
     V[order] = sweep(Wt, U, blocksize, choose, inner=16 if static else math.gcd(16, groupsize))
-    scale, zero = grids if static else (torch.stack(choose.scale), torch.stack(choose.zero))          # (groups, out)
+    scale, zero = choose.tables()
     del U, Wt, choose
     g_idx = torch.empty(n, dtype=torch.long, device=W.device)
     g_idx[order] = torch.tensor(group, device=W.device)

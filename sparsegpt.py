@@ -63,12 +63,11 @@ def prune_pattern(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
     rounded down."""
     mask, cols = torch.zeros_like(score, dtype=torch.bool), score.shape[1]
     whole = cols // m * m
-    for start, width in ((0, m), (whole, cols - whole)):
-        part = score[:, start:whole if start == 0 else cols]
-        if part.numel():
-            groups = part.reshape(-1, width)
+    for start, end, width in ((0, whole, m), (whole, cols, cols - whole)):
+        if start < end:
+            groups = score[:, start:end].reshape(-1, width)
             cut = groups.argsort(dim=1, stable=True)[:, :width * (m - n) // m]
-            mask[:, start:start + part.shape[1]] = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, cut, True).view(part.shape)
+            mask[:, start:end] = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, cut, True).view(len(score), -1)
     return mask
 
 
@@ -121,7 +120,7 @@ def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int
     mask, error = choose.mask.T.contiguous(), relative_error(W, V, H)
     if not bits:
         return Compressed(V, mask, None, None, None, None, error)
-    scale, zero = (t.T.contiguous() for t in (grids if static else (torch.stack(choose.scale), torch.stack(choose.zero))))
+    scale, zero = (t.T.contiguous() for t in choose.tables())
     g_idx = torch.tensor(choose.group, device=W.device)
     codes = quantize(V, scale[:, g_idx], zero[:, g_idx], bits).masked_fill(mask, 0).to(torch.uint8)
     return Compressed(V, mask, codes, scale.float(), zero.float(), g_idx, error)
@@ -207,7 +206,8 @@ def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bit
     """Prune W (out, in) with H (in, in) and quantize what is left: mask, refit, searched grid, GPTQ with the mask held, descent.
 
     mask: "admm" or "sparsegpt"; refits: conjugate gradient iterations, 0 keeps the mask's own values; grid, act_order,
-    descent: see gptq.gptq, "auto" being "offset" behind a mask and "uniform" without; groups are neighbouring columns. sparsity 0 only quantizes, bits None only prunes."""
+    descent: see gptq.gptq, "auto" being "offset" behind a mask and "uniform" without; groups are neighbouring columns.
+    sparsity 0 only quantizes, bits None only prunes."""
     check(W, H, bits, blocksize, groupsize)
     if mask not in ("admm", "sparsegpt"):
         raise ValueError(f"mask={mask!r}: known are admm and sparsegpt")

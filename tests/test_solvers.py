@@ -116,6 +116,14 @@ def test_patterns_hold_in_every_group():
         assert (kept == n).all()
 
 
+@pytest.mark.parametrize("cols", [3, 33, 98, 99])
+def test_a_last_group_cut_short_prunes_its_share(cols):
+    W, H = layer(8, cols)
+    tail = cols % 4
+    for mask in (sparsegpt(W, H, "2:4").mask, sparsegpt(W, H, "2:4", 4, blocksize=32).mask, prune_and_round(W, H, "2:4", 4).mask):
+        assert (mask[:, cols - tail:].sum(1) == tail // 2).all() and int(mask.sum()) == 8 * (cols // 4 * 2 + tail // 2)
+
+
 def test_ties_prune_the_exact_number():
     assert prune_smallest(torch.zeros(5, 8), 13).sum() == 13
     assert torch.equal(prune_smallest(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), 2), torch.tensor([[False, True, True, False]]))

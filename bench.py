@@ -20,7 +20,7 @@ from data.tokenizer import load_tokenizer
 from gptq import find_grid, quantize, relative_error
 from model import load_model
 from sparsegpt import parse_sparsity, prune_and_round, prune_smallest, sparsegpt
-from train import compress
+from train import RECIPES, compress
 
 
 def naive_sparsegpt(W, H, fraction: float, bits: int, blocksize: int = 128, percdamp: float = 0.01):
@@ -103,6 +103,8 @@ def steps(W, H, sparsity, bits: int, naive: bool, whole: bool = False):
 
 
 def main(args) -> None:
+    fraction, _, m = parse_sparsity(args.sparsity)
+    args.naive = args.naive and not m                                        # the naive side knows fractions only
     print(f"{torch.get_num_threads()} threads, sparsity {args.sparsity}, {args.bits} bits, one grid a row")
     for shape in args.shapes:
         out, n = (int(s) for s in shape.split("x"))
@@ -115,11 +117,11 @@ def main(args) -> None:
         return
     model = load_model(args.model)
     windows = calibration(load_tokenizer(args.model), args.data, "train", args.nsamples, args.seqlen, 0)
-    fraction = parse_sparsity(args.sparsity)[0]
+    best = lambda W, H, parts: prune_and_round(W, H, args.sparsity, args.bits, percdamp=RECIPES["best"]["percdamp"])
     rows = [("naive", lambda m: naive_compress(m, windows, fraction, args.bits)),
             ("plain", lambda m: compress(m, windows, lambda W, H, parts: sparsegpt(W, H, args.sparsity, args.bits, parts=parts), False, 0.0,
                                          dtype=torch.bfloat16)),
-            ("best", lambda m: compress(m, windows, lambda W, H, parts: prune_and_round(W, H, args.sparsity, args.bits), dtype=torch.bfloat16))]
+            ("best", lambda m: compress(m, windows, best, dtype=torch.bfloat16))]
     seconds = {name: timed(lambda: work(copy.deepcopy(model)))[1] for name, work in rows if args.naive or name != "naive"}
     print(f"\n{args.model}, {windows.numel()} calibration tokens")
     for name, s in seconds.items():

@@ -12,8 +12,8 @@ import copy
 import json
 import platform
 import shutil
-import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,6 +51,8 @@ def make_solver(args):
     bits, pattern = None if args.bits == 16 else args.bits, str(args.sparsity) if m else fraction
     if args.static_groups and (args.recipe != "plain" or not args.act_order or fraction):
         raise ValueError("--static-groups belongs to --recipe plain --sparsity 0 --act-order; the searched grids' groups are static anyway")
+    if args.correct and not args.true_sequential:
+        raise ValueError("--correct works group by group: add --true-sequential, or turn it off with --correct 0")
     if args.mask == "admm" or args.refits or args.descent or args.grid != "minmax" or fraction and args.act_order:
         return lambda W, H, parts: prune_and_round(W, H, pattern, bits, args.groupsize, args.mask, args.refits, args.grid, args.act_order,
                                                    args.descent, args.percdamp, args.blocksize, args.sym)
@@ -59,26 +61,40 @@ def make_solver(args):
     return lambda W, H, parts: gptq(W, H, bits, args.groupsize, args.sym, args.act_order, args.static_groups, args.percdamp, args.blocksize)
 
 
+@contextmanager
+def fast_products(x: torch.Tensor):
+    """Inside, fp32 matrix products may round their factors to bf16 on a CPU, to TF32 on a GPU, if x's dtype loses nothing by
+    it. Sums stay fp32: in bf16 they would not be exact enough to be inverted."""
+    place, precision = (torch.backends.cuda, "tf32") if x.is_cuda else (torch.backends.mkldnn, "bf16")
+    exact = x.dtype == torch.bfloat16 or x.is_cuda and x.dtype == torch.float16
+    before = place.matmul.fp32_precision
+    place.matmul.fp32_precision = precision if exact else before
+    try:
+        yield
+    finally:
+        place.matmul.fp32_precision = before
+
+
 class Gram:
-    """The mean of x x^T over all x (..., n) added, in fp32. Products of bf16 numbers are exact there; sums in bf16 are not
-    exact enough to be inverted. H is symmetric, so only a staircase of it is computed."""
+    """The mean of x x^T over all x (..., n) added, in fp32; H is symmetric, so only a staircase of it is computed."""
 
     def __init__(self):
         self.H, self.count = None, 0
 
     def add(self, x: torch.Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1]).float()
-        n, self.count = x.shape[1], self.count + len(x)
-        self.H = x.new_zeros(n, n) if self.H is None else self.H
+        x32 = x.reshape(-1, x.shape[-1]).float()
+        n, self.count = x32.shape[1], self.count + len(x32)
+        self.H = x32.new_zeros(n, n) if self.H is None else self.H
         step = max(128, -(-n // 4))
-        for s in range(0, n, step):
-            self.H[s:, s:s + step].addmm_(x[:, s:].T, x[:, s:s + step])
+        with fast_products(x):
+            for s in range(0, n, step):
+                self.H[s:, s:s + step].addmm_(x32[:, s:].T, x32[:, s:s + step])
 
     def mean(self) -> torch.Tensor:
         return (self.H.tril() + self.H.tril(-1).T) / self.count
 
 
-def corrected(W, bias, H, inputs, dense_inputs, residuals, dense_residuals, strength: float, damp: float = 0.3):
+def corrected(W, biased: bool, H, inputs, dense_inputs, residuals, dense_residuals, strength: float, damp: float = 0.3):
     """The weights that a compressed Linear should aim at, given that it reads x where the dense model reads x', and that its
     output joins r where the dense model has r': least squares, damped towards W (QEP 2504.09629, GPTAQ 2504.02692; the
     residual stream's own error is ours),
@@ -96,15 +112,17 @@ def corrected(W, bias, H, inputs, dense_inputs, residuals, dense_residuals, stre
         dr = None if residuals[k] is None else flat(dense_residuals[k] - residuals[k])
         C = C + (dx.T @ x).float()                               # a difference may be summed in half precision
         R = R if dr is None else R + (dr.T @ x).float()
-        if bias is not None:
+        if biased:
             mean, gain = mean + x.sum(0, dtype=torch.float32), gain + dx.sum(0, dtype=torch.float32)
             drift = drift if dr is None else drift + dr.sum(0, dtype=torch.float32)
     C, R = C / count, R / count
     shift = None
-    if bias is not None:
+    if biased:
         mean, gain, drift = mean / count, gain / count, drift / count
-        H, C = H - torch.outer(mean, mean), C - torch.outer(gain, mean)
+        around, C = H - torch.outer(mean, mean), C - torch.outer(gain, mean)
         R = R - torch.outer(drift, mean) if torch.is_tensor(drift) else R
+        varies = (around.diagonal() > 1e-5 * H.diagonal()).float()           # a constant input is the bias's: all else is rounding
+        H, C, R = around * varies * varies[:, None], C * varies, R * varies
         wanted = W @ (mean + strength * gain) + strength * drift
         shift = lambda V: wanted - V @ mean
     damped = H + torch.diag(damp * H.diagonal() + 1e-6 * H.diagonal().mean() + 1e-12)
@@ -115,26 +133,27 @@ def corrected(W, bias, H, inputs, dense_inputs, residuals, dense_residuals, stre
 @torch.no_grad()
 def compress(model: Transformer, windows: torch.Tensor, solve, true_sequential: bool = True, correct: float = 0.5,
              batch_size: int = 4, dtype: torch.dtype | None = None, bits: int | None = None) -> list[dict]:
-    """Compress every Linear of every block in place; windows (N, T) int64 are the calibration text. Returns one dict a Linear (error: its group's).
+    """Compress every Linear of every block in place; windows (N, T) int64 are the calibration text. Returns one dict a Linear,
+    its error being that of the Linears it shares an input with.
 
     Block by block; what enters a block comes out of the compressed blocks before it. Linears that share an input share one
     Hessian and are solved as one stacked matrix. Plain: all four Hessians of a block come from its dense weights, then it
     runs once more, compressed. true_sequential: all windows go through the block together, group by group, and each group of
     Linears is compressed just before it is used, so that every Linear runs once and later groups see the earlier ones'
-    errors. correct > 0: the dense model runs alongside and every Linear aims at its outputs (`corrected`).
+    errors. correct > 0, with it: the dense model runs alongside and every Linear aims at its outputs (`corrected`).
     dtype: of activations and of the two copies of the block that run; solvers work in fp32.
     bits: a quantized Linear becomes a PackedLinear of that width when its block is done; None leaves it dense."""
     device, kept = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
     dtype = dtype or kept
     hs = [model.stem(model.embed(w.to(device))).to(dtype) for w in windows.split(batch_size)]        # (batch, T, d_model) each
-    dense_hs, rope, stats, packed = hs, model.rope(0, windows.shape[1], device), [], {}
+    dense_hs, rope, stats, packed = hs if correct else (), model.rope(0, windows.shape[1], device), [], {}
 
     def solve_group(i, block, work, names, H, seen=None):
         linears = [block.get_submodule(name) for name in names]
         parts, W = [m.out_features for m in linears], torch.cat([m.weight.float() for m in linears])
-        bias, shift = None if linears[0].bias is None else torch.cat([m.bias.float() for m in linears]), None
+        shift = None
         if seen is not None:
-            W, H, shift = corrected(W, bias, H, *seen, correct)
+            W, H, shift = corrected(W, linears[0].bias is not None, H, *seen, correct)
         out = solve(W, H, parts)
         shifts = [None] * len(parts) if shift is None else shift(out.weight).split(parts)
         rows = [t.split(parts) if torch.is_tensor(t) else [None] * len(parts) for t in out[:5]]
@@ -152,7 +171,7 @@ def compress(model: Transformer, windows: torch.Tensor, solve, true_sequential: 
     bar = Progress(model.blocks, "compressing blocks")
     for i, block in enumerate(bar):
         work = copy.deepcopy(block).to(dtype)
-        if true_sequential or correct:
+        if true_sequential:
             runs = [work.steps(h, rope) for h in hs]
             dense = copy.deepcopy(work) if correct else None
             twins = [dense.steps(h, rope) for h in dense_hs] if correct else []
@@ -211,8 +230,9 @@ def main(args) -> dict:
     test = eval_tokens(tokenizer, data, "validation" if data == "c4" else "test", seqlen, args.max_tokens, folder=args.data_dir)
     calib_windows = calibration(tokenizer, calib, "train", args.nsamples, seqlen, args.seed, folder=args.data_dir)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "train_data": train_data, "hardware": describe_machine(args.device),
-                "python": platform.python_version(), "torch": torch.__version__, "calibration_tokens": calib_windows.numel()}
+    settings = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "train_data": train_data,
+                "hardware": describe_machine(args.device), "python": platform.python_version(), "torch": torch.__version__,
+                "calibration_tokens": calib_windows.numel()}
     rows = []
 
     def measure(name, model, prompt=None, size=None, since=None):
@@ -279,7 +299,7 @@ if __name__ == "__main__":
     a("--bits", type=int, default=4, choices=[2, 3, 4, 8, 16], help="bits a weight kept; 16 does not quantize")
     a("--sparsity", default="0.5", help="0, a fraction of weights to prune, or n:m such as 2:4")
     a("--groupsize", type=int, default=-1, help="columns that share a grid; -1: a whole row")
-    a("--sym", action="store_true", help="grids symmetric around zero")
+    a("--sym", action="store_true", help="grids symmetric around zero; offset grids always are")
     a("--recipe", default="best", choices=RECIPES, help="plain: SparseGPT and GPTQ as published; single steps by the flags below")
     a("--mask", choices=["admm", "sparsegpt"], help="how weights to prune are found")
     a("--refits", type=int, help="conjugate gradient iterations on the weights kept")

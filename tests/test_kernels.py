@@ -33,9 +33,10 @@ def layer(shape=(64, 256), grid="uniform", groupsize=-1, format="unstructured", 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_reference_equals_unpack(grid, format):
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_reference_equals_unpack(bits, grid, format):
     for shape, groupsize in (((5, 4100), -1), ((33, 130), 32), ((3, 8), -1), ((16, 576), 128)):
-        packed = pack(*example(shape, 4, grid, groupsize, format), 4, grid, groupsize, format)
+        packed = pack(*example(shape, bits, grid, groupsize, format), bits, grid, groupsize, format)
         assert torch.equal(dequantize(packed), unpack(packed))
 
 

@@ -252,6 +252,10 @@ def load_model(path: str | Path, dtype=torch.float32, device="cpu", packed: bool
     Linears that are stored packed become PackedLinear, or, with packed=False, ordinary ones with the same weights.
     Raises FileNotFoundError / ValueError with one line for missing, extra, mis-shaped or truncated weights."""
     folder = resolve(path)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {device} cannot be used here: {str(e).splitlines()[0]}") from None
     c = read_config(folder)
     meta = not (folder / "config.json").exists()
     files = read_meta(folder) if meta else read_folder(folder)
@@ -321,8 +325,8 @@ def save_model(model: Transformer, folder: str | Path, dtype=torch.float16, extr
             layers[theirs] = m.meta
             state.update({f"{theirs}.{n}": t for n, t in m.packed.tensors.items()})
     write_safetensors(folder / "model.safetensors", state)
-    text = json.dumps({**hf_config(model.config, layers), **(extra or {})}, indent=1)
-    write_atomic(folder / "config.json", lambda f: f.write(text.encode()))
+    config = {**hf_config(model.config, layers), "torch_dtype": str(dtype).removeprefix("torch."), **(extra or {})}
+    write_atomic(folder / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
 
 
 def storage(model: Transformer, stored: int | None = None) -> dict:

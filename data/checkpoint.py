@@ -24,9 +24,12 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_json(path: Path) -> dict:
     """A JSON object from a file, with the file's name in the error."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:                                     # no JSON, or not even UTF-8
         raise ValueError(f"{path} is not valid JSON ({e}): download it again") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} holds a JSON {type(held).__name__} where an object is needed")
+    return held
 
 
 def write_atomic(path: Path, write) -> None:
@@ -48,18 +51,18 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is truncated: {size} bytes, its header alone needs {8 + n}; download it again")
     try:
         header = json.loads(data[8:8 + n].tobytes())
-    except ValueError:
-        raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from None
-    header.pop("__metadata__", None)
+        entries = [(name, *e["data_offsets"], e["dtype"], e["shape"]) for name, e in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not a safetensors file: its header is not JSON of names, types and offsets") from None
     body, out = torch.from_numpy(data[8 + n:]), {}
-    for name, entry in header.items():
-        (a, b), dtype, shape = entry["data_offsets"], DTYPES.get(entry["dtype"]), entry["shape"]
+    for name, a, b, kind, shape in entries:
+        dtype = DTYPES.get(kind)
         if dtype is None:
-            raise ValueError(f"{path}: {name} has type {entry['dtype']}; known are {', '.join(DTYPES)}")
+            raise ValueError(f"{path}: {name} has type {kind}; known are {', '.join(DTYPES)}")
         if b > len(body):
             raise ValueError(f"{path} is truncated: {name} ends at byte {8 + n + b} of {size}; download it again")
         if b - a != int(np.prod(shape)) * dtype.itemsize:
-            raise ValueError(f"{path}: {name} of shape {shape} in {entry['dtype']} cannot fill {b - a} bytes")
+            raise ValueError(f"{path}: {name} of shape {shape} in {kind} cannot fill {b - a} bytes")
         raw = body[a:b]
         if a % dtype.itemsize or raw.data_ptr() % dtype.itemsize:           # a view needs alignment, so copy
             raw = raw.clone()
@@ -86,23 +89,34 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
     write_atomic(path, write)
 
 
-def read_torch(path: Path) -> dict[str, torch.Tensor]:
-    """{name: tensor} of a torch .bin / .pth / .pt file: mapped where its zip layout allows it, weights only."""
+def read_torch(path: Path):
+    """What a torch .bin / .pth / .pt file holds: mapped where its zip layout allows it, weights only."""
     try:
         with open(path, "rb") as f:
             mapped = f.read(4) == b"PK\x03\x04"                 # files from before torch 1.6 cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:                                      # torch raises a dozen kinds for a damaged file
-        raise ValueError(f"{path} cannot be read ({str(e).splitlines()[0][:120]}): download it again") from None
+        why = (str(e) or type(e).__name__).splitlines()[0][:120]
+        raise ValueError(f"{path} cannot be read ({why}): download it again") from None
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a torch file."""
+    held = read_torch(path)
+    if not isinstance(held, dict) or not all(torch.is_tensor(t) for t in held.values()):
+        raise ValueError(f"{path} holds something else than a dictionary of tensors")
+    return held
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a Hugging Face folder: one or many .safetensors, else one or many pytorch_model*.bin."""
     folder = Path(folder)
-    for single, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
+    for single, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_state)):
         index = folder / f"{single}.index.json"
         if index.exists():
-            names = read_json(index)["weight_map"]
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict):
+                raise ValueError(f"{index} has no weight_map: download it again")
             missing = sorted({f for f in names.values() if not (folder / f).exists()})
             if missing:
                 raise FileNotFoundError(f"{folder}: {index.name} lists {missing[0]} ({len(missing)} such), not found")
@@ -126,7 +140,9 @@ def read_meta(folder: Path) -> dict[str, torch.Tensor]:
     LLaMA 1 and 2, rows in 3; norms are replicated.
     """
     files = sorted(Path(folder).glob("consolidated.*.pth"))
-    shards = [read_torch(f) for f in files]
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no weights: params.json is there, consolidated.*.pth are not")
+    shards = [read_state(f) for f in files]
     for f, shard in zip(files, shards):
         if set(shard) != set(shards[0]):
             raise ValueError(f"{f} holds other names than {files[0].name}: the shards are not of one model")

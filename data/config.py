@@ -33,6 +33,9 @@ class Config:
     d_embed: int = 0                  # width of the embedding; 0: d_model (OPT-350m: 512 of 1024)
 
     def __post_init__(self):
+        for name in ("vocab_size", "d_model", "n_layer", "n_head", "d_ff", "max_positions"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"a model's configuration has {name} {getattr(self, name)!r}, which is no number above 0")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.d_model // self.n_head
         self.d_embed = self.d_embed or self.d_model
@@ -93,6 +96,8 @@ def read_config(folder: Path) -> Config:
             return opt_config(j)
     except KeyError as e:
         raise ValueError(f"{folder}/config.json lacks {e}") from None
+    except TypeError as e:
+        raise ValueError(f"{folder}/config.json holds a value of the wrong kind: {e}") from None
     raise ValueError(f"{folder}/config.json has model_type {j.get('model_type')!r}; supported are llama and opt")
 
 
@@ -132,7 +137,8 @@ def meta_config(folder: Path) -> Config:
         raise ValueError(f"{folder}: consolidated.*.pth do not hold LLaMA's layers.0.feed_forward.w1.weight")
     try:
         new = p.get("rope_theta", 10000.0) >= 500000.0          # LLaMA 3
-        context = 131072 if p.get("use_scaled_rope") else 8192 if new else 2048 if p["norm_eps"] < 5e-6 else 4096
+        first = p["norm_eps"] < 5e-6 or p["dim"] == 8192 and not p.get("n_kv_heads")     # LLaMA 1; its 65b has LLaMA 2's eps
+        context = 131072 if p.get("use_scaled_rope") else 8192 if new else 2048 if first else 4096
         scaling = {"rope_type": "llama3", "factor": p.get("rope_scaling_factor", 8.0), "low_freq_factor": 1.0,
                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192} if p.get("use_scaled_rope") else None
         return Config("llama", weights["tok_embeddings.weight"].shape[0], p["dim"], p["n_layers"], p["n_heads"],
@@ -158,7 +164,7 @@ def packed_layers(folder: Path) -> dict[str, dict]:
 def hf_config(c: Config, packed: dict[str, dict] | None = None) -> dict:
     """config.json of a model, in the spelling that transformers 4 and 5 both read; `packed` is what packed_layers reads."""
     j = {"vocab_size": c.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
-         "max_position_embeddings": c.max_positions, "tie_word_embeddings": c.tied, "torch_dtype": "float16"}
+         "max_position_embeddings": c.max_positions, "tie_word_embeddings": c.tied}
     if packed:
         j["quantization_config"] = {"quant_method": QUANT_METHOD, "layers": packed}
     if c.family == "opt":

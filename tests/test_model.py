@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from data.checkpoint import read_safetensors, write_safetensors
+from data.checkpoint import read_folder, read_safetensors, write_safetensors
 from data.config import PUBLISHED, Config, read_config, resolve
 from model import Transformer, load_model, save_model
 
@@ -175,11 +175,15 @@ def test_safetensors_round_trip_with_the_package(tmp_path):
     assert torch.equal(read_safetensors(tmp_path / "y.safetensors")["x"], load_file(tmp_path / "y.safetensors")["x"])
 
 
-def test_loading_maps_the_file(tmp_path):
+def test_loading_maps_the_file(tmp_path, monkeypatch):
     peer("llama", tmp_path)
-    mapped = read_safetensors(tmp_path / "model.safetensors")["model.norm.weight"]
-    model = load_model(tmp_path)                                  # same dtype: the weights are views of the mapping
-    assert not model.norm.weight.requires_grad and torch.equal(model.norm.weight, mapped)
+    files = read_folder(tmp_path)
+    monkeypatch.setattr("model.read_folder", lambda folder: files)
+    weights = load_model(tmp_path).state_dict()                   # same dtype: the weights are views of the mapping
+    assert {w.data_ptr() for w in weights.values()} == {w.data_ptr() for w in files.values()}
+    before = (tmp_path / "model.safetensors").read_bytes()
+    weights["norm.weight"].fill_(7)                               # and what is written to them stays out of the file
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def edit(folder, **changes):
@@ -211,6 +215,9 @@ def test_errors_name_the_trouble(tmp_path):
         (broken(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "rope type 'dynamic'"),
         (broken(hidden_act="gelu"), "hidden_act 'gelu'"),
         (broken(num_key_value_heads=3), "3 key-value heads"),
+        (broken(vocab_size=None), "vocab_size None"),
+        (broken(rope_parameters=None, rope_scaling="linear"), "value of the wrong kind"),
+        (broken(rope_parameters=None, rope_scaling={"type": "linear"}), "lacks 'factor'"),
     ]
     for folder, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -221,20 +228,55 @@ def test_errors_name_the_trouble(tmp_path):
         (cut / "model.safetensors").write_bytes(data[:size])
         with pytest.raises(ValueError, match="truncated"):
             load_model(cut)
-    torch.save(state, cut / "pytorch_model.bin")
+    for header in (b"[]", b'{"a": 3}', b'{"a": {"dtype": "F32", "shape": [1]}}', b"{"):
+        (cut / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ValueError, match="not a safetensors file"):
+            load_model(cut)
     (cut / "model.safetensors").unlink()
-    (cut / "pytorch_model.bin").write_bytes((cut / "pytorch_model.bin").read_bytes()[:500])
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_model(cut)
+    torch.save(state, cut / "pytorch_model.bin")
+    for data in ((cut / "pytorch_model.bin").read_bytes()[:500], b"", b"version https://git-lfs"):
+        (cut / "pytorch_model.bin").write_bytes(data)
+        with pytest.raises(ValueError, match="cannot be read") as error:
+            load_model(cut)
+        assert "\n" not in str(error.value)
+    for held in ([1], torch.ones(3), {**state, some: 3}):
+        torch.save(held, cut / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="something else than a dictionary of tensors"):
+            load_model(cut)
     (cut / "pytorch_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match="holds no weights"):
         load_model(cut)
-    (cut / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        load_model(cut)
+    index = cut / "model.safetensors.index.json"
+    for text, kind, message in (("{}", ValueError, "no weight_map"), ("[]", ValueError, "a JSON list"),
+                                ('{"weight_map": {"a": "b.safetensors"}}', FileNotFoundError, "lists b.safetensors")):
+        index.write_text(text)
+        with pytest.raises(kind, match=message):
+            load_model(cut)
+    for text, message in ((b"{", "not valid JSON"), (b"\xe9", "config.json is not valid JSON"), (b"null", "a JSON NoneType")):
+        (cut / "config.json").write_bytes(text)
+        with pytest.raises(ValueError, match=message):
+            load_model(cut)
     (cut / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="neither config.json"):
         load_model(cut)
+    (cut / "params.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="consolidated.* are not"):
+        load_model(cut)
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there(device, tmp_path):
+    peer("llama", tmp_path)
+    with pytest.raises(ValueError, match=f"device {device} cannot be used here") as error:
+        load_model(tmp_path, device=device)
+    assert "\n" not in str(error.value)
+
+
+def test_config_names_the_type_that_is_stored(tmp_path):
+    peer("llama", tmp_path / "a")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        save_model(load_model(tmp_path / "a"), tmp_path / "b", dtype)
+        assert LlamaForCausalLM.from_pretrained(tmp_path / "b", dtype="auto").dtype == dtype
 
 
 def test_positions_run_out(tmp_path):
@@ -272,3 +314,14 @@ def test_read_config_of_published_spellings(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old))
     c = read_config(tmp_path)
     assert (c.rope_theta, c.rope_scaling["rope_type"], c.head_dim, c.tied) == (5e5, "llama3", 128, False)
+
+
+@pytest.mark.parametrize("params, context", [
+    ({"dim": 4096, "norm_eps": 1e-6}, 2048), ({"dim": 8192, "norm_eps": 1e-5}, 2048),                           # llama-7b, llama-65b
+    ({"dim": 4096, "norm_eps": 1e-5}, 4096), ({"dim": 8192, "norm_eps": 1e-5, "n_kv_heads": 8}, 4096),          # llama-2-7b, -70b
+    ({"dim": 8192, "norm_eps": 1e-5, "n_kv_heads": 8, "rope_theta": 5e5}, 8192)])                               # llama-3-70b
+def test_context_of_published_params(params, context, tmp_path, monkeypatch):
+    weights = {"layers.0.feed_forward.w1.weight": torch.empty(11008, 8, device="meta"), "tok_embeddings.weight": torch.empty(32000, 8)}
+    monkeypatch.setattr("data.config.read_meta", lambda folder: weights)
+    (tmp_path / "params.json").write_text(json.dumps({"n_layers": 80, "n_heads": 64, "vocab_size": -1, **params}))
+    assert read_config(tmp_path).max_positions == context

@@ -59,7 +59,8 @@ class Int4:
         return sum(t.numel() * t.element_size() for t in (self.words, self.grid, self.outer) if t is not None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.reshape(-1, x.shape[-1]), self.words, self.size, self.grid)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.words, self.size, self.grid)
         if y.shape[1] > self.rows or self.outer is not None:
             y = y.view(len(y), -1, self.rows)                                           # (tokens, A and T, out)
             y = (y if self.outer is None else y * self.outer).sum(1, dtype=torch.float32).to(x.dtype)

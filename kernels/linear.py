@@ -20,16 +20,17 @@ from kernels.unpacking import unpack
 
 
 class PackedMatmul(torch.autograd.Function):
-    """y = x W^T, dx = dy W. Saves nothing but the layer, that is, the packed tensors."""
+    """y = x W^T, dx = dy W. Saves nothing but the layer, that is, the packed tensors. Each is the other's gradient, so
+    that gradients of any order are right."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, layer: "PackedLinear") -> torch.Tensor:
-        ctx.layer = layer
-        return layer.product(x)
+    def forward(ctx, x: torch.Tensor, layer: "PackedLinear", transposed: bool = False) -> torch.Tensor:
+        ctx.layer, ctx.transposed = layer, transposed
+        return layer.product(x, transposed)
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor):
-        return ctx.layer.product(dy, transposed=True), None
+        return PackedMatmul.apply(dy, ctx.layer, not ctx.transposed), None, None
 
 
 def triton_reads(packed: Packed) -> bool:
@@ -101,7 +102,7 @@ class PackedLinear(nn.Module):
     def decodes(self, x: torch.Tensor) -> bool:
         """Is this a CPU decoding step? Makes the cache if so."""
         learns, tokens = x.requires_grad and torch.is_grad_enabled(), x.numel() // self.in_features
-        if x.is_cuda or not self.decode_cache or learns or tokens > cpu_int4.MOST_TOKENS:
+        if x.device.type != "cpu" or not self.decode_cache or learns or not 0 < tokens <= cpu_int4.MOST_TOKENS:
             return False
         if self.decoder[0] != x.dtype:
             int4 = x.dtype == torch.bfloat16 and cpu_int4.fits(self.meta) and "g_idx" not in self.names
@@ -116,6 +117,10 @@ class PackedLinear(nn.Module):
             setattr(self, name, exact.to(getattr(self, name).device))
         self.decoder = None, None
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.decoder, self.in_triton = (None, None), triton_reads(self.packed)
 
     def extra_repr(self) -> str:
         m = self.meta

@@ -79,6 +79,10 @@ def gradient() -> None:
         exact = x.detach().double().requires_grad_()
         (exact @ unpack(packed, torch.float64).T).backward(dy.double())
         check(f"gradient {format}", x.grad, exact.grad)
+        dy.requires_grad_()                                 # the gradient is linear in dy: its own gradient is y again
+        dx, = torch.autograd.grad(PackedMatmul.apply(x, layer), x, dy, create_graph=True)
+        again, = torch.autograd.grad(dx, dy, x.detach())
+        check(f"gradient of the gradient {format}", again, exact.detach() @ unpack(packed, torch.float64).T)
     print("gradients agree")
 
 

@@ -72,6 +72,16 @@ def test_gradients_of_the_input():
         assert (x.grad.double() - exact).norm() < 4e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_any_batch_and_any_strides(dtype):
+    """No tokens, one without a batch dimension, and views: the same as their copies."""
+    packed = layer(grid="offset", bias=True).to(dtype)
+    wide = torch.randn(2, 4, 512).to(dtype)
+    assert packed(wide[:0, :, :256]).shape == (0, 4, 64) and packed(wide[0, 0, :256]).shape == (64,)
+    for view in (wide[:, :, 3:259], wide[:, ::2, ::2], wide[0].t()[:256].t(), wide[:1, :1, :256].expand(3, 5, 256)):
+        assert torch.equal(packed(view), packed(view.contiguous()))
+
+
 def test_nothing_dense_is_saved_for_backward():
     packed, kept = layer((64, 256)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -110,6 +120,16 @@ def test_moving_to_another_dtype_keeps_the_grid():
     other = layer(grid="uniform")
     other.load_state_dict(packed.state_dict())
     assert torch.equal(other.weight_dequantized(torch.float32), weight)
+
+
+def test_other_weights_replace_the_decode_cache():
+    packed, other, x = layer(format="nm"), layer(format="nm"), torch.randn(1, 256)
+    other.codes.bitwise_not_()
+    other.zero.fill_(100)
+    before = packed(x)
+    packed.load_state_dict(other.state_dict())
+    assert torch.equal(packed(x), other(x)) and not torch.allclose(packed(x), before)
+    assert not packed.in_triton
 
 
 def test_triton_gets_only_what_fits_its_numbers():

@@ -59,6 +59,8 @@ def load_text(name: str, split: str, folder: str | Path | None = None) -> list[s
 def eval_tokens(tokenizer, name: str, split: str, seqlen: int, max_tokens: int | None = None,
                 folder: str | Path | None = None) -> torch.Tensor:
     """(n,) int64, at least seqlen, at most max_tokens; tokenized once, so only the first window has a BOS."""
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens {max_tokens}: at least 1 is needed, or none for all")
     text = load_text(name, split, folder)
     if name == "c4":
         tokens = tokenizer.encode(" ".join(text[:C4_EVAL_DOCUMENTS]))[:C4_EVAL_WINDOWS * seqlen]
@@ -77,6 +79,8 @@ def calibration(tokenizer, name: str, split: str, nsamples: int, seqlen: int, se
 
     c4: a random crop of a random document that is longer than seqlen; other sets: random starts in the whole text.
     """
+    if nsamples < 1 or seqlen < 1:
+        raise ValueError(f"calibration needs at least one window of at least one token, not {nsamples} of {seqlen}")
     rng, text = random.Random(seed), load_text(name, split, folder)
     texts, samples, longest = list(text) if name == "c4" else [joined(text)], [], 0
     encoded = {} if name == "c4" else {texts[0]: tokenizer.encode(texts[0])}

@@ -80,6 +80,11 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
         calibration(tokenizer, "ptb", "test", 1, 22, 0, folder)
     with pytest.raises(ValueError, match="c4 train .* 51 tokens, the longest has 51"):
         calibration(tokenizer, "c4", "train", 1, 51, 0, folder)
+    for nsamples, seqlen in ((0, 8), (4, 0), (4, -8)):
+        with pytest.raises(ValueError, match=f"not {nsamples} of {seqlen}"):
+            calibration(tokenizer, "ptb", "test", nsamples, seqlen, 0, folder)
+    with pytest.raises(ValueError, match="max_tokens -3: at least 1"):
+        eval_tokens(tokenizer, "ptb", "test", 4, -3, folder)
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n\n{"title": "b"}\n')
     with pytest.raises(ValueError, match="bad.jsonl line 3"):
         load_text(str(tmp_path / "bad.jsonl"), "test")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data.checkpoint import read_safetensors, write_safetensors
+from data.checkpoint import read_safetensors, read_torch, write_safetensors
 
 HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary adjustments to ensure "
                "optimal performance.")                          # the paper's own, section 3.2
@@ -79,6 +79,9 @@ def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor 
 
     prompt (n, width) start; windows (N, T) int64 training text, reshuffled (seeded) every epoch; val (M, T): the prompt
     with the lowest loss there, looked at every `val_every` steps (default an eighth), is returned. Raises on a NaN loss."""
+    if not len(prompt) or not len(windows):
+        raise ValueError(f"learning needs a prompt and text: got {len(prompt)} prompt tokens and {len(windows)} windows")
+    val = None if val is None or not len(val) else val
     device = prompt.device
     best, best_loss, losses = prompt.detach().clone().float(), float("inf"), []
     p = torch.nn.Parameter(best.clone())
@@ -132,10 +135,10 @@ def load_prompt(path: str | Path, model=None) -> tuple[torch.Tensor, dict]:
 
     With a model, checks that the prompt can be stitched onto it: only the width of the embeddings must agree."""
     path, settings = Path(path), {}
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"no prompt file {path}: train.py writes prompt.safetensors into its --out folder")
     if path.suffix == ".pt":
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = read_torch(path)
         settings = {k: v for k, v in held.items() if k != "soft_prompt"} if isinstance(held, dict) else {}
     else:
         held = read_safetensors(path)
@@ -143,7 +146,7 @@ def load_prompt(path: str | Path, model=None) -> tuple[torch.Tensor, dict]:
             header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
         settings = json.loads(header.get("__metadata__", {}).get("settings", "{}"))
     prompt = held.get("soft_prompt") if isinstance(held, dict) else held
-    if prompt is None or prompt.dim() != 2:
+    if not torch.is_tensor(prompt) or prompt.dim() != 2:
         raise ValueError(f"{path} holds no soft_prompt of shape (n, width)")
     if model is not None:
         width = model.embed_tokens.weight.shape[1]

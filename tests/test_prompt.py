@@ -1,5 +1,10 @@
 """prompt.py and eval.py: what is scored, what is learned, what is stored; perplexity by hand; generation against transformers."""
+import json
 import math
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +13,9 @@ from safetensors.torch import load_file
 import eval as evaluation
 from data.config import Config
 from model import Transformer, save_model
-from prompt import (initial_prompt, learn, load_prompt, mean_loss, save_prompt, text_nll, with_prompt)
+from prompt import initial_prompt, learn, load_prompt, mean_loss, save_prompt, text_nll, with_prompt
 
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def tiny(family="llama", seed=0, **changes):
@@ -90,7 +96,15 @@ def test_best_on_validation_is_kept():
     seen = []
     got = learn(model, start, windows[:5], windows[5:], steps=12, batch_size=2, lr=30.0, val_every=1,
                 progress=lambda items, title: seen.append(title) or items)
-    assert seen and got.val_loss <= mean_loss(model, learn(model, start, windows[:5], None, 12, 2, 30.0).prompt, windows[5:])
+    last = learn(model, start, windows[:5], windows[5:0], 12, 2, 30.0)                      # no windows, no choice
+    assert seen and math.isnan(last.val_loss) and got.val_loss < mean_loss(model, last.prompt, windows[5:]) - 0.01
+    assert math.isclose(got.val_loss, mean_loss(model, got.prompt, windows[5:]), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("n, windows", [(0, 6), (4, 0)])
+def test_nothing_to_learn_is_an_error(n, windows):
+    with pytest.raises(ValueError, match=f"got {n} prompt tokens and {windows} windows"):
+        learn(tiny(), torch.zeros(n, 32), TOKENS[:96].view(6, 16)[:windows], steps=2)
 
 
 def test_loss_is_on_text_only_and_fp32_prompt_on_bf16_model():
@@ -130,13 +144,24 @@ def test_save_load_and_stitch(tmp_path):
         load_prompt(tmp_path / "wide.safetensors", model)
     with pytest.raises(ValueError, match="width 48 does not fit"):
         with_prompt(model, torch.randn(5, 48), TOKENS[None, :4])
-    with pytest.raises(FileNotFoundError, match="no prompt file"):
-        load_prompt(tmp_path / "none.safetensors")
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no prompt file"):
+            load_prompt(path)
+    for held in ([1, 2], {"soft_prompt": [1, 2]}, {"lr": 1}, torch.randn(3)):
+        torch.save(held, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match="holds no soft_prompt"):
+            load_prompt(tmp_path / "odd.pt")
+    (tmp_path / "odd.pt").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="odd.pt cannot be read"):
+        load_prompt(tmp_path / "odd.pt")
 
 
 def test_too_little_text_is_an_error():
     with pytest.raises(ValueError, match="97 tokens cannot fill one window of seqlen 128"):
         evaluation.perplexity(tiny(), TOKENS, 128)
+    for seqlen, batch_size in ((1, 4), (16, 0)):
+        with pytest.raises(ValueError, match=f"seqlen {seqlen} and batch size {batch_size} must be at least 2 and 1"):
+            evaluation.perplexity(tiny(), TOKENS, seqlen, batch_size=batch_size)
 
 
 def test_sampling():
@@ -155,7 +180,7 @@ class Letters:
         return [ord(c) % 50 for c in text]
 
     def decode(self, ids):
-        return " ".join(str(i) for i in ids)
+        return "".join(chr(48 + i) for i in ids)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -174,9 +199,59 @@ def test_greedy_generation_equals_transformers(family, tmp_path):
         out.append(int(model(x)[0, -1].argmax()))
         x = torch.cat([x, model.embed(torch.tensor([[out[-1]]]))], 1)
     assert evaluation.generate(model, Letters(), "hello", 20, prompt=prompt) == Letters().decode(out)
-    assert len(evaluation.generate(model, Letters(), "hello", 500).split()) == 59          # positions run out at 64
+    assert len(evaluation.generate(model, Letters(), "hello", 500)) == 59          # positions run out at 64
+    with pytest.raises(ValueError, match="text and prompt take 64 positions"):
+        evaluation.generate(model, Letters(), "hello", prompt=torch.randn(59, 32))
 
 
 def test_generation_is_seeded():
     one, two, other = (evaluation.generate(tiny(), Letters(), "hi", 20, 1.0, 0.9, seed=s) for s in (1, 1, 2))
     assert one == two != other
+
+
+def run_program(monkeypatch, capsys, *arguments):
+    """(exit status, stdout, stderr) of eval.py."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    status = 0
+    try:
+        runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+    except SystemExit as e:
+        status = e.code
+    return status, *capsys.readouterr()
+
+
+def test_program_prints_numbers_and_text(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("def f(x):\n    return x\n" * 50)
+    common = "tiny-llama", "--data", tmp_path / "a.txt", "--seqlen", 16, "--max-tokens", 64, "--json"
+    results = [json.loads(run_program(monkeypatch, capsys, *common, *more)[1].splitlines()[-1]) for more in
+               ([], ["--hard-prompt"], ["--hard-prompt", "Hello."])]
+    assert [r["tokens"] for r in results] == [60] * 3
+    assert results[0]["prompt_tokens"] == 0 < results[2]["prompt_tokens"] < results[1]["prompt_tokens"]
+    assert len({r["perplexity"] for r in results}) == 3
+    status, out, _ = run_program(monkeypatch, capsys, "tiny-llama", "--generate", "The name of the", "--max-new", 4, "--json")
+    text, last = out.splitlines()[0], json.loads(out.splitlines()[-1])
+    assert status == 0 and (last["text"] + last["generated"]).startswith(text)
+    assert re.match(r"The name of the \w", text)                   # sentencepiece alone would leave out the space
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere"], "no checkpoint folder nowhere"),
+    (["tiny-llama", "--data", "TMP/a.txt", "--seqlen", 600, "--max-tokens", 600], "600 positions, prompt included"),
+    (["tiny-llama", "--data", "TMP/a.txt", "--seqlen", 1], "seqlen 1 "),
+    (["tiny-llama", "--data", "TMP/a.txt", "--seqlen", 16, "--max-tokens", -5], "max_tokens -5"),
+    (["tiny-llama", "--data", "TMP/a.txt", "--seqlen", 16, "--batch-size", 0], "batch size 0"),
+    (["tiny-llama", "--data", "TMP", "--seqlen", 16], "unknown text set"),
+    (["tiny-llama", "--data", "TMP/b.txt", "--seqlen", 16], "no file"),
+    (["tiny-llama", "--prompt", "TMP"], "no prompt file"),
+    (["tiny-llama", "--prompt", "TMP/a.txt"], "truncated"),
+    (["tiny-llama", "--prompt", "TMP/a.txt", "--hard-prompt"], "exclude each other"),
+    (["tiny-llama", "--device", "abacus"], "device abacus"),
+    (["tiny-llama", "--generate", "x", "--max-new", -9], "-9 tokens"),
+    (["tiny-llama", "--generate", "x", "--temperature", -1], "temperature -1"),
+    (["tiny-llama", "--generate", "x", "--temperature", "nan"], "temperature nan"),
+    (["tiny-llama", "--generate", "x", "--temperature", 1, "--top-p", 0], "top-p 0"),
+])
+def test_program_fails_in_one_line(arguments, message, monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("def f(x):\n    return x\n" * 100)
+    status, out, err = run_program(monkeypatch, capsys, *[str(a).replace("TMP", str(tmp_path)) for a in arguments])
+    assert status == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err

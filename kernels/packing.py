@@ -81,10 +81,11 @@ def pack(codes: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor, ze
             raise ValueError(f"{name} {tuple(t.shape)} must be {(rows, int(grouping.max()) + 1)}: one column per group")
         if not torch.equal(t.half().float(), t.float()):
             raise ValueError(f"{name} holds values that fp16 cannot: round the grid to fp16 before quantizing with it")
-    n = codes.detach().cpu().to(torch.uint8).numpy()
-    if n.size and int(n.max()) >> bits:
-        raise ValueError(f"code {int(n.max())} does not fit in {bits} bits")
-    n = by_rank(n, bits) if grid == "offset" else n
+    n = codes.detach().cpu().numpy()
+    for extreme in (n.min(), n.max()) if n.size else ():
+        if not 0 <= extreme < 1 << bits:
+            raise ValueError(f"code {extreme} does not fit in {bits} bits")
+    n = by_rank(n, bits) if grid == "offset" else n.astype(np.uint8, copy=False)
     keep = None if mask is None else ~mask.detach().cpu().numpy()
     tensors = {"scale": scale.detach().half().cpu().contiguous(), "zero": zero.detach().half().cpu().contiguous()}
     if g_idx is not None:

@@ -104,6 +104,9 @@ def test_clear_errors():
         pack(codes, None, ones * 0.1, ones, 4)
     with pytest.raises(ValueError, match="code 9 does not fit in 3 bits"):
         pack(codes + 9, None, ones, ones, 3)
+    for code in (260, -250):                                # 4 and 6 in a byte
+        with pytest.raises(ValueError, match=f"code {code} does not fit in 4 bits"):
+            pack(codes.int() + code, None, ones, ones, 4)
     with pytest.raises(ValueError, match="bits=5"):
         pack(codes, None, ones, ones, 5)
     with pytest.raises(ValueError, match="one column per group"):

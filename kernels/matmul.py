@@ -40,6 +40,7 @@ BACKWARD = {
     90: (Config(32, False, 32, 32, 128, 4, 1), Config(1 << 30, False, 128, 64, 128, 8, 1)),
 }
 PROGRAMS_PER_MULTIPROCESSOR = 16        # of two warps, for small batches; split-K makes as many
+OFFSETS = 1 << 31                       # the kernels' offsets have 32 bits: larger activations go in parts
 
 
 @cache
@@ -74,6 +75,8 @@ def matmul(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     group = max(packed.meta["groupsize"], 0)
     flat = x.reshape(-1, K).contiguous()
     M = len(flat)
+    if M * max(N, K) >= OFFSETS:
+        return torch.cat([matmul(part, packed) for part in flat.split(M // 2)]).view(*x.shape[:-1], N)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if M == 0:
         return y.view(*x.shape[:-1], N)
@@ -98,6 +101,8 @@ def matmul_transposed(dy: torch.Tensor, packed: Packed) -> torch.Tensor:
     group = max(packed.meta["groupsize"], 0)
     flat = dy.reshape(-1, N).contiguous()
     M = len(flat)
+    if M * max(N, K) >= OFFSETS:
+        return torch.cat([matmul_transposed(part, packed) for part in flat.split(M // 2)]).view(*dy.shape[:-1], K)
     dx = torch.empty(M, K, dtype=dy.dtype, device=dy.device)
     if M:
         arch, _, table = device_facts(dy.device)

@@ -1,15 +1,16 @@
 """Time the packed products on real layer shapes, beside F.linear and torch's own int4, on whatever this machine has.
 
     python -m kernels.bench                               # a GPU: everything; a CPU: a short list, its own paths
-    python -m kernels.bench --shapes 4096x11008 --batches 1 16 --formats nm --backward
+    python -m kernels.bench --shapes 4096x11008 --batches 1 16 --formats nm --directions forward
     python -m kernels.bench --generate runs/out/compressed           # whole models, see bench_model.py
 
-Shapes are out x in. Every call reads another copy of the weights, more of them than any cache holds; on a GPU the
-calls are replayed from a CUDA graph, so that Python's launch time is not counted. Times are medians. `limit` is the
-larger of the bytes that must be moved over the memory bandwidth and the operations over the peak rate, `share` is
-limit / time.
+Shapes are out x in. Calls take copies of the weights in turn, 200 MB of them (at most 64), more than a GPU's cache holds;
+on a GPU they are replayed from a CUDA graph, so that Python's launch time is not counted. Times are medians. `limit` is
+the larger of the bytes that must be moved over the memory bandwidth and the operations over the peak rate, `share` is
+limit / time; `error` is the norm of the difference to the dense product over that product's norm.
 """
 import argparse
+import re
 import statistics
 import sys
 import time
@@ -43,6 +44,11 @@ def random_layer(shape: tuple[int, int], format: str, grid: str, groupsize: int,
     scale = (torch.rand(rows, groups) * 0.01 + 0.01).half().float()
     zero = torch.full((rows, groups), 0.5) if grid == "offset" else torch.randint(6, 10, (rows, groups)).float()
     return pack(codes, mask, scale, zero, 4, grid, groupsize, format)
+
+
+def copies(size: int) -> int:
+    """How many copies of `size` bytes go round."""
+    return max(2, min(64, int(CACHE // size) + 1))
 
 
 def median_time(calls: list, device: torch.device, repeats: int) -> float:
@@ -84,7 +90,7 @@ def machine(device: torch.device) -> tuple[str, float, float]:
 
 
 def torch_int4(packed: Packed, device: torch.device):
-    """torch's int4 product of the same shape, a function of x, or None. On a CPU it is the one in cpu_int4.py."""
+    """torch's int4 product of the same shape, a function of bf16 x, or None. On a CPU it is the one in cpu_int4.py."""
     rows, cols = packed.meta["shape"]
     if device.type == "cpu":
         return cpu_int4.Int4(packed) if cpu_int4.fits(packed.meta) else None
@@ -93,46 +99,49 @@ def torch_int4(packed: Packed, device: torch.device):
     codes = torch.randint(0, 255, (rows, cols // 2), dtype=torch.uint8, device=device)
     words = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
     grid = torch.ones(cols // 128, rows, 2, dtype=torch.bfloat16, device=device)
-    return lambda x: torch.ops.aten._weight_int4pack_mm(x.bfloat16(), words, 128, grid)
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, words, 128, grid)
 
 
-def bench(shape, format, batches, grid, groupsize, dtype, device, repeats, backward, memory_rate, compute_rate) -> None:
+def bench(shape, format, batches, grid, groupsize, dtype, device, repeats, directions, memory_rate, compute_rate) -> None:
     """Prints a line per batch and direction."""
     rows, cols = shape
     first = random_layer(shape, format, grid, groupsize, device)
-    copies = max(2, min(64, int(CACHE // nbytes(first)) + 1))
     layers = [PackedLinear(Packed({name: t.clone() for name, t in first.tensors.items()}, first.meta)).to(device)
-              for _ in range(copies)]
-    copies = max(2, min(copies, int(CACHE // (2 * rows * cols)) + 1))
+              for _ in range(copies(nbytes(first)))]
     weight = unpack(first, dtype).to(device)
-    dense = [weight.clone() for _ in range(copies)]
+    dense = [weight.clone() for _ in range(copies(weight.nbytes))]
     try:
-        int4 = [torch_int4(first, device) for _ in range(copies)]
+        int4 = [torch_int4(first, device) for _ in range(copies(rows * cols // 2))]
     except RuntimeError as problem:
         print(f"torch's int4 does not run here: {str(problem).splitlines()[0]}")
         int4 = [None]
     for batch in batches:
-        for direction in ("forward", "backward")[:1 + backward]:
+        for direction in directions:
             x = torch.randn(batch, cols if direction == "forward" else rows, device=device).to(dtype)
             if direction == "forward":
                 ours, theirs = [lambda l=l: l(x) for l in layers], [lambda w=w: F.linear(x, w) for w in dense]
+                half = x.bfloat16()                             # torch's int4 knows no other
             else:
                 ours = [lambda l=l: l.product(x, transposed=True) for l in layers]
                 theirs = [lambda w=w: x @ w for w in dense]
             with torch.no_grad():
                 t, reference = median_time(ours, device, repeats), median_time(theirs, device, repeats)
                 ready = int4[0] is not None and direction == "forward" and batch <= 64
-                other = median_time([lambda f=f: f(x) for f in int4], device, repeats) if ready else float("nan")
+                other = median_time([lambda f=f: f(half) for f in int4], device, repeats) if ready else float("nan")
+                exact = theirs[0]().float()
+                error = float((ours[-1]().float() - exact).norm() / exact.norm())
             moved = nbytes(first) + batch * (rows + cols) * dtype.itemsize
             limit = max(moved / memory_rate, 2 * batch * rows * cols / compute_rate)
             print(f"{rows}x{cols:<6} {format:12} {batch:>5} {direction:8} {t * 1e6:10.1f} us "
                   f"{moved / t / 1e9:8.1f} GB/s  limit {limit * 1e6:8.1f} us  share {limit / t:5.2f}  "
-                  f"{reference / t:5.2f} x F.linear  {other / t:5.2f} x torch int4", flush=True)
+                  f"{reference / t:5.2f} x F.linear  {other / t:5.2f} x torch int4  error {error:.0e}", flush=True)
 
 
 def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)                           # events and graphs belong to the current one
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype or ("fp16" if gpu else "bf16")]
     if args.generate or args.tune:
         from kernels import bench_model                     # here, because it needs model.py
@@ -144,9 +153,11 @@ def main(args: argparse.Namespace) -> None:
         print("No GPU: these are the CPU paths, int4 decoding for small batches and unpacking above, not Triton.")
     batches = args.batches or ([1, 4, 16, 64, 512, 4096] if gpu else [1, 4, 256])
     for text in args.shapes or (GPU_SHAPES if gpu else CPU_SHAPES):
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+            raise ValueError(f"--shapes {text}: give out x in, such as 4096x11008")
         shape = tuple(int(n) for n in text.split("x"))
         for format in args.formats:
-            bench(shape, format, batches, args.grid, args.groupsize, dtype, device, args.repeats, args.backward,
+            bench(shape, format, batches, args.grid, args.groupsize, dtype, device, args.repeats, args.directions,
                   memory_rate, compute_rate)
 
 
@@ -161,7 +172,7 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", choices=["fp16", "bf16"], help="default: fp16 on a GPU, bf16 on a CPU")
     parser.add_argument("--device")
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--backward", action="store_true", help="also dx = dy W")
+    parser.add_argument("--directions", nargs="*", default=["forward", "backward"], choices=["forward", "backward"])
     parser.add_argument("--generate", metavar="FOLDER", help="tokens per second, dense against packed; or random-llama-7b")
     parser.add_argument("--tune", metavar="FOLDER", help="a prompt-tuning step, dense against packed; or random-llama-7b")
     parser.add_argument("--context", type=int, default=64, help="--generate: tokens in front")

@@ -36,9 +36,9 @@ def fetch(name: str, folder: Path, files: dict = FILES) -> Path:
     """The published file `name` in folder, downloaded unless it is there; wiki.*.raw come out of their zip file."""
     if name in files:
         return download(files[name][0], folder / name, files[name][1])
-    path, archive = folder / name, fetch("wikitext-2-raw-v1.zip", folder, files)
+    path = folder / name
     if not path.exists():
-        with zipfile.ZipFile(archive) as members:
+        with zipfile.ZipFile(fetch("wikitext-2-raw-v1.zip", folder, files)) as members:
             part = path.with_name(name + ".part")
             part.write_bytes(members.read(f"wikitext-2-raw/{name}"))
         os.replace(part, path)
@@ -51,7 +51,7 @@ def download(url: str, path: Path, sha256: str | None = None, timeout: float = 6
     Raises ConnectionError if the transfer stops early (the next call resumes) and ValueError for a wrong hash.
     """
     part, record = path.with_name(path.name + ".part"), path.with_name(path.name + ".sha256")
-    sha256 = sha256 or (record.read_text().split()[0] if record.exists() else None)
+    sha256 = sha256 or (record.read_text()[:64] if record.exists() else None)
     if path.exists():
         if sha256 not in (None, digest := file_sha256(path)):
             raise ValueError(f"{path} has sha256 {digest}, not {sha256}: delete it to download it again")

@@ -271,3 +271,5 @@ def test_wikitext_comes_out_of_its_archive(server, tmp_path):
         assert fetch("wiki.test.raw", tmp_path, files).read_text() == " \n = A = \n"
     assert len(server.asked) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["wiki.test.raw", "wikitext-2-raw-v1.zip"]
+    (tmp_path / "wikitext-2-raw-v1.zip").unlink()                 # the text alone, as a user may put it there
+    assert fetch("wiki.test.raw", tmp_path, files).read_text() == " \n = A = \n" and len(server.asked) == 1

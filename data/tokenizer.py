@@ -62,7 +62,8 @@ def load_tokenizer(folder: str | Path) -> SentencePiece | ByteLevelBPE:
     """
     folder = Path(folder)
     model, vocab, merges = folder / "tokenizer.model", folder / "vocab.json", folder / "merges.txt"
-    names, kind = special_tokens(folder), read_json(folder / "config.json").get("model_type")
+    names = settings(folder)
+    kind = names.get("model_type")
     lines = model.read_bytes().split(b"\n") if model.exists() else []
     is_ranks = bool(lines) and re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", lines[0]) is not None
     if model.exists() and not is_ranks:
@@ -77,17 +78,16 @@ def load_tokenizer(folder: str | Path) -> SentencePiece | ByteLevelBPE:
     if (folder / "tokenizer.json").exists():
         try:
             return from_tokenizer_json(folder, names)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / 'tokenizer.json'} is not a whole tokenizer.json: {error!r}") from None
     if is_ranks:
-        return from_ranks(folder, names, lines)
+        return from_ranks(model, names, lines)
     raise FileNotFoundError(f"no tokenizer in {folder}: looked for tokenizer.model, tokenizer.json, "
                             "vocab.json with merges.txt")
 
 
-def from_ranks(folder: Path, names: dict, lines: list[bytes]) -> ByteLevelBPE:
+def from_ranks(path: Path, names: dict, lines: list[bytes]) -> ByteLevelBPE:
     """Llama 3's own file: the rank is the id; the special tokens have no file, they follow in a fixed order."""
-    path = folder / "tokenizer.model"
     try:
         ids = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line.strip())}
     except ValueError:
@@ -96,7 +96,7 @@ def from_ranks(folder: Path, names: dict, lines: list[bytes]) -> ByteLevelBPE:
         raise ValueError(f"{path}: ranks are not 0 to {len(ids) - 1}; an incomplete download?")
     added = {f"<|{name}|>": len(ids) + i for i, name in enumerate(LLAMA3_SPECIAL)}
     bos = None if names.get("add_bos_token") is False else added["<|begin_of_text|>"]
-    eos = special_id(folder, names, "eos", added, added["<|end_of_text|>"])
+    eos = special_id(names, "eos", added, added["<|end_of_text|>"])
     return ByteLevelBPE(LLAMA3_WORDS, sorted(ids, key=ids.get), ids, added, set(added.values()), bos, eos)
 
 
@@ -106,14 +106,17 @@ def from_vocab_and_merges(folder: Path, names: dict, kind: str | None) -> ByteLe
     if kind not in ("opt", None) or "</s>" not in vocab:
         raise ValueError(f"{folder}: vocab.json and merges.txt alone are understood for OPT only, which has a token "
                          f"</s>; model_type here is {kind}. Add the checkpoint's tokenizer.json")
-    lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+    try:
+        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+    except ValueError as error:
+        raise ValueError(f"{folder / 'merges.txt'} is not UTF-8 text: {error}; an incomplete download?") from None
     merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
     texts = {names.get(f"{role}_token", default) for role, default in
              [("bos", "</s>"), ("eos", "</s>"), ("unk", "</s>"), ("pad", "<pad>")]}
     added = {text: vocab[text] for text in sorted(texts) if text in vocab}
     silent = {vocab[text] for text in ("<s>", "<pad>", "</s>", "<unk>") if text in vocab} | set(added.values())
-    bos = None if names.get("add_bos_token") is False else special_id(folder, names, "bos", vocab, vocab["</s>"])
-    eos = special_id(folder, names, "eos", vocab, vocab["</s>"])
+    bos = None if names.get("add_bos_token") is False else special_id(names, "bos", vocab, vocab["</s>"])
+    eos = special_id(names, "eos", vocab, vocab["</s>"])
     tokens, ids = tokens_and_ids(folder / "merges.txt", merge_order, merges, vocab)
     return ByteLevelBPE(GPT2_WORDS, tokens, ids, added, silent, bos, eos)
 
@@ -143,8 +146,8 @@ def from_tokenizer_json(folder: Path, names: dict) -> ByteLevelBPE:
     silent = {token["id"] for token in content["added_tokens"] if token["special"]}
     bos = template_bos(path, content.get("post_processor"))
     if "add_bos_token" in names:
-        bos = special_id(folder, names, "bos", added, bos) if names["add_bos_token"] else None
-    tokenizer = ByteLevelBPE(words, tokens, ids, added, silent, bos, special_id(folder, names, "eos", added, None))
+        bos = special_id(names, "bos", added, bos) if names["add_bos_token"] else None
+    tokenizer = ByteLevelBPE(words, tokens, ids, added, silent, bos, special_id(names, "eos", added, None))
     sample = "aZ \u00e9\u4e2d1\u00b2_-'\t\n\r\u3000\u0301\U0001f600" * 2
     if tokenizer.decode(tokenizer.encode(sample, bos=False)) != sample:     # tiktoken drops what no pattern matches
         raise ValueError(f"{path}: the pre_tokenizer pattern {words} does not match all text; that is not supported")
@@ -183,28 +186,27 @@ def template_bos(path: Path, post_processor: dict | None) -> int | None:
     return bos
 
 
-def special_tokens(folder: Path) -> dict:
-    """tokenizer_config.json over special_tokens_map.json, each special token as its plain string."""
-    names = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-    return {key: value["content"] if isinstance(value, dict) and "content" in value else value
-            for key, value in names.items() if value is not None}
+def settings(folder: Path) -> dict:
+    """What the tokenizer's and the model's files say, later ones first; each special token as its plain string."""
+    files = [folder / f"{name}.json" for name in ("special_tokens_map", "tokenizer_config", "config", "generation_config")]
+    said = {key: value for file in files if file.exists() for key, value in read_json(file).items() if value is not None}
+    return {key: value["content"] if isinstance(value, dict) and "content" in value else value for key, value in said.items()}
 
 
-def special_id(folder: Path, names: dict, role: str, ids: dict[str, int], default: int | None) -> int | None:
+def special_id(names: dict, role: str, ids: dict[str, int], default: int | None) -> int | None:
     """Id of "bos" or "eos": by its name in the tokenizer's files, else by its number in the model's, else default."""
     if names.get(f"{role}_token") in ids:
         return ids[names[f"{role}_token"]]
-    numbers = read_json(folder / "config.json") | read_json(folder / "generation_config.json")
-    number = numbers.get(f"{role}_token_id")
-    number = number[0] if isinstance(number, list) else number
-    return default if number is None else number
+    number = names.get(f"{role}_token_id", default)
+    return number[0] if isinstance(number, list) else number
 
 
 def read_json(path: Path) -> dict:
-    """Contents of a JSON file, {} where there is none."""
-    if not path.exists():
-        return {}
+    """The object in a JSON file."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except ValueError:
-        raise ValueError(f"{path} is not valid JSON; an incomplete download?") from None
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not valid JSON with an object in it; an incomplete download?")
+    return content

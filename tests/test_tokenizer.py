@@ -256,9 +256,11 @@ def test_unsupported_parts_are_named(tmp_path, change, message):
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.model, tokenizer.json"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(ValueError, match="not valid JSON"):
-        load_tokenizer(tmp_path)
+    for content, message in (('{"model": ', "not valid JSON"), ("[]", "not valid JSON with an object"),
+                             ('{"model": "x"}', "not a whole tokenizer.json")):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path)
     for content in (b"version https://git-lfs.github.com/spec/v1\n", b"IQ== 0\nIg==\n", b"IQ== 0\nIg== 5\n", b""):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match="tokenizer.model"):
@@ -269,6 +271,13 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="tokenizer.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json is not valid JSON with an object"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "merges.txt").write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match="merges.txt is not UTF-8"):
         load_tokenizer(tmp_path)
 
 

@@ -82,24 +82,23 @@ def steps(W, H, sparsity, bits: int, naive: bool, whole: bool = False):
     """(name, error, seconds) of every step of the stack, in order; each step keeps those before it. whole: only the last."""
     fraction, _, m = parse_sparsity(sparsity)
     error = lambda V: relative_error(W, V, H)
+
+    def nearest_level():
+        mask, (scale, zero) = prune_smallest(W.abs(), round(fraction * W.numel())), find_grid(W, bits)
+        return (scale * (quantize(W, scale, zero, bits) - zero)).masked_fill(mask, 0)
+
     if not m:
-        mask = prune_smallest(W.abs(), round(fraction * W.numel()))
-        scale, zero = find_grid(W, bits)
-        V, seconds = timed(lambda: (scale * (quantize(W, scale, zero, bits) - zero)).masked_fill(mask, 0))
-        yield "magnitude, nearest level", error(V), seconds
+        yield "magnitude, nearest level", *timed(lambda: error(nearest_level()))
         if naive:
-            V, seconds = timed(lambda: naive_sparsegpt(W, H, fraction, bits))
-            yield "SparseGPT, naive", error(V), seconds
-    out, seconds = timed(lambda: sparsegpt(W, H, sparsity, bits))
-    yield "SparseGPT, ours", out.error, seconds
+            yield "SparseGPT, naive", *timed(lambda: error(naive_sparsegpt(W, H, fraction, bits)))
+    yield "SparseGPT, ours", *timed(lambda: sparsegpt(W, H, sparsity, bits).error)
     settings = dict(mask="sparsegpt", refits=3, grid="uniform", act_order=False, descent=0)
     for name, change in (("refit, searched grid, GPTQ", {}), ("columns by importance", {"act_order": True}), ("offset grid", {"grid": "offset"}),
                          ("ADMM mask", {"mask": "admm"}), ("descent on codes", {"descent": 2})):
         settings.update(change)
         if whole and not settings["descent"]:
             continue
-        out, seconds = timed(lambda: prune_and_round(W, H, sparsity, bits, **settings))
-        yield "+ " + name, out.error, seconds
+        yield "+ " + name, *timed(lambda: prune_and_round(W, H, sparsity, bits, **settings).error)
 
 
 def main(args) -> None:

@@ -65,6 +65,16 @@ def quantize(w: torch.Tensor, scale, zero, bits: int, grid: str = "uniform") -> 
     return (w / scale + zero).round_().clamp_(0, 2 ** bits - 1)
 
 
+def encode(Vt, keep, scale, zero, g_idx, bits: int, grid: str = "uniform") -> torch.Tensor:
+    """The codes (in, out) uint8 of dequantized weights Vt, 0 where keep, like Vt (in, out), is False; scale and zero are
+    (groups, out), g_idx (in,) a column's group. Group by group, which saves memory."""
+    codes = torch.zeros(Vt.shape, dtype=torch.uint8, device=Vt.device)
+    for g in range(len(scale)):
+        at = g_idx == g
+        codes[at] = (quantize(Vt[at], scale[g], zero[g], bits, grid) * keep[at]).to(torch.uint8)
+    return codes
+
+
 def find_grid(W: torch.Tensor, bits: int, sym: bool = False, shrink: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Min-max grid of each row of W (out, n): scale and zero, each (out, 1), levels scale * (0 ... 2^bits - 1  -  zero)."""
     levels = 2 ** bits - 1
@@ -124,8 +134,8 @@ def check(W: torch.Tensor, H: torch.Tensor, bits: int | None, blocksize: int, gr
     if W.dim() != 2 or H.shape != (W.shape[1], W.shape[1]):
         raise ValueError(f"W {tuple(W.shape)} needs H of shape {(W.shape[-1],) * 2}, got {tuple(H.shape)}")
     for name, t in (("W", W), ("H", H)):
-        bad = int((~torch.isfinite(t)).sum())
-        if bad:
+        if not math.isfinite(t.sum(dtype=torch.float64)):                    # one number, no copies
+            bad = int((~torch.isfinite(t)).sum())
             raise ValueError(f"{name} holds {bad} NaN or Inf values of {t.numel()}: the layer or its calibration inputs "
                              f"overflowed; run the calibration in float32 or bfloat16")
     if bits not in (None, 2, 3, 4, 8):
@@ -147,9 +157,9 @@ def inverse_factor(H: torch.Tensor, percdamp: float = 0.01, order: torch.Tensor 
         H.diagonal().add_(percdamp * mean)
         L, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
-            H = torch.eye(len(H), dtype=H.dtype, device=H.device)
+            H.zero_().fill_diagonal_(1)                                      # room for L^-1: large ones count in memory
             torch.linalg.solve_triangular(L, H, upper=False, out=H)
-            del L                                                            # large ones count in memory
+            del L
             return H.flip(0, 1)
         print(f"Cholesky failed at damping {percdamp:g}, trying {max(percdamp * 10, 1e-4):g}")
         H.diagonal().sub_(percdamp * mean)
@@ -271,29 +281,31 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
     g_idx = torch.empty(n, dtype=torch.long, device=W.device)
     g_idx[order] = torch.tensor(group, device=W.device)
     if descent:
-        V = descend(V, target.T, H, keep.T, scale[g_idx], zero[g_idx], bits, kind, descent, percdamp, blocksize)
-    codes = quantize(V, scale[g_idx], zero[g_idx], bits, kind) * keep.T
-    return Compressed(V.T.contiguous(), ~keep if mask is None else mask, codes.to(torch.uint8).T.contiguous(),
-                      scale.T.float().contiguous(), zero.T.float().contiguous(), g_idx, relative_error(target, V.T, H), kind)
+        V = descend(V, target.T, H, keep.T, scale, zero, g_idx, bits, kind, descent, percdamp, blocksize)
+    codes = encode(V, keep.T, scale, zero, g_idx, bits, kind).T.contiguous()
+    return Compressed(V.T.contiguous(), ~keep if mask is None else mask, codes, scale.T.float().contiguous(),
+                      zero.T.float().contiguous(), g_idx, relative_error(target, V.T, H), kind)
 
 
-def descend(Vt, Wt, H, keep, scale, zero, bits: int, grid: str, passes: int, percdamp: float = 0.01, blocksize: int = 128):
+def descend(Vt, Wt, H, keep, scale, zero, g_idx, bits: int, grid: str, passes: int, percdamp: float = 0.01, blocksize: int = 128):
     """Coordinate descent on the codes: column after column moves to the grid point that is best with all others held,
 
         v_j <- nearest(v_j - g_j / H[j, j]),   g = (V - W) H,
 
     which can only lower the error, now of the kept weights alone. With T = V - g / diag(H), moving column j by e moves
-    T[:, k] by -e H[j, k] / H[k, k]: the same loop as GPTQ's. All (in, out); returns the new Vt."""
+    T[:, k] by -e H[j, k] / H[k, k]: the same loop as GPTQ's. Vt, Wt, keep are (in, out), scale and zero (groups, out), g_idx
+    (in,) says which of them is a column's; returns the new Vt."""
     h = H.diagonal() * (1 + percdamp)
     h = torch.where(h > 0, h, torch.ones_like(h))
-    steps, keep = H / h, keep.contiguous()                                   # [j, k] = H[j, k] / H[k, k]
+    steps, keep, group = H / h, keep.contiguous(), g_idx.tolist()            # steps[j, k] = H[j, k] / H[k, k]
     for _ in range(passes):
-        old = Vt
+        old, D = Vt, Vt - Wt
 
         def choose(T, j, end):
-            q = nearest(T[j], scale[j], zero[j], bits, grid) * keep[j]
+            q = nearest(T[j], scale[group[j]], zero[group[j]], bits, grid) * keep[j]
             return q, q - old[j]
 
-        D = Vt - Wt
-        Vt = sweep(Vt - (H @ D + (percdamp * H.diagonal())[:, None] * D) / h[:, None], steps, blocksize, choose)
+        T = (H @ D).add_(D.mul_(percdamp * H.diagonal()[:, None])).div_(h[:, None])                # g / diag(H)
+        del D
+        Vt = sweep(torch.sub(old, T, out=T), steps, blocksize, choose)
     return Vt

@@ -24,7 +24,7 @@ import math
 
 import torch
 
-from gptq import Compressed, Rounder, check, column_groups, gptq, inverse_factor, quantize, relative_error, static_grids, sweep
+from gptq import Compressed, Rounder, check, column_groups, encode, gptq, inverse_factor, relative_error, static_grids, sweep
 
 
 def parse_sparsity(sparsity: float | str) -> tuple[float, int, int]:
@@ -116,14 +116,14 @@ def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int
     grids = static_grids(start, H, None, bits, groupsize, "minmax", sym) if bits and static else None
     choose = Pruner(U, (n, len(W)), sparsity, blocksize, parts or [len(W)], column_groups(n, groupsize), grids, bits, "uniform", sym)
     inner = -(-16 // m) * m if static or not bits else math.gcd(-(-16 // m) * m, groupsize)
-    V = sweep(start.T.contiguous(), U, blocksize, choose, inner).T.contiguous()
-    mask, error = choose.mask.T.contiguous(), relative_error(W, V, H)
+    V = sweep(start.T.contiguous(), U, blocksize, choose, inner)
+    mask, weight, error = choose.mask.T.contiguous(), V.T.contiguous(), relative_error(W, V.T, H)
     if not bits:
-        return Compressed(V, mask, None, None, None, None, error)
-    scale, zero = (t.T.contiguous() for t in choose.tables())
+        return Compressed(weight, mask, None, None, None, None, error)
+    scale, zero = choose.tables()
     g_idx = torch.tensor(choose.group, device=W.device)
-    codes = quantize(V, scale[:, g_idx], zero[:, g_idx], bits).masked_fill(mask, 0).to(torch.uint8)
-    return Compressed(V, mask, codes, scale.float(), zero.float(), g_idx, error)
+    codes = encode(V, ~choose.mask, scale, zero, g_idx, bits).T.contiguous()
+    return Compressed(weight, mask, codes, scale.T.float().contiguous(), zero.T.float().contiguous(), g_idx, error)
 
 
 def sizes(H):
@@ -172,7 +172,9 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
             if i:
                 rho, Z = rho * growth, torch.where(keep, Z, Z / growth)      # U is in units of 1 / rho
             shrink = None                                                    # make room: H is large
-            shrink = torch.cholesky_inverse(torch.linalg.cholesky(normalized(H, d, percdamp + rho))).mul_(rho).to(fast)
+            shrink = normalized(H, d, percdamp + rho)
+            shrink = torch.linalg.cholesky(shrink)
+            shrink = torch.cholesky_inverse(shrink).mul_(rho).to(fast)
         gap = torch.where(keep, Z, -Z).sub_(Wn).to(fast)                     # D - U - W
         Z = Z.masked_fill_(keep, 0).add_(Wn).add_(gap @ shrink)
         keep = kept(Z, exact=i == iterations - 1)
@@ -186,16 +188,17 @@ def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Ten
     Conjugate gradients on all rows at once, preconditioned by the diagonal (the normalized units); one product an iteration."""
     d = sizes(H)
     Wn, Hn = W * d, normalized(H, d, percdamp)
-    keep = (~mask).to(W.dtype)
+    keep = ~mask
     V = (Wn if start is None else start * d) * keep
-    R = (Wn - V) @ Hn * keep                                                 # residual: minus half the gradient
-    P, rr = R.clone(), R.square().sum(1, keepdim=True)
+    R = (Wn.sub_(V) @ Hn).mul_(keep)                                         # residual: minus half the gradient
+    del Wn
+    P, rr = R.clone(), torch.linalg.vector_norm(R, dim=1, keepdim=True).square()
     for _ in range(iterations):
         Q = (P @ Hn).mul_(keep)
-        step = rr / (P * Q).sum(1, keepdim=True).clamp(min=1e-30)
+        step = rr / torch.einsum("ij,ij->i", P, Q)[:, None].clamp(min=1e-30)
         V.addcmul_(step, P)
         R.addcmul_(step, Q, value=-1)
-        old, rr = rr, R.square().sum(1, keepdim=True)
+        old, rr = rr, torch.linalg.vector_norm(R, dim=1, keepdim=True).square()
         P.mul_(rr / old.clamp(min=1e-30)).add_(R)
     return V.div_(d)
 

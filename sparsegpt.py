@@ -195,7 +195,7 @@ def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Ten
     P, rr = R.clone(), torch.linalg.vector_norm(R, dim=1, keepdim=True).square()
     for _ in range(iterations):
         Q = (P @ Hn).mul_(keep)
-        step = rr / torch.einsum("ij,ij->i", P, Q)[:, None].clamp(min=1e-30)
+        step = rr / (P * Q).sum(1, keepdim=True).clamp(min=1e-30)
         V.addcmul_(step, P)
         R.addcmul_(step, Q, value=-1)
         old, rr = rr, torch.linalg.vector_norm(R, dim=1, keepdim=True).square()

@@ -14,7 +14,7 @@ from kernels.decode import tile
 from kernels.planes import add_planes, fma
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def backward_kernel(dy_ptr, dx_ptr, mask_ptr, codes_ptr, row_start_ptr, tile_start_ptr, scale_ptr, zero_ptr, table_ptr,
                     M, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
                     OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):

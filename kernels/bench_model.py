@@ -5,7 +5,8 @@
     python -m kernels.bench --tune runs/out/compressed --batch 4 --tokens 512
 
 Both models hold the same weights and run in turn, a token or a step each, so that whatever else the machine does slows
-both; times are medians. Memory: what a model holds, and on a GPU the peak while it runs, without the other model.
+both; times are medians. Memory: what a model holds, and on a GPU the peak while it runs, without the other model and
+without keys and values of earlier tokens.
 This is the one file of the folder that knows model.py.
 """
 import statistics
@@ -24,7 +25,7 @@ from prompt import initial_prompt, text_nll
 
 def random_model(name: str, format: str, grid: str, dtype, device) -> tuple[Transformer, Transformer]:
     """(dense, packed) of a published model's shape; Linears of one shape share their numbers, not their memory, and the
-    two models share what is no Linear."""
+    two models share what is no Linear. OPT-350m gets the shape of its blocks only: pre-norm, embeddings as wide as they."""
     d, layers, heads, kv, ff, vocab, _ = PUBLISHED[name]
     opt = name.startswith("opt")
     config = Config("opt" if opt else "llama", vocab, d, layers, heads, ff, kv, tied=opt, attention_bias=opt, mlp_bias=opt)
@@ -40,7 +41,7 @@ def random_model(name: str, format: str, grid: str, dtype, device) -> tuple[Tran
                 tensors = {n: t.clone() for n, t in made[shape].packed.tensors.items()}
                 model.set_submodule(key, PackedLinear(Packed(tensors, made[shape].meta), linear.bias))
             else:
-                linear.weight = nn.Parameter(made[shape].weight_dequantized(dtype).clone(), requires_grad=False)
+                linear.weight = nn.Parameter(made[shape].weight_dequantized(dtype), requires_grad=False)
         for key, p in model.named_parameters():
             if p.is_meta and key not in made:                   # embeddings, norms, biases, head
                 made[key] = 0.02 * torch.randn(p.shape, device=device, dtype=dtype) + ("norm" in key)
@@ -85,15 +86,18 @@ def in_turn(calls: list, repeats: int, device) -> list[float]:
 
 
 def peaks(calls: list, models: list[Transformer], device) -> list[str]:
-    """Peak memory of each call on a GPU, the other model's weights taken off; on a CPU what the models hold."""
+    """What each model holds, and on a GPU its peak during a call: that, and all that the call allocates on top."""
     lines = []
-    for call, other in zip(calls, reversed(models)):
+    for call, model in zip(calls, models):
+        line = f"{held(model) / 1e6:.0f} MB held"
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        call()
-        lines.append(torch.cuda.max_memory_allocated() - held(other) if device.type == "cuda" else 0)
-    return [f"{peak / 1e6:.0f} MB at the peak, {held(m) / 1e6:.0f} held" if peak else f"{held(m) / 1e6:.0f} MB held"
-            for peak, m in zip(lines, models)]
+            before = torch.cuda.memory_allocated()
+            call()
+            peak = held(model) + torch.cuda.max_memory_allocated() - before
+            line = f"{peak / 1e6:.0f} MB at the peak, {line}"
+        lines.append(line)
+    return lines
 
 
 @torch.no_grad()

@@ -223,7 +223,21 @@ def test_pruned_but_not_quantized_stays_dense(tmp_path):
     assert got["linear_bits_per_weight"] == 16 and math.isclose(got["nominal"], 2, rel_tol=0.05)
 
 
-def test_bench_of_whole_models(folder, capsys):
+def test_peak_memory_is_the_models_own(monkeypatch):
+    """Of two models that share their embeddings, each counts them, and of a call what it allocates on top."""
+    tiny = ("tiny", (64, 2, 4, 2, 96, 99, ""))
+    monkeypatch.setitem(bench_model.PUBLISHED, *tiny)
+    both = bench_model.pair("random-tiny", "nm", "uniform", torch.float16, torch.device("cpu"))
+    assert both[0].embed_tokens.weight.data_ptr() == both[1].embed_tokens.weight.data_ptr()
+    sizes = [storage(m)["megabytes"] * 1e6 for m in both]
+    assert [bench_model.held(m) for m in both] == sizes and sizes[1] < sizes[0]
+    for name, value in (("reset_peak_memory_stats", None), ("memory_allocated", 50e6), ("max_memory_allocated", 57e6)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    lines = bench_model.peaks([int, int], both, torch.device("cuda"))
+    assert lines == [f"{(size + 7e6) / 1e6:.0f} MB at the peak, {size / 1e6:.0f} MB held" for size in sizes]
+
+
+def test_bench_of_whole_models(folder, tmp_path, capsys):
     """Both benches run on a packed folder and find both models equal; a dense folder and an unknown name are refused."""
     cpu = torch.device("cpu")
     models = list(bench_model.pair(str(folder), "unstructured", "offset", torch.float32, cpu))
@@ -235,6 +249,6 @@ def test_bench_of_whole_models(folder, capsys):
     assert "tokens/s" in out and "bytes per parameter" in out and "kB per token" in out
     with pytest.raises(ValueError, match="give random- and one of llama-7b"):
         bench_model.pair("random-7b", "nm", "offset", torch.float32, cpu)
-    save_model(models[0], folder / "dense")
+    save_model(models[0], tmp_path)
     with pytest.raises(ValueError, match="is not packed"):
-        bench_model.pair(str(folder / "dense"), "nm", "offset", torch.float32, cpu)
+        bench_model.pair(str(tmp_path), "nm", "offset", torch.float32, cpu)

@@ -12,6 +12,7 @@ import csv
 import itertools
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -116,6 +117,8 @@ def main(args) -> None:
             if len(lines) == 1:
                 print(",".join(lines[0]))
             print(",".join(lines[-1].values()), flush=True)
+    if not lines:
+        raise ValueError(f"no configuration with a limit of {args.tokens} tokens")
     if args.write:
         part = TABLE.with_suffix(".tmp")
         with open(part, "w", newline="") as f:
@@ -127,12 +130,13 @@ def main(args) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="*", default=[80, 90])
-    parser.add_argument("--direction", nargs="*", default=["forward", "backward"])
-    parser.add_argument("--format", nargs="*", default=["dense", "nm", "unstructured"])
-    parser.add_argument("--grid", nargs="*", default=["uniform", "offset"])
-    parser.add_argument("--dtype", nargs="*", default=["fp16", "bf16"])
-    parser.add_argument("--group", type=int, nargs="*", default=[0, 128])
+    for name, values in (("arch", [80, 90]), ("direction", ["forward", "backward"]), ("grid", ["uniform", "offset"]),
+                         ("format", ["dense", "nm", "unstructured"]), ("dtype", ["fp16", "bf16"])):
+        parser.add_argument(f"--{name}", nargs="+", type=type(values[0]), default=values, choices=values)
+    parser.add_argument("--group", type=int, nargs="+", default=[0, 128], help="columns that share a grid; 0: a row")
     parser.add_argument("--tokens", type=int, nargs="*", help="only configurations with these limits")
     parser.add_argument("--write", action="store_true", help="replace compiled.csv by the lines printed")
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except ValueError as e:
+        sys.exit(f"error: {e}")

@@ -166,7 +166,8 @@ if __name__ == "__main__":
     parser.add_argument("--shapes", nargs="*", help="such as 4096x11008, out x in")
     parser.add_argument("--batches", nargs="*", type=int)
     formats = ["dense", "nm", "unstructured"]
-    parser.add_argument("--formats", nargs="*", default=formats, choices=formats)
+    parser.add_argument("--formats", nargs="*", default=formats, choices=formats,
+                        help="a model of random weights takes the last")
     parser.add_argument("--grid", default="uniform", choices=["uniform", "offset"])
     parser.add_argument("--groupsize", type=int, default=-1)
     parser.add_argument("--dtype", choices=["fp16", "bf16"], help="default: fp16 on a GPU, bf16 on a CPU")

@@ -1,6 +1,8 @@
 """PackedLinear on the CPU; Triton kernels in the interpreter; compilation for GPUs that are not there."""
 import csv
+import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +158,42 @@ def test_import_needs_no_triton():
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     assert "gradients agree" in run(str(TESTS / "kernels_interpreted.py"), TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_kernels_on_a_gpu(grid, format):
+    """Forward and backward against float64, and no room taken for a dense weight."""
+    cases = [((64, 256), 1, -1), ((33, 130), 5, -1), ((40, 576), 16, 128), ((64, 160), 40, 32), ((70, 400), 200, -1),
+             ((4096, 11008), 1, -1), ((4096, 11008), 64, 128)]
+    for (shape, tokens, groupsize), (dtype, tolerance) in itertools.product(cases, ((torch.float16, 2 ** -10),
+                                                                                    (torch.bfloat16, 2 ** -6))):
+        packed = layer(shape, grid, groupsize, format).cuda()
+        x = torch.randn(2, tokens, shape[1], device="cuda", dtype=dtype, requires_grad=True)
+        dy = torch.randn(2, tokens, shape[0], device="cuda", dtype=dtype)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = packed(x)
+        y.backward(dy)
+        if tokens == 1 and shape[0] == 4096:
+            assert torch.cuda.max_memory_allocated() - before < shape[0] * shape[1] / 2
+        weight = packed.weight_dequantized(torch.float64)
+        for got, exact in ((y, x.double() @ weight.T), (x.grad, dy.double() @ weight)):
+            assert (got.double() - exact).abs().max() < tolerance * exact.abs().max()
+
+
+def test_bench_prints_a_line_per_case():
+    options = "--device cpu --shapes 64x128 33x130 --batches 1 70 --repeats 1".split()
+    lines = [line for line in run("-m", "kernels.bench", *options).splitlines() if "F.linear" in line]
+    assert len(lines) == 2 * 3 * 2 * 2
+    for line in lines:
+        took, limit, share = (float(re.search(pattern, line)[1]) for pattern in (
+            r"([\d.]+) us ", r"limit +([\d.]+) us", r"share +([\d.]+)"))
+        assert share == pytest.approx(limit / took, abs=0.02 + 0.1 / took), line
+        assert float(line.split()[-1]) < 0.01, line
+        int4 = "64x128" in line and line.split()[2:4] == ["1", "forward"]           # no other case fits torch's
+        assert ("nan x torch" in line) != int4, line
 
 
 def table() -> list[dict]:

@@ -26,8 +26,8 @@ import json
 import os
 import platform
 import re
+import sys
 import sysconfig
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -62,22 +62,24 @@ def harvest_name(name: str) -> str:
 def harvest(name: str, split: str) -> list[str]:
     """Documents of set `name` (docs, docstrings, code) in `split` (train, validation, test), in a fixed order.
 
-    The first call parses the files (some seconds) and fills data/cache/; later calls read that."""
+    The first call parses the files (some seconds) and fills data/cache/, if it may; later calls read that."""
     if name not in SETS or split not in SPLITS:
         raise ValueError(f"no harvested text {name!r} {split!r}: choose from {', '.join(SETS)} and {', '.join(SPLITS)}")
     key = json.dumps(versions()) + Path(__file__).read_text(encoding="utf-8")        # new rules, new texts
     folder = CACHE / f"harvest-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not (folder / f"{name}-{split}.json").exists():
-        sets = collect()
+    if (folder / f"{name}-{split}.json").exists():
+        return json.loads((folder / f"{name}-{split}.json").read_text(encoding="utf-8"))
+    sets = collect()
+    texts = {(n, s): [text for path, text in sets[n] if split_of(path) == s] for n in SETS for s in SPLITS}
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        for n in SETS:
-            for s in SPLITS:
-                texts = [text for path, text in sets[n] if split_of(path) == s]
-                fd, temporary = tempfile.mkstemp(dir=folder)              # two processes may harvest at once
-                with os.fdopen(fd, "w", encoding="utf-8") as f:
-                    json.dump(texts, f)
-                os.replace(temporary, folder / f"{n}-{s}.json")
-    return json.loads((folder / f"{name}-{split}.json").read_text(encoding="utf-8"))
+        for (n, s), documents in texts.items():
+            part = folder / f"{n}-{s}.{os.getpid()}.tmp"                  # two processes may harvest at once
+            part.write_text(json.dumps(documents), encoding="utf-8")
+            os.replace(part, folder / f"{n}-{s}.json")
+    except OSError as error:                                              # write-protected, or the disk is full
+        print(f"harvested texts are not kept for the next run: {error}", file=sys.stderr)
+    return texts[name, split]
 
 
 def split_of(path: str) -> str:
@@ -95,8 +97,8 @@ def collect() -> dict[str, list[tuple[str, str]]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")                           # escapes that only newer versions warn of
                 tree = ast.parse(text) if file.suffix == ".py" else None
-        except (UnicodeDecodeError, SyntaxError):
-            continue                                                      # other encodings, templates that end in .py
+        except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
+            continue      # not readable, another encoding or a zero byte, a template that ends in .py, nested too deeply
         if tree is None:
             docs, docstrings, code = [(path, text)] if is_prose(text) else [], [], ""
         elif path == "python/pydoc_data/topics.py":

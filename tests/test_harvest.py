@@ -84,6 +84,28 @@ def test_source_without_docstrings_still_reads():
     assert entry == "f(a, *b: int, c=2)\n\n" + docstring.rstrip()
 
 
+def test_files_that_cannot_be_parsed_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(h, "versions", lambda: {"python": "3"})
+    monkeypatch.setattr(h.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "good.py").write_text("x = 1\n" * 100)
+    (tmp_path / "zero.py").write_bytes(b"x = 1\0")
+    (tmp_path / "latin.py").write_bytes(b"x = '\xe9'")
+    (tmp_path / "template.py").write_text("{{ name }} =")
+    (tmp_path / "deep.py").write_text("x = " + "-" * 200_000 + "1")
+    (tmp_path / "link.py").symlink_to(tmp_path / "nowhere.py")
+    assert [path for path, _ in h.collect()["code"]] == ["python/good.py"]
+    monkeypatch.setattr(h.sysconfig, "get_path", lambda name: str(tmp_path / "python.zip"))
+    assert h.collect() == {name: [] for name in h.SETS}                      # a zipped standard library holds no files
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys, sets):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(h, "CACHE", tmp_path / "file")
+    monkeypatch.setattr(h, "collect", lambda: sets)
+    assert h.harvest("docs", "test") == [text for key, text in sets["docs"] if h.split_of(key) == "test"]
+    assert "not kept" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_versions_and_platforms_without_a_package(monkeypatch):
     monkeypatch.setattr(h, "PACKAGES", ("tiktoken", "no-such-package"))
     assert set(h.versions()) == {"python", "tiktoken"}

@@ -30,7 +30,7 @@ def perplexity(model, tokens: torch.Tensor, seqlen: int, prompt: torch.Tensor | 
                title: str = "perplexity") -> tuple[float, int]:
     """(perplexity, number of scored tokens) of 1-D tokens in windows of seqlen; the rest that fills no window is left out."""
     if seqlen < 2 or batch_size < 1:
-        raise ValueError(f"seqlen {seqlen} and batch size {batch_size} must be at least 2 and 1: the first token of a window has no score")
+        raise ValueError(f"seqlen {seqlen} and batch size {batch_size} must be at least 2 and 1: a first token has no score")
     if len(tokens) < seqlen:
         raise ValueError(f"{len(tokens)} tokens cannot fill one window of seqlen {seqlen}: use more text or shorter windows")
     windows = tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
@@ -55,15 +55,15 @@ def generate(model, tokenizer, text: str, max_new: int = 100, temperature: float
              prompt: torch.Tensor | None = None, seed: int = 0) -> str:
     """The continuation of text, without text; stops at the end-of-text token or when the positions are used up."""
     if max_new < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise ValueError(f"cannot generate {max_new} tokens at temperature {temperature} and top-p {top_p}: at least 1 token, a "
-                         f"temperature of 0 or more, and a top-p above 0 and up to 1 are needed")
+        raise ValueError(f"cannot generate {max_new} tokens at temperature {temperature} and top-p {top_p}: at least 1 token, "
+                         f"a temperature of 0 or more, and a top-p above 0 and up to 1 are needed")
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError("nothing to continue: --generate got a text of no tokens, and this tokenizer adds none in front")
     x = with_prompt(model, prompt, torch.tensor([ids], device=model.embed_tokens.weight.device))
     room = model.config.max_positions - x.shape[1]
     if room < 1:
-        raise ValueError(f"text and prompt take {x.shape[1]} positions of the model's {model.config.max_positions}: nothing is left")
+        raise ValueError(f"text and prompt take {x.shape[1]} of the model's {model.config.max_positions} positions: no room")
     cache, g, out = model.new_cache(1, x.shape[1] + min(max_new, room)), torch.Generator().manual_seed(seed), []
     for _ in range(min(max_new, room)):
         token = sample(model.head(model.hidden(x, cache)[:, -1])[0], temperature, top_p, g)
@@ -95,17 +95,18 @@ def main(args) -> None:
         text = generate(model, tokenizer, args.generate, args.max_new, args.temperature, args.top_p, prompt, args.seed)
         print(args.generate + text)
         if args.json:
-            print(json.dumps({"text": args.generate, "generated": text, "model": str(args.model), "dtype": args.dtype}))
+            print(json.dumps({"text": args.generate, "generated": text, "model": args.model, "dtype": args.dtype}))
         return
     split = args.split or ("validation" if args.data == "c4" else "test")                      # C4 publishes no test split
     tokens = eval_tokens(tokenizer, args.data, split, args.seqlen, args.max_tokens, folder=args.data_dir)
     ppl, count = perplexity(model, tokens, args.seqlen, prompt, args.batch_size)
     n = 0 if prompt is None else len(prompt)
-    source = harvest_name(args.data) if args.data in HARVESTED else str(args.data)              # with versions, where they matter
-    print(f"perplexity {ppl:.4f}  ({source}, {count} scored tokens, seqlen {args.seqlen}, {n} prompt tokens, {args.dtype}, {args.model})")
+    source = harvest_name(args.data) if args.data in HARVESTED else args.data                  # versions, where they matter
+    print(f"perplexity {ppl:.4f}  ({source}, {count} scored tokens, seqlen {args.seqlen}, {n} prompt tokens, {args.dtype}, "
+          f"{args.model})")
     if args.json:
-        print(json.dumps({"perplexity": ppl, "tokens": count, "seqlen": args.seqlen, "prompt_tokens": n, "data": str(args.data), "source": source,
-                          "model": str(args.model), "dtype": args.dtype, "split": split}))
+        print(json.dumps({"perplexity": ppl, "tokens": count, "seqlen": args.seqlen, "prompt_tokens": n, "data": args.data,
+                          "source": source, "model": args.model, "dtype": args.dtype, "split": split}))
 
 
 def fail(e: Exception) -> None:
@@ -122,7 +123,7 @@ if __name__ == "__main__":
     p.add_argument("--seqlen", type=int, default=2048, help="tokens a window")
     p.add_argument("--max-tokens", type=int, help="use only the first so many tokens")
     p.add_argument("--prompt", type=Path, help="a learned prompt file")
-    p.add_argument("--hard-prompt", metavar="TEXT", nargs="?", const=HARD_PROMPT, help="a prompt in words; alone: the paper's own")
+    p.add_argument("--hard-prompt", metavar="TEXT", nargs="?", const=HARD_PROMPT, help="a prompt in words; alone: the paper's")
     p.add_argument("--generate", metavar="TEXT", help="continue TEXT instead of measuring")
     p.add_argument("--max-new", type=int, default=100, help="tokens to generate")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")

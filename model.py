@@ -220,8 +220,9 @@ class Transformer(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 # Checkpoints. Our parameter names are turned into the published ones by these substitutions, never the other way round.
 
-HF = {"llama": [(r"^blocks", "model.layers"), (r"^(embed_tokens|norm)\b", r"model.\1"), (r"\.attn\.(\w)\.", r".self_attn.\1_proj."),
-                (r"\.mlp\.(\w+)\.", r".mlp.\1_proj."), (r"\.norm1", ".input_layernorm"), (r"\.norm2", ".post_attention_layernorm")],
+HF = {"llama": [(r"^blocks", "model.layers"), (r"^(embed_tokens|norm)\b", r"model.\1"),
+                (r"\.attn\.(\w)\.", r".self_attn.\1_proj."), (r"\.mlp\.(\w+)\.", r".mlp.\1_proj."),
+                (r"\.norm1", ".input_layernorm"), (r"\.norm2", ".post_attention_layernorm")],
       "opt": [(r"^norm\b", "final_layer_norm"), (r"^blocks", "layers"), (r"^(?!lm_head)", "model.decoder."),
               (r"\.attn\.o\.", ".self_attn.out_proj."), (r"\.attn\.(\w)\.", r".self_attn.\1_proj."), (r"\.mlp\.up", ".fc1"),
               (r"\.mlp\.down", ".fc2"), (r"\.norm1", ".self_attn_layer_norm"), (r"\.norm2", ".final_layer_norm")]}
@@ -302,7 +303,7 @@ def load_model(path: str | Path, dtype=torch.float32, device="cpu", packed: bool
     extra = [n for n in bare.values() if not IGNORED.search(n)]
     if missing or extra:
         raise ValueError(f"{folder} does not fit its configuration: " + "; ".join(
-            f"{len(names)} {what}, such as {names[0]}" for what, names in (("missing", missing), ("unexpected", extra)) if names))
+            f"{len(n)} {what}, such as {n[0]}" for what, n in (("missing", missing), ("unexpected", extra)) if n))
     model.load_state_dict(state, assign=True, strict=False)     # strict above; packed tensors are in place already
     return model.eval().requires_grad_(False)
 

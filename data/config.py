@@ -109,12 +109,13 @@ def llama_config(j: dict) -> Config:
     kind = rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"rope type {kind!r} is not supported: only default, linear and llama3")
-    need = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+    need = {"linear": ["factor"],
+            "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
     return Config(
         "llama", j["vocab_size"], j["hidden_size"], j["num_hidden_layers"], j["num_attention_heads"], j["intermediate_size"],
         j.get("num_key_value_heads") or 0, j.get("head_dim") or 0, j.get("max_position_embeddings", 2048),
-        j.get("rms_norm_eps", 1e-6), j.get("tie_word_embeddings", False), j.get("attention_bias", False), j.get("mlp_bias", False),
-        rope.get("rope_theta", j.get("rope_theta", 10000.0)),
+        j.get("rms_norm_eps", 1e-6), j.get("tie_word_embeddings", False), j.get("attention_bias", False),
+        j.get("mlp_bias", False), rope.get("rope_theta", j.get("rope_theta", 10000.0)),
         None if kind == "default" else {"rope_type": kind, **{k: rope[k] for k in need[kind]}})
 
 
@@ -168,8 +169,10 @@ def hf_config(c: Config, packed: dict[str, dict] | None = None) -> dict:
     if packed:
         j["quantization_config"] = {"quant_method": QUANT_METHOD, "layers": packed}
     if c.family == "opt":
-        return {**j, "model_type": "opt", "architectures": ["OPTForCausalLM"], "ffn_dim": c.d_ff, "word_embed_proj_dim": c.d_embed,
-                "do_layer_norm_before": c.pre_norm, "_remove_final_layer_norm": c.pre_norm and not c.final_norm}
-    return {**j, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": c.d_ff, "hidden_act": "silu",
-            "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
+        return {**j, "model_type": "opt", "architectures": ["OPTForCausalLM"], "ffn_dim": c.d_ff,
+                "word_embed_proj_dim": c.d_embed, "do_layer_norm_before": c.pre_norm,
+                "_remove_final_layer_norm": c.pre_norm and not c.final_norm}
+    return {**j, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": c.d_ff,
+            "hidden_act": "silu", "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "rms_norm_eps": c.norm_eps,
+            "rope_theta": c.rope_theta,
             "rope_scaling": c.rope_scaling, "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}

@@ -1,4 +1,4 @@
-"""prompt.py and eval.py: what is scored, what is learned, what is stored; perplexity by hand; generation against transformers."""
+"""prompt.py and eval.py: what is scored, learned and stored; perplexity by hand; generation against transformers."""
 import json
 import math
 import re
@@ -200,7 +200,7 @@ def test_greedy_generation_equals_transformers(family, tmp_path):
         x = torch.cat([x, model.embed(torch.tensor([[out[-1]]]))], 1)
     assert evaluation.generate(model, Letters(), "hello", 20, prompt=prompt) == Letters().decode(out)
     assert len(evaluation.generate(model, Letters(), "hello", 500)) == 59          # positions run out at 64
-    with pytest.raises(ValueError, match="text and prompt take 64 positions"):
+    with pytest.raises(ValueError, match="text and prompt take 64 of"):
         evaluation.generate(model, Letters(), "hello", prompt=torch.randn(59, 32))
 
 

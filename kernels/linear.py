@@ -7,7 +7,8 @@ No weight gets a gradient and nothing dense is kept for the backward pass: dx = 
 which is what lets a prompt be trained through a compressed model. CPU decoding keeps a second copy of the weight: in
 bf16 as int4 (cpu_int4.py), else, and where int4 does not fit, unpacked. `decode_bytes()` tells its size and
 `decode_cache = False` forbids it. On a CPU fp16 is computed in fp32, because fp16 products are some sixty times slower
-there.
+there. On a GPU, fp32 activations and what `triton_reads` refuses unpack the whole weight for every product. Left out:
+torch.compile; it must not look inside (torch.compiler.disable(layer)).
 """
 import torch
 import torch.nn as nn

@@ -1,7 +1,7 @@
 """Run by test_kernels.py in a process of its own: compiling fails in a process that interprets.
 
-Every format, grid, grouping and configuration, odd shapes and batches 1 to 64 (and one above), forward and backward,
-against float64 products with the unpacked weight."""
+Every format, grid and grouping with odd shapes and batches 1 to 64, and every configuration, also above 64, forward and
+backward, against float64 products with the unpacked weight."""
 import itertools
 import os
 import sys

@@ -47,7 +47,7 @@ def naive_sparsegpt(W, H, fraction: float, bits: int, blocksize: int = 128, perc
 
 @torch.no_grad()
 def naive_compress(model, windows, fraction: float, bits: int) -> None:
-    """The walk of the published code: all of a block's Hessians from its dense weights, one per Linear, then the block again."""
+    """The walk of the published code: all Hessians of a block from its dense weights, one a Linear, then the block again."""
     hs, rope = [model.stem(model.embed(w[None])) for w in windows], model.rope(0, windows.shape[1], "cpu")
     for block in Progress(model.blocks, "naive walk"):
         H = {}
@@ -93,8 +93,9 @@ def steps(W, H, sparsity, bits: int, naive: bool, whole: bool = False):
             yield "SparseGPT, naive", *timed(lambda: error(naive_sparsegpt(W, H, fraction, bits)))
     yield "SparseGPT, ours", *timed(lambda: sparsegpt(W, H, sparsity, bits).error)
     settings = dict(mask="sparsegpt", refits=3, grid="uniform", act_order=False, descent=0)
-    for name, change in (("refit, searched grid, GPTQ", {}), ("columns by importance", {"act_order": True}), ("offset grid", {"grid": "offset"}),
-                         ("ADMM mask", {"mask": "admm"}), ("descent on codes", {"descent": 2})):
+    for name, change in (("refit, searched grid, GPTQ", {}), ("columns by importance", {"act_order": True}),
+                         ("offset grid", {"grid": "offset"}), ("ADMM mask", {"mask": "admm"}),
+                         ("descent on codes", {"descent": 2})):
         settings.update(change)
         if whole and not settings["descent"]:
             continue
@@ -116,10 +117,10 @@ def main(args) -> None:
         return
     model = load_model(args.model)
     windows = calibration(load_tokenizer(args.model), args.data, "train", args.nsamples, args.seqlen, 0)
+    plain = lambda W, H, parts: sparsegpt(W, H, args.sparsity, args.bits, parts=parts)
     best = lambda W, H, parts: prune_and_round(W, H, args.sparsity, args.bits, percdamp=RECIPES["best"]["percdamp"])
     rows = [("naive", lambda m: naive_compress(m, windows, fraction, args.bits)),
-            ("plain", lambda m: compress(m, windows, lambda W, H, parts: sparsegpt(W, H, args.sparsity, args.bits, parts=parts), False, 0.0,
-                                         dtype=torch.bfloat16)),
+            ("plain", lambda m: compress(m, windows, plain, False, 0.0, dtype=torch.bfloat16)),
             ("best", lambda m: compress(m, windows, best, dtype=torch.bfloat16))]
     seconds = {name: timed(lambda: work(copy.deepcopy(model)))[1] for name, work in rows if args.naive or name != "naive"}
     print(f"\n{args.model}, {windows.numel()} calibration tokens")

@@ -88,7 +88,8 @@ def find_grid(W: torch.Tensor, bits: int, sym: bool = False, shrink: float = 1.0
     return scale, zero
 
 
-def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, bits: int, grid: str = "offset", sym: bool = False):
+def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, bits: int, grid: str = "offset",
+                sym: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The grid of each row of W (rows, n) with the least sum of importance * (w - q)^2 over its kept weights.
 
     keep (rows, n) bool; importance (rows or 1, n), the diagonal of H. "uniform": the min-max grid shrunk step by step.
@@ -148,7 +149,7 @@ def inverse_factor(H: torch.Tensor, percdamp: float = 0.01, order: torch.Tensor 
     """U (in, in) upper triangular with (H + damping)^-1 = U^T U; damping = percdamp * mean(diag H), raised until it works.
 
     H = R R^T with R upper is Cholesky with rows and columns in reverse order, and U = R^-1: one factorization. Inputs that
-    are always zero get a diagonal of 1. order (in,): of the columns, first to last. Share U between the Linears that share H."""
+    are always zero get a diagonal of 1. order (in,): of the columns, first to last. Linears that share H can share U."""
     back = (torch.arange(len(H), device=H.device) if order is None else order).flip(0)
     H = H[back[:, None], back]
     H.diagonal().masked_fill_(H.diagonal() == 0, 1)
@@ -245,8 +246,9 @@ def static_grids(W, H, keep, bits, groupsize, grid, sym):
 
 def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: bool = False, act_order: bool = False,
          static_groups: bool = False, percdamp: float = 0.01, blocksize: int = 128, U: torch.Tensor | None = None,
-         grid: str = "minmax", mask: torch.Tensor | None = None, descent: int = 0, target: torch.Tensor | None = None) -> Compressed:
-    """Quantize W (out, in) to `bits` with the Hessian H (in, in); neither is changed. Work is done in W's precision, fp32 at least.
+         grid: str = "minmax", mask: torch.Tensor | None = None, descent: int = 0,
+         target: torch.Tensor | None = None) -> Compressed:
+    """Quantize W (out, in) to `bits` with the Hessian H (in, in); neither is changed. Work is in W's precision, fp32 at least.
 
     groupsize: columns that share a grid, -1 for a whole row. act_order: columns in order of falling H diagonal; groups
     then follow that order (g_idx says which) unless static_groups keeps them to neighbours. U: inverse_factor(H) of the
@@ -287,7 +289,8 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
                       zero.T.float().contiguous(), g_idx, relative_error(target, V.T, H), kind)
 
 
-def descend(Vt, Wt, H, keep, scale, zero, g_idx, bits: int, grid: str, passes: int, percdamp: float = 0.01, blocksize: int = 128):
+def descend(Vt, Wt, H, keep, scale, zero, g_idx, bits: int, grid: str, passes: int, percdamp: float = 0.01,
+            blocksize: int = 128) -> torch.Tensor:
     """Coordinate descent on the codes: column after column moves to the grid point that is best with all others held,
 
         v_j <- nearest(v_j - g_j / H[j, j]),   g = (V - W) H,

@@ -88,7 +88,8 @@ class Pruner(Rounder):
                 cut = prune_pattern(score, self.n, self.m)
             else:                                              # running totals make a matrix's sparsity exact
                 total = lambda rows, columns: round(self.fraction * rows * columns)
-                cut = torch.cat([prune_smallest(s, total(len(s), stop) - total(len(s), self.before)) for s in score.split(self.parts)])
+                cut = torch.cat([prune_smallest(s, total(len(s), stop) - total(len(s), self.before))
+                                 for s in score.split(self.parts)])
                 self.before = stop
             self.mask[j:stop] = cut.T
         q = super().__call__(Wt, j, end)[0] if self.bits else Wt[j]
@@ -109,12 +110,14 @@ def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int
     m, dtype, n = parse_sparsity(sparsity)[2] or 1, torch.promote_types(W.dtype, torch.float32), W.shape[1]
     blocksize, static = -(-blocksize // m) * m, groupsize == -1              # inner blocks hold whole n:m groups
     if bits and not static and (groupsize % blocksize and blocksize % groupsize or groupsize % m):
-        raise ValueError(f"groupsize={groupsize}: it and blocksize={blocksize} must divide one another, and n:m groups divide it")
+        raise ValueError(f"groupsize={groupsize}: it and blocksize={blocksize} must divide one another, "
+                         f"and n:m groups divide it")
     W, H = W.to(dtype), H.to(dtype)
     start = W.masked_fill(H.diagonal() == 0, 0)                # inputs that are always 0: pruned first, at no cost
     U = inverse_factor(H, percdamp) if U is None else U
     grids = static_grids(start, H, None, bits, groupsize, "minmax", sym) if bits and static else None
-    choose = Pruner(U, (n, len(W)), sparsity, blocksize, parts or [len(W)], column_groups(n, groupsize), grids, bits, "uniform", sym)
+    choose = Pruner(U, (n, len(W)), sparsity, blocksize, parts or [len(W)], column_groups(n, groupsize), grids, bits,
+                    "uniform", sym)
     inner = -(-16 // m) * m if static or not bits else math.gcd(-(-16 // m) * m, groupsize)
     V = sweep(start.T.contiguous(), U, blocksize, choose, inner)
     mask, weight, error = choose.mask.T.contiguous(), V.T.contiguous(), relative_error(W, V.T, H)
@@ -206,7 +209,7 @@ def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Ten
 def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int | None = None, groupsize: int = -1,
                     mask: str = "admm", refits: int = 3, grid: str = "auto", act_order: bool = True, descent: int = 2,
                     percdamp: float = 0.01, blocksize: int = 128, sym: bool = False) -> Compressed:
-    """Prune W (out, in) with H (in, in) and quantize what is left: mask, refit, searched grid, GPTQ with the mask held, descent.
+    """Prune W (out, in) with H (in, in) and quantize what is left: mask, refit, searched grid, GPTQ with held mask, descent.
 
     mask: "admm" or "sparsegpt"; refits: conjugate gradient iterations, 0 keeps the mask's own values; grid, act_order,
     descent: see gptq.gptq, "auto" being "offset" behind a mask and "uniform" without; groups are neighbouring columns.

@@ -20,6 +20,7 @@ import torch
 
 from data.checkpoint import write_atomic
 from data.config import SHIPPED, resolve
+from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.text import calibration, eval_tokens
 from data.tokenizer import load_tokenizer
@@ -33,13 +34,15 @@ from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
 
 
 RECIPES = {                                                       # what the flags of these names default to
-    "plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, true_sequential=False, correct=0.0, percdamp=0.01),
-    "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, true_sequential=True, correct=0.5, percdamp=0.03)}
+    "plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, true_sequential=False, correct=0.0,
+                  percdamp=0.01),
+    "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, true_sequential=True, correct=0.5,
+                 percdamp=0.03)}
 SCALES = {                                                        # likewise, by the size of the model
-    "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048, max_tokens=None, batch_size=4, prompt_tokens=100,
-                  steps=200, lr=5e-3, control=False),
-    "tiny": dict(calib="docs", data="code", train_data="code", nsamples=128, seqlen=256, max_tokens=32768, batch_size=8, prompt_tokens=50,
-                 steps=120, lr=2e-2, control=True)}
+    "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048, max_tokens=None, batch_size=4,
+                  prompt_tokens=100, steps=200, lr=5e-3, control=False),
+    "tiny": dict(calib="docs", data="code", train_data="code", nsamples=128, seqlen=256, max_tokens=32768, batch_size=8,
+                 prompt_tokens=50, steps=120, lr=2e-2, control=True)}
 
 
 def make_solver(args):
@@ -50,15 +53,17 @@ def make_solver(args):
         return None
     bits, pattern = None if args.bits == 16 else args.bits, str(args.sparsity) if m else fraction
     if args.static_groups and (args.recipe != "plain" or not args.act_order or fraction):
-        raise ValueError("--static-groups belongs to --recipe plain --sparsity 0 --act-order; the searched grids' groups are static anyway")
+        raise ValueError("--static-groups belongs to --recipe plain --sparsity 0 --act-order; the searched grids' groups are "
+                         "static anyway")
     if args.correct and not args.true_sequential:
         raise ValueError("--correct works group by group: add --true-sequential, or turn it off with --correct 0")
+    common = dict(groupsize=args.groupsize, sym=args.sym, percdamp=args.percdamp, blocksize=args.blocksize)
     if args.mask == "admm" or args.refits or args.descent or args.grid != "minmax" or fraction and args.act_order:
-        return lambda W, H, parts: prune_and_round(W, H, pattern, bits, args.groupsize, args.mask, args.refits, args.grid, args.act_order,
-                                                   args.descent, args.percdamp, args.blocksize, args.sym)
+        return lambda W, H, parts: prune_and_round(W, H, pattern, bits, mask=args.mask, refits=args.refits, grid=args.grid,
+                                                   act_order=args.act_order, descent=args.descent, **common)
     if fraction:                                                 # one joint pass, as the paper has it
-        return lambda W, H, parts: sparsegpt(W, H, pattern, bits, args.groupsize, args.sym, args.percdamp, args.blocksize, parts=parts)
-    return lambda W, H, parts: gptq(W, H, bits, args.groupsize, args.sym, args.act_order, args.static_groups, args.percdamp, args.blocksize)
+        return lambda W, H, parts: sparsegpt(W, H, pattern, bits, parts=parts, **common)
+    return lambda W, H, parts: gptq(W, H, bits, act_order=args.act_order, static_groups=args.static_groups, **common)
 
 
 @contextmanager
@@ -121,7 +126,7 @@ def corrected(W, biased: bool, H, inputs, dense_inputs, residuals, dense_residua
         mean, gain, drift = mean / count, gain / count, drift / count
         around, C = H - torch.outer(mean, mean), C - torch.outer(gain, mean)
         R = R - torch.outer(drift, mean) if torch.is_tensor(drift) else R
-        varies = (around.diagonal() > 1e-5 * H.diagonal()).float()           # a constant input is the bias's: all else is rounding
+        varies = (around.diagonal() > 1e-5 * H.diagonal()).float()           # a constant input is the bias's alone
         H, C, R = around * varies * varies[:, None], C * varies, R * varies
         wanted = W @ (mean + strength * gain) + strength * drift
         shift = lambda V: wanted - V @ mean
@@ -205,10 +210,12 @@ def compress(model: Transformer, windows: torch.Tensor, solve, true_sequential: 
 
 
 def table(rows: list[dict]) -> str:
-    head = f"{'':30s} {'perplexity':>12s} {'MB':>9s} {'bits/weight':>12s} {'bits/weight, Linears':>21s} {'nominal':>8s} {'seconds':>9s}"
+    head = (f"{'':30s} {'perplexity':>12s} {'MB':>9s} {'bits/weight':>12s} {'bits/weight, Linears':>21s} {'nominal':>8s} "
+            f"{'seconds':>9s}")
     return "\n".join([head] + [f"{r['name']:30s} {r['perplexity']:12.3f} {r['megabytes']:9.1f} {r['bits_per_weight']:12.2f} "
                                f"{r['linear_bits_per_weight']:21.2f} {r['nominal']:7.1f}x {r['seconds']:9.1f}" for r in rows]
-                     + ["nominal: 16 bits over bits x share kept, as papers count; files also hold masks, grids and all that is no Linear"])
+                     + ["nominal: 16 bits over bits x share kept, as papers count; files also hold masks, grids and all that is "
+                        "no Linear"])
 
 
 def describe_machine(device: str) -> str:
@@ -225,12 +232,17 @@ def main(args) -> dict:
             setattr(args, name, value)
     folder, out, dtype = resolve(args.model), Path(args.out), DTYPES[args.dtype]
     solve = make_solver(args)                                    # bad settings fail before any work
+    for name, least in (("steps", 0), ("batch_size", 1), ("prompt_tokens", 1), ("val_windows", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     calib, data, train_data, seqlen = args.calib, args.data, args.train_data or args.calib, args.seqlen
+    made_of = "".join(f"{harvest_name(name)}\n" for name in sorted({calib, data, train_data} & set(HARVESTED)))
     tokenizer = load_tokenizer(folder)
     test = eval_tokens(tokenizer, data, "validation" if data == "c4" else "test", seqlen, args.max_tokens, folder=args.data_dir)
     calib_windows = calibration(tokenizer, calib, "train", args.nsamples, seqlen, args.seed, folder=args.data_dir)
     out.mkdir(parents=True, exist_ok=True)
     settings = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "train_data": train_data,
+                "texts": made_of.splitlines(),
                 "hardware": describe_machine(args.device), "python": platform.python_version(), "torch": torch.__version__,
                 "calibration_tokens": calib_windows.numel()}
     rows = []
@@ -244,19 +256,21 @@ def main(args) -> dict:
         write_atomic(out / "report.json", lambda f: f.write(text.encode()))
 
     model = load_model(folder, dtype, args.device)
-    print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, {settings['hardware']}, {args.dtype}")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{args.model}: {size:.1f} million weights, {settings['hardware']}, {args.dtype}")
     if args.steps:
         text = eval_tokens(tokenizer, train_data, "train", seqlen, folder=args.data_dir)
         pool = text[:len(text) // seqlen * seqlen].view(-1, seqlen)                       # windows that do not overlap
         pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))]
         val, pool = pool[:args.val_windows], pool[args.val_windows:]
         if not len(pool):
-            raise ValueError(f"{train_data} gives {len(text) // seqlen} windows of seqlen {seqlen}, and --val-windows {args.val_windows} "
-                             f"takes them all: use more text or shorter windows")
+            raise ValueError(f"{train_data} gives {len(text) // seqlen} windows of seqlen {seqlen}, and --val-windows "
+                             f"{args.val_windows} takes them all: use more text or shorter windows")
     measure("dense", model)
     if solve:
         start = time.monotonic()
-        stats = compress(model, calib_windows, solve, args.true_sequential, args.correct, args.batch_size, DTYPES[args.calib_dtype], args.bits)
+        stats = compress(model, calib_windows, solve, args.true_sequential, args.correct, args.batch_size,
+                         DTYPES[args.calib_dtype], args.bits)
         save_model(model, out / "compressed")
         for f in folder.iterdir():                               # the tokenizer goes with the model
             if f.name.startswith(("tokenizer", "vocab.", "merges.", "special_tokens", "generation_config")):
@@ -287,8 +301,9 @@ def main(args) -> dict:
             model = load_model(folder, dtype, args.device)
             measure("dense + initial prompt", model, p0)
             learn_on(folder, model, "dense + learned prompt", "prompt-dense.safetensors" if solve else "prompt.safetensors")
-    print(f"\n{args.model}, {data}, {settings['scored_tokens']} scored tokens, seqlen {seqlen}, {args.bits} bits, sparsity {args.sparsity}, "
-          f"seed {args.seed}\n{table(rows)}\n\nsaved in {out}: {', '.join(sorted(f.name for f in out.iterdir()))}")
+    print(f"\n{args.model}, {data}, {settings['scored_tokens']} scored tokens, seqlen {seqlen}, {args.bits} bits, sparsity "
+          f"{args.sparsity}, seed {args.seed}\n{table(rows)}\n{made_of}\nsaved in {out}: "
+          + ", ".join(sorted(f.name for f in out.iterdir())))
     return {"rows": rows, "settings": settings}
 
 
@@ -300,10 +315,10 @@ if __name__ == "__main__":
     a("--sparsity", default="0.5", help="0, a fraction of weights to prune, or n:m such as 2:4")
     a("--groupsize", type=int, default=-1, help="columns that share a grid; -1: a whole row")
     a("--sym", action="store_true", help="grids symmetric around zero; offset grids always are")
-    a("--recipe", default="best", choices=RECIPES, help="plain: SparseGPT and GPTQ as published; single steps by the flags below")
+    a("--recipe", default="best", choices=RECIPES, help="plain: SparseGPT and GPTQ as published; flags below: single steps")
     a("--mask", choices=["admm", "sparsegpt"], help="how weights to prune are found")
     a("--refits", type=int, help="conjugate gradient iterations on the weights kept")
-    a("--grid", choices=["minmax", "uniform", "offset", "auto"], help="auto: offset (no level on zero) where weights are pruned, else uniform")
+    a("--grid", choices=["minmax", "uniform", "offset", "auto"], help="auto: offset (no level on zero) if pruned, else uniform")
     a("--act-order", action=argparse.BooleanOptionalAction, help="quantize columns in order of falling Hessian diagonal")
     a("--static-groups", action="store_true", help="plain GPTQ with --act-order: groups stay neighbouring columns")
     a("--descent", type=int, help="passes over the codes afterwards")
@@ -320,12 +335,12 @@ if __name__ == "__main__":
     a("--max-tokens", type=int, help="measure on the first so many tokens only (default all; tiny models 32768)")
     a("--train-data", help="text the prompt is learned on (default: --calib; tiny models code)")
     a("--val-windows", type=int, default=8, help="windows of it held out to choose the best prompt")
-    a("--prompt-tokens", type=int, help=f"default {SCALES['large']['prompt_tokens']}; tiny models {SCALES['tiny']['prompt_tokens']}")
+    a("--prompt-tokens", type=int, help="length of the soft prompt (default 100; tiny models 50)")
     a("--prompt-init", default="text", choices=["text", "vocab", "random"])
     a("--steps", type=int, help="prompt learning steps (default 200; tiny models 120); 0 skips the prompt")
     a("--batch-size", type=int, help="windows a step, and at a time when measuring (default 4; tiny models 8)")
     a("--lr", type=float, help="peak learning rate (default 5e-3; tiny models 2e-2; the paper: 1e-3, for 30,000 steps)")
-    a("--control", action=argparse.BooleanOptionalAction, help="learn a prompt on the dense model too (default for tiny models)")
+    a("--control", action=argparse.BooleanOptionalAction, help="learn a prompt on the dense model too (default: tiny models)")
     a("--tune-dtype", default="bfloat16", choices=DTYPES, help="precision of the frozen model while the prompt is learned")
     a("--checkpointing", action="store_true", help="recompute activations to save memory")
     a("--seed", type=int, default=0)
@@ -335,5 +350,5 @@ if __name__ == "__main__":
     a("--out", default="runs/out", help="folder for the compressed model, the prompt and report.json")
     try:
         main(p.parse_args())
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         fail(e)

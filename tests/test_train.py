@@ -172,7 +172,7 @@ def test_other_settings_without_a_prompt(options, text, tmp_path):
     (["--model", "nowhere"], "no checkpoint folder nowhere"), (["--model", "llama-7b"], "hf download huggyllama/llama-7b"),
     (["--sparsity", "2"], "between 0 and 1"), (["--sparsity", "5:4"], "n:m"), (["--data", "nothing"], "unknown text set"),
     (["--data", "nothing.txt"], "nothing.txt"), (["--seqlen", "100000"], "seqlen"), (["--recipe", "plain", "--static-groups"], "--act-order"),
-    (["--no-true-sequential"], "--correct 0")])
+    (["--no-true-sequential"], "--correct 0"), (["--prompt-tokens", "0"], "at least 1"), (["--batch-size", "0"], "at least 1")])
 def test_bad_settings_are_one_line_and_leave_nothing(options, message, text, tmp_path):
     done = run("train.py", "--model", "tiny-llama", "--calib", text, "--data", text, *options, "--device", "cpu", "--out", tmp_path / "o", ok=False)
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().split("\n")) == 1 and message in done.stderr

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from kernels import unpacking
 from kernels.packing import bits_per_weight, nbytes, pack
 from kernels.unpacking import unpack, unpack_codes
 
@@ -61,6 +62,16 @@ def test_round_trip(bits, grid, format):
             assert mask_back is None if mask is None else torch.equal(mask_back, mask)
             assert json.loads(json.dumps(packed.meta)) == packed.meta
             assert nbytes(packed) == sum(t.numpy().nbytes for t in packed.tensors.values())
+
+
+@pytest.mark.parametrize("format", ["dense", "nm", "unstructured"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_many_blocks_on_two_threads_equal_one(bits, format, monkeypatch):
+    packed = pack(*example((33, 130), bits, "offset", 32, format), bits, "offset", 32, format)
+    whole, codes = unpack(packed), unpack_codes(packed)[0]
+    monkeypatch.setattr(unpacking, "BLOCK", 400)                              # 3 rows at a time
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(unpack(packed), whole) and torch.equal(unpack_codes(packed)[0], codes)
 
 
 def test_groups_in_another_order():

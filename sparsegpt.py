@@ -78,7 +78,7 @@ class Pruner(Rounder):
         super().__init__(U, *grids)
         self.fraction, self.n, self.m = parse_sparsity(sparsity)
         self.stride = self.m or blocksize                      # columns whose mask is chosen at once
-        self.mask, self.parts, self.before = torch.zeros(shape, dtype=torch.bool, device=U.device), parts, 0     # (in, out)
+        self.keep, self.parts, self.before = torch.ones(shape, dtype=torch.bool, device=U.device), parts, 0      # (in, out)
 
     def __call__(self, Wt, j, end):
         if j % self.stride == 0:
@@ -91,9 +91,10 @@ class Pruner(Rounder):
                 cut = torch.cat([prune_smallest(s, total(len(s), stop) - total(len(s), self.before))
                                  for s in score.split(self.parts)])
                 self.before = stop
-            self.mask[j:stop] = cut.T
-        q = super().__call__(Wt, j, end)[0] if self.bits else Wt[j]
-        q = q.masked_fill(self.mask[j], 0)
+            self.keep[j:stop] = ~cut.T
+        if self.bits:
+            return super().__call__(Wt, j, end)
+        q = torch.where(self.keep[j], Wt[j], 0)
         return q, (Wt[j] - q) * self.damage[j]
 
 
@@ -120,12 +121,12 @@ def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int
                     "uniform", sym)
     inner = -(-16 // m) * m if static or not bits else math.gcd(-(-16 // m) * m, groupsize)
     V = sweep(start.T.contiguous(), U, blocksize, choose, inner)
-    mask, weight, error = choose.mask.T.contiguous(), V.T.contiguous(), relative_error(W, V.T, H)
+    mask, weight, error = ~choose.keep.T.contiguous(), V.T.contiguous(), relative_error(W, V.T, H)
     if not bits:
         return Compressed(weight, mask, None, None, None, None, error)
     scale, zero = choose.tables()
     g_idx = torch.tensor(choose.group, device=W.device)
-    codes = encode(V, ~choose.mask, scale, zero, g_idx, bits).T.contiguous()
+    codes = encode(V, choose.keep, scale, zero, g_idx, bits).T.contiguous()
     return Compressed(weight, mask, codes, scale.T.float().contiguous(), zero.T.float().contiguous(), g_idx, error)
 
 

@@ -81,7 +81,7 @@ def fast_products(x: torch.Tensor):
 
 
 class Gram:
-    """The mean of x x^T over all x (..., n) added, in fp32; H is symmetric, so only a staircase of it is computed."""
+    """The mean of x x^T over all x (..., n) added, in fp32; H is symmetric, so only a staircase of a large one is computed."""
 
     def __init__(self):
         self.H, self.count = None, 0
@@ -90,7 +90,7 @@ class Gram:
         x32 = x.reshape(-1, x.shape[-1]).float()
         n, self.count = x32.shape[1], self.count + len(x32)
         self.H = x32.new_zeros(n, n) if self.H is None else self.H
-        step = max(128, -(-n // 4))
+        step = n if n < 1024 else -(-n // 4)
         with fast_products(x):
             for s in range(0, n, step):
                 self.H[s:, s:s + step].addmm_(x32[:, s:].T, x32[:, s:s + step])

@@ -17,7 +17,7 @@ import torch
 from data.progress import Progress
 from data.text import calibration
 from data.tokenizer import load_tokenizer
-from gptq import find_grid, quantize, relative_error
+from gptq import find_grid, nearest, quantize, relative_error
 from model import load_model
 from sparsegpt import parse_sparsity, prune_and_round, prune_smallest, sparsegpt
 from train import RECIPES, compress
@@ -85,7 +85,7 @@ def steps(W, H, sparsity, bits: int, naive: bool, whole: bool = False):
 
     def nearest_level():
         mask, (scale, zero) = prune_smallest(W.abs(), round(fraction * W.numel())), find_grid(W, bits)
-        return (scale * (quantize(W, scale, zero, bits) - zero)).masked_fill(mask, 0)
+        return nearest(W, scale, zero, bits).masked_fill(mask, 0)
 
     if not m:
         yield "magnitude, nearest level", *timed(lambda: error(nearest_level()))

@@ -25,10 +25,11 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file, with the file's name in the error."""
     try:
         held = json.loads(Path(path).read_text(encoding="utf-8"))
+        problem = f"a JSON {type(held).__name__}"
     except ValueError as e:                                     # no JSON, or not even UTF-8
-        raise ValueError(f"{path} is not valid JSON ({e}): download it again") from None
+        held, problem = None, e
     if not isinstance(held, dict):
-        raise ValueError(f"{path} holds a JSON {type(held).__name__} where an object is needed")
+        raise ValueError(f"{path} is not valid JSON with an object in it ({problem}): download it again")
     return held
 
 

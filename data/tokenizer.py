@@ -26,6 +26,7 @@ from pathlib import Path
 import sentencepiece
 
 from data.bpe import ByteLevelBPE, byte_letters, merge_order, rank_order, tokens_and_ids
+from data.checkpoint import read_json
 
 # How text is cut into words before merging; no merge crosses a cut. GPT-2 keeps a space with the word after it.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -199,14 +200,3 @@ def special_id(names: dict, role: str, ids: dict[str, int], default: int | None)
         return ids[names[f"{role}_token"]]
     number = names.get(f"{role}_token_id", default)
     return number[0] if isinstance(number, list) else number
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not valid JSON with an object in it; an incomplete download?")
-    return content

@@ -13,7 +13,7 @@ Newton-Schulz steps), all else by AdamW. Batches depend on the seed and the step
 and tokenizers from make_tokenizers.py.
 
 The shipped LLaMA took 2,820 steps at the constant rate and 705 of decay, 28.9 million tokens, 65 minutes of one core; the OPT
-1,853 and 464, 19.0 million tokens, 45 minutes. Validation losses were still falling: more would fit.
+1,854 and 463, 19.0 million tokens, 45 minutes. Validation losses were still falling: more would fit.
 
 The log, loss.csv, has one line per 100 steps: training loss (nats per token, running mean) and bits per byte of the
 validation split of each set. Left out: dropout (few passes over the data), and more than one process.

@@ -117,7 +117,7 @@ def fail(e: Exception) -> None:
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Perplexity of a model folder, or a continuation of --generate TEXT.")
     p.add_argument("model", help="a checkpoint folder or a name such as llama-7b")
-    p.add_argument("--data", default="wikitext2", help="wikitext2, ptb, c4, docs, docstrings, code, or a path to a text")
+    p.add_argument("--data", default="wikitext2", help="wikitext2, ptb, c4, docs, docstrings, code, headers, or a path")
     p.add_argument("--data-dir", type=Path, help="folder that holds the text sets")
     p.add_argument("--split", choices=["train", "validation", "test"])
     p.add_argument("--seqlen", type=int, default=2048, help="tokens a window")

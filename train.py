@@ -41,7 +41,7 @@ RECIPES = {                                                       # what the fla
 SCALES = {                                                        # likewise, by the size of the model
     "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048, max_tokens=None, batch_size=4,
                   prompt_tokens=100, steps=200, lr=5e-3, control=False),
-    "tiny": dict(calib="docs", data="code", train_data="code", nsamples=128, seqlen=256, max_tokens=32768, batch_size=8,
+    "tiny": dict(calib="docs", data="headers", train_data="headers", nsamples=128, seqlen=256, max_tokens=32768, batch_size=8,
                  prompt_tokens=50, steps=120, lr=2e-2, control=True)}
 
 
@@ -327,13 +327,14 @@ if __name__ == "__main__":
     a("--calib-dtype", default="bfloat16", choices=DTYPES, help="precision of the calibration's forward passes")
     a("--percdamp", type=float, help="damping, as a share of the Hessian's diagonal")
     a("--blocksize", type=int, default=128, help="columns whose errors travel together")
-    a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, or a path (default c4; tiny models docs)")
+    a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path (default c4; "
+                      "tiny models docs)")
     a("--nsamples", type=int, help="calibration windows (default 128)")
     a("--seqlen", type=int, help="tokens a window, everywhere (default 2048; tiny models 256)")
-    a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models code)")
+    a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models headers)")
     a("--data-dir", type=Path, help="folder that holds the text sets")
     a("--max-tokens", type=int, help="measure on the first so many tokens only (default all; tiny models 32768)")
-    a("--train-data", help="text the prompt is learned on (default: --calib; tiny models code)")
+    a("--train-data", help="text the prompt is learned on (default: --calib; tiny models headers)")
     a("--val-windows", type=int, default=8, help="windows of it held out to choose the best prompt")
     a("--prompt-tokens", type=int, help="length of the soft prompt (default 100; tiny models 50)")
     a("--prompt-init", default="text", choices=["text", "vocab", "random"])

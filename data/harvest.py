@@ -1,4 +1,4 @@
-"""Three text sets that every user already has: the documentation and source on their own machine.
+"""Four text sets that every user already has: the documentation and source on their own machine.
 
     from data.harvest import harvest, harvest_name
     texts = harvest("docs", "test")               # list of documents (str)
@@ -8,12 +8,14 @@ docs        prose: the topics of `help()`, README and .rst/.txt files inside pac
             docstrings, and the documentation strings that torch and numpy attach with add_docstr / add_newdoc
 docstrings  one document per source file: `name(arguments)` and the docstring of each function and class in it
 code        one document per source file, without docstrings and without the comment block at its top (the licence)
+headers     one document per C++ header (.h) of torch: a language that the tiny models have never been taught
 
 Sources are the standard library of the running interpreter and the run-time packages of this project, nothing else that
 happens to be installed. Files are parsed (ast), never imported. A file belongs to train, validation or test by a hash
-of its relative path: the same in all three sets and, for a file that both have, in all versions of Python and of the
+of its relative path: the same in all sets and, for a file that both have, in all versions of Python and of the
 packages. So what a model read in training is not in its test set. Two kinds of collections (help() topics, add_docstr
-files) are split by entry instead. Text that occurs twice (file, docstring, paragraph of docs) stays at its first place.
+files) are split by entry instead. Text that occurs twice (file, docstring, paragraph of docs and headers) stays at its
+first place.
 
 Left out: tests, bundled third-party copies, generated tables, and torch's private sub-packages (`torch/_*/`), which
 hold much code and little documentation. Other versions give other texts: compare numbers only under equal names.
@@ -31,13 +33,14 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-SETS = ("docs", "docstrings", "code")
+SETS = ("docs", "docstrings", "code", "headers")
 SPLITS = ("train", "validation", "test")
 PACKAGES = ("torch", "numpy", "sentencepiece", "tiktoken", "triton")      # the run-time requirements
 CACHE = Path(__file__).resolve().parent / "cache"
 
 SKIP_DIRS = {"test", "tests", "testing", "idle_test", "_internal", "_vendor", "_bundled", "third_party", "licenses",
              "site-packages", "dist-packages", "encodings", "__pycache__", "f2py"}
+HEADERS = ("torch/include/c10/", "torch/include/torch/")                 # ATen's are generated in great part
 SKIP_TEXT = re.compile(r"licen[sc]e|copying|notice|credits|cmakelists|grammar|requirements", re.I)
 MAX_FILE = 150_000         # characters; larger source files are mostly generated tables
 MIN_PROSE = 300            # characters; shorter files and module docstrings are not worth a document
@@ -99,6 +102,11 @@ def collect() -> dict[str, list[tuple[str, str]]]:
                 tree = ast.parse(text) if file.suffix == ".py" else None
         except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
             continue      # not readable, another encoding or a zero byte, a template that ends in .py, nested too deeply
+        if file.suffix == ".h":
+            header = once(text, seen) if len(text) <= MAX_FILE else ""
+            if len(header) >= MIN_PROSE:
+                sets["headers"].append((path, header + "\n"))
+            continue
         if tree is None:
             docs, docstrings, code = [(path, text)] if is_prose(text) else [], [], ""
         elif path == "python/pydoc_data/topics.py":
@@ -110,8 +118,7 @@ def collect() -> dict[str, list[tuple[str, str]]]:
             if len(module) >= MIN_PROSE and is_prose(module):
                 docs.insert(0, (path, module))
         for key, doc in docs:
-            paragraphs = re.split(r"\n\s*\n", doc.strip("\n"))
-            doc = "\n\n".join(p for p in paragraphs if len(p) < 80 or first(p, seen)).rstrip()
+            doc = once(doc, seen)
             if len(doc) >= 100:
                 sets["docs"].append((key, doc + "\n"))
         entries = [entry for entry, docstring in docstrings if first(docstring, seen)]
@@ -127,7 +134,7 @@ def collect() -> dict[str, list[tuple[str, str]]]:
 
 
 def source_files() -> list[tuple[str, Path]]:
-    """(relative path, file) of every .py, .rst, .md and .txt file to read; `python/...` is the standard library."""
+    """(relative path, file) of every .py, .h, .rst, .md and .txt file to read; `python/...` is the standard library."""
     roots = {"python": Path(sysconfig.get_path("stdlib"))}
     for package in versions():
         spec = None if package == "python" else importlib.util.find_spec(package)     # finds, does not import
@@ -141,7 +148,8 @@ def source_files() -> list[tuple[str, Path]]:
                        and not (name == "torch" and d.startswith("_"))]
             found += [(f"{name}/{(here / f).as_posix()}", Path(folder) / f) for f in files
                       if f.endswith(".py") and not f.startswith("_sysconfigdata")
-                      or f.endswith((".rst", ".md", ".txt")) and not SKIP_TEXT.search(f)]
+                      or f.endswith((".rst", ".md", ".txt")) and not SKIP_TEXT.search(f)
+                      or f.endswith(".h") and f"{name}/{(here / f).as_posix()}".startswith(HEADERS)]
     return sorted(found)
 
 
@@ -149,6 +157,11 @@ def first(text: str, seen: set) -> bool:
     """True the first time a text is met (white space aside)."""
     digest = hashlib.sha256(" ".join(text.split()).encode()).digest()
     return digest not in seen and not seen.add(digest)
+
+
+def once(text: str, seen: set) -> str:
+    """The text without its longer paragraphs that were met before."""
+    return "\n\n".join(p for p in re.split(r"\n\s*\n", text.strip("\n")) if len(p) < 80 or first(p, seen)).rstrip()
 
 
 def is_prose(text: str) -> bool:

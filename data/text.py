@@ -6,7 +6,7 @@
 wikitext2         train, validation, test    the file's lines, a blank one as "", joined with "\\n\\n" (GPTQ)
 ptb               train, validation, test    sentences, joined with " "
 c4                train, validation          documents; evaluation takes the first 1100, joined with " "
-docs, docstrings, code                       train, validation, test: documents harvested on the user's own machine
+docs, docstrings, code, headers              train, validation, test: documents harvested on the user's own machine
 PATH.txt .raw .md, PATH.jsonl (field text)   a file as it is, also as .gz; a .jsonl is joined with "\\n\\n"
 
 A named set is looked for in `folder`, in the folder that the environment variable TEXT_FOLDER names, in data/cache/NAME

@@ -23,7 +23,7 @@ def sets():
 
 def test_sizes_allow_calibration_and_evaluation(sets):
     size = {(n, s): sum(len(text) for path, text in sets[n] if h.split_of(path) == s) for n in h.SETS for s in h.SPLITS}
-    for name, least in (("docs", 30_000), ("docstrings", 100_000), ("code", 300_000)):
+    for name, least in (("docs", 30_000), ("docstrings", 100_000), ("code", 300_000), ("headers", 300_000)):
         assert all(size[name, split] > least for split in h.SPLITS), size
         assert size[name, "train"] > 3 * size[name, "test"], size
 
@@ -34,13 +34,13 @@ def test_no_file_and_no_text_in_two_splits(sets):
         for path, text in sets[name]:
             assert where.setdefault(("path", path), h.split_of(path)) == h.split_of(path)
             assert where.setdefault(("text", text), h.split_of(path)) == h.split_of(path)
-    for path, _ in sets["docs"] + sets["docstrings"] + sets["code"]:
+    for path, _ in sum(sets.values(), []):
         assert not re.search(r"licen[sc]e|/tests?/|site-packages", path, re.I), path
 
 
-def test_no_long_paragraph_of_docs_in_two_splits(sets):
+def test_no_long_paragraph_of_docs_or_headers_in_two_splits(sets):
     owner = {}
-    for path, text in sets["docs"]:
+    for path, text in sets["docs"] + sets["headers"]:
         for paragraph in re.split(r"\n\s*\n", text):
             if len(paragraph) >= 80 and not path.endswith("/METADATA"):
                 assert owner.setdefault(" ".join(paragraph.split()), h.split_of(path)) == h.split_of(path), paragraph
@@ -54,7 +54,7 @@ def test_empty_cache_same_texts_in_two_processes_and_nothing_imported(tmp_path, 
     runs = [subprocess.run([sys.executable, "-c", program.format(str(tmp_path / folder))], cwd=ROOT, check=True,
                            capture_output=True, text=True).stdout for folder in "aba"]    # third: cached
     assert runs[0] == runs[1] == runs[2]
-    assert len(list((tmp_path / "a").glob("harvest-*/*.json"))) == len(list((tmp_path / "a").rglob("*.*"))) == 9
+    assert len(list((tmp_path / "a").glob("harvest-*/*.json"))) == len(list((tmp_path / "a").rglob("*.*"))) == 12
     path = next((tmp_path / "a").glob("harvest-*")).name
     h_cache, h.CACHE = h.CACHE, tmp_path / "a"
     try:

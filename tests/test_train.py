@@ -11,6 +11,8 @@ import train
 from eval import perplexity
 from gptq import hessian, relative_error
 from data.config import SHIPPED
+from data.text import calibration, eval_tokens
+from data.tokenizer import load_tokenizer
 from model import load_model
 from sparsegpt import prune_and_round, sparsegpt
 from test_prompt import TOKENS, tiny
@@ -70,6 +72,17 @@ def test_walk_equals_one_written_by_hand(family, sequential):
             assert ((a.weight - b.weight).abs() > 1e-3).float().mean() < 0.02, name
 
 
+@needs_tiny
+@pytest.mark.parametrize("fraction,bits", [(0, 4), (0, 3), (0.5, None), (0.5, 4)])
+def test_plain_recipe_is_as_good_as_the_published_one_over_transformers(fraction, bits):
+    pytest.importorskip("transformers")
+    from published import both
+    tokenizer = load_tokenizer(SHIPPED["tiny-opt"])
+    windows, test = calibration(tokenizer, "code", "train", 16, 128, 0), eval_tokens(tokenizer, "code", "test", 128, 4096)
+    published, ours = both(SHIPPED["tiny-opt"], windows, test, fraction, bits)
+    assert ours == pytest.approx(published, rel=0.02)
+
+
 def test_gram_is_the_hessian():
     gram, x = train.Gram(), torch.randn(3, 50, 530).bfloat16()
     gram.add(x[:2]), gram.add(x[2:])
@@ -119,7 +132,7 @@ def test_a_constant_input_belongs_to_the_bias():
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
 def test_main_job_end_to_end(model, text, tmp_path):
     args = ["train.py", "--model", model, "--bits", 4, "--sparsity", 0.5, "--nsamples", 16, "--seqlen", 128, "--calib", text, "--data", text,
-            "--max-tokens", 2048, "--steps", 24, "--prompt-tokens", 16, "--val-windows", 4, "--device", "cpu", "--dtype", "float32"]
+            "--max-tokens", 2048, "--steps", 24, "--prompt-tokens", 16, "--val-windows", 4, "--train-data", "code", "--device", "cpu", "--dtype", "float32"]
     done = run(*args, "--out", tmp_path / "a")
     report = json.loads((tmp_path / "a/report.json").read_text())
     rows = {r["name"]: r for r in report["rows"]}
@@ -151,6 +164,17 @@ def test_main_job_end_to_end(model, text, tmp_path):
     run(*args, "--out", tmp_path / "b", "--seed", 0)              # the same seed gives the same numbers
     again = json.loads((tmp_path / "b/report.json").read_text())["rows"]
     assert [r["perplexity"] for r in again] == [r["perplexity"] for r in report["rows"]]
+
+
+@needs_tiny
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
+def test_at_the_defaults_compression_hurts_and_the_prompt_helps(model, tmp_path):
+    """With a quarter of the steps and of the text, to be quick."""
+    run("train.py", "--model", model, "--max-tokens", 8192, "--steps", 30, "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
+    rows = {r["name"]: r["perplexity"] for r in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert rows["compressed"] > 1.04 * rows["dense"]
+    assert rows["compressed + learned prompt"] < 0.95 * min(rows["compressed"], rows["compressed + initial prompt"])
+    assert rows["dense + learned prompt"] < rows["compressed + learned prompt"]
 
 
 @needs_tiny

@@ -1,4 +1,4 @@
-"""Trains the tokenizers of the two tiny models on the train split of the three harvested text sets.
+"""Trains the tokenizers of the two tiny models on the train split of three harvested text sets.
 
     python -m data.tiny.make_tokenizers           # writes llama/tokenizer.model, opt/vocab.json, opt/merges.txt
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 
 from data.bpe import byte_letters
-from data.harvest import SETS, harvest
+from data.harvest import harvest
 
 VOCAB_SIZE = 2048
 CODE_BYTES = 4_000_000     # of source text; all of it would outweigh the documentation three to one
@@ -26,8 +26,8 @@ WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\
 
 
 def training_text() -> list[str]:
-    """Train documents of all sets, every n-th one of code."""
-    texts = {name: harvest(name, "train") for name in SETS}
+    """Train documents of the sets that the models are taught, every n-th one of code."""
+    texts = {name: harvest(name, "train") for name in ("docs", "docstrings", "code")}
     step = max(1, sum(map(len, texts["code"])) // CODE_BYTES)
     return texts["docs"] + texts["docstrings"] + texts["code"][::step]
 

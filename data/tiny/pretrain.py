@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from data.checkpoint import write_atomic
 from data.config import Config
-from data.harvest import SETS, harvest, harvest_name
+from data.harvest import harvest, harvest_name
 from data.tokenizer import load_tokenizer
 from model import META, Transformer, published_name, save_model
 
@@ -41,7 +41,7 @@ CONFIGS = {
     "opt": Config("opt", vocab_size=2048, d_model=192, n_layer=6, n_head=3, d_ff=768, max_positions=512,
                   attention_bias=True, mlp_bias=True),
 }
-MIXTURE = (0.15, 0.45, 0.4)        # share of the windows from docs, docstrings, code
+SETS, MIXTURE = ("docs", "docstrings", "code"), (0.15, 0.45, 0.4)      # share of the windows from each; no headers
 T, BATCH, WARMUP, EVAL_EVERY, PATIENCE, DECAY = 512, 16, 60, 100, 10, 0.25
 
 

@@ -1,0 +1,141 @@
+"""SparseGPT and GPTQ as published (2301.00774, 2210.17323), over transformers: a peer for the plain recipe and its walk.
+
+    python tests/published.py MODEL --calib CALIB.txt --data TEST.txt --bits 4 --sparsity 0 --seeds 0 1 2
+
+compresses MODEL (Hugging Face's files) once with this and once with train.py's plain recipe, on the same windows of text, and
+prints both perplexities. Everything is fp32; of this project it uses the windows alone. Written column by column from the
+papers: a grid a row from the dense weights, blocks of 128 columns, damping of 1%, all Hessians of a block from its dense
+weights, then the block once more.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def solve(W, H, fraction: float, bits: int | None, blocksize: int = 128) -> torch.Tensor:
+    """(out, in) weights and their (in, in) Hessian -> weights with `fraction` of each block zero, the others on the grid."""
+    W, n = W.clone(), W.shape[1]
+    dead = H.diagonal() == 0
+    H, W[:, dead] = H + torch.diag(dead.float()), 0
+    low, high = W.amin(1).clamp(max=0), W.amax(1).clamp(min=0)
+    levels = 2 ** (bits or 16) - 1
+    scale = (high - low) / levels
+    zero = torch.round(-low / scale)
+    H = H + 0.01 * H.diagonal().mean() * torch.eye(n)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    for b in range(0, n, blocksize):
+        e = min(b + blocksize, n)
+        block, errors = W[:, b:e].clone(), torch.zeros(len(W), e - b)
+        score = (block / U.diagonal()[b:e]) ** 2
+        pruned = torch.zeros_like(score, dtype=torch.bool)
+        pruned.view(-1)[score.flatten().argsort()[:round(fraction * score.numel())]] = True
+        for j in range(e - b):
+            w = block[:, j].clone()
+            q = w if bits is None else scale * (torch.clamp(torch.round(w / scale) + zero, 0, levels) - zero)
+            q = torch.where(pruned[:, j], 0, q)
+            errors[:, j] = (w - q) / U[b + j, b + j]
+            block[:, j:] -= errors[:, j, None] * U[b + j, b + j:e]
+            W[:, b + j] = q
+        W[:, e:] -= errors @ U[b:e, e:]
+    return W
+
+
+@torch.no_grad()
+def walk(model, windows, fraction: float, bits: int | None) -> None:
+    """Compress a LlamaForCausalLM or OPTForCausalLM in place; windows (N, T) int64 are the calibration text."""
+    base = model.model.decoder if hasattr(model.model, "decoder") else model.model
+    calls = []
+
+    def keep(module, args, kwargs):                               # what the first block is called with
+        calls.append((args, kwargs))
+        raise InterruptedError
+
+    handle = base.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
+    for w in windows:
+        try:
+            model(w[None], use_cache=False)
+        except InterruptedError:
+            pass
+    handle.remove()
+    for i, layer in enumerate(base.layers):
+        linears = {name: m for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+        H = dict.fromkeys(linears, 0)
+
+        def add(name):
+            def hook(module, args, output):
+                x = args[0].flatten(0, -2)
+                H[name] = H[name] + x.T @ x / windows.numel()
+            return hook
+
+        def run():
+            outputs = [layer(*args, **kwargs) for args, kwargs in calls]
+            return [o[0] if isinstance(o, tuple) else o for o in outputs]
+
+        handles = [m.register_forward_hook(add(name)) for name, m in linears.items()]
+        run()
+        for handle in handles:
+            handle.remove()
+        for name, m in linears.items():
+            m.weight.copy_(solve(m.weight, H[name], fraction, bits))
+        calls = [((h, *args[1:]), kwargs) for h, (args, kwargs) in zip(run(), calls)]
+        print(f"\rpublished: block {i + 1} of {len(base.layers)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+@torch.no_grad()
+def perplexity(model, tokens, seqlen: int) -> float:
+    """Of tokens (n,), in windows of seqlen, each scoring seqlen - 1 targets."""
+    total, windows = 0.0, tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    for w in windows:
+        total += torch.nn.functional.cross_entropy(model(w[None]).logits[0, :-1].float(), w[1:], reduction="sum").item()
+    return math.exp(total / (len(windows) * (seqlen - 1)))
+
+
+def both(folder, windows, test, fraction: float, bits: int | None) -> tuple[float, float]:
+    """Perplexities of the test tokens (n,): (published, ours), windows (N, T) being the calibration text of both."""
+    import transformers
+
+    import eval
+    from model import load_model
+    from sparsegpt import sparsegpt
+    from gptq import gptq
+    from train import compress
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    walk(theirs, windows, fraction, bits)
+    published = perplexity(theirs, test, windows.shape[1])
+    del theirs
+    ours = load_model(folder)
+    plain = (lambda W, H, parts: sparsegpt(W, H, fraction, bits, parts=parts)) if fraction else \
+            (lambda W, H, parts: gptq(W, H, bits))
+    compress(ours, windows, plain, true_sequential=False, correct=0.0, bits=bits)
+    return published, eval.perplexity(ours, test, windows.shape[1])[0]
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("model")
+    p.add_argument("--calib", required=True, help="calibration text, as train.py takes it")
+    p.add_argument("--data", required=True, help="text the perplexity is measured on, likewise")
+    p.add_argument("--bits", type=int, default=4, help="16: prune only")
+    p.add_argument("--sparsity", type=float, default=0.5, help="a fraction; 0: quantize only")
+    p.add_argument("--nsamples", type=int, default=32)
+    p.add_argument("--seqlen", type=int, default=512)
+    p.add_argument("--max-tokens", type=int, default=40960)
+    p.add_argument("--seeds", type=int, nargs="*", default=[0])
+    a = p.parse_args()
+    from data.text import calibration, eval_tokens
+    from data.tokenizer import load_tokenizer
+    tokenizer = load_tokenizer(a.model)
+    test = eval_tokens(tokenizer, a.data, "test", a.seqlen, a.max_tokens)
+    print(f"{a.model}, {a.data}, {len(test)} tokens, seqlen {a.seqlen}, {a.bits} bits, sparsity {a.sparsity}, "
+          f"{a.nsamples * a.seqlen} calibration tokens, fp32, {torch.get_num_threads()} threads")
+    print(f"{'seed':>4} {'published':>10} {'ours':>10} {'ratio':>7}")
+    for seed in a.seeds:
+        windows = calibration(tokenizer, a.calib, "train", a.nsamples, a.seqlen, seed)
+        published, ours = both(a.model, windows, test, a.sparsity, None if a.bits == 16 else a.bits)
+        print(f"{seed:4} {published:10.3f} {ours:10.3f} {ours / published:7.3f}", flush=True)

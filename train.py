@@ -42,7 +42,7 @@ SCALES = {                                                        # likewise, by
     "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048, max_tokens=None, batch_size=4,
                   prompt_tokens=100, steps=200, lr=5e-3, control=False),
     "tiny": dict(calib="docs", data="headers", train_data="headers", nsamples=128, seqlen=256, max_tokens=32768, batch_size=8,
-                 prompt_tokens=50, steps=120, lr=2e-2, control=True)}
+                 prompt_tokens=50, steps=200, lr=5e-2, control=True)}
 
 
 def make_solver(args):
@@ -293,7 +293,7 @@ def main(args) -> dict:
             settings[f"losses of {file}"] = got.losses
             measure(name, model, got.prompt, size, since=start)
 
-        p0 = initial_prompt(model, args.prompt_tokens, args.prompt_init, pool[0], args.seed)
+        p0 = initial_prompt(model, args.prompt_tokens, args.prompt_init, text, args.seed)       # the start of the text, whatever the seed
         if solve:
             measure("compressed + initial prompt", model, p0, kept)
             learn_on(out / "compressed", model, "compressed + learned prompt", "prompt.safetensors", kept)
@@ -338,9 +338,9 @@ if __name__ == "__main__":
     a("--val-windows", type=int, default=8, help="windows of it held out to choose the best prompt")
     a("--prompt-tokens", type=int, help="length of the soft prompt (default 100; tiny models 50)")
     a("--prompt-init", default="text", choices=["text", "vocab", "random"])
-    a("--steps", type=int, help="prompt learning steps (default 200; tiny models 120); 0 skips the prompt")
+    a("--steps", type=int, help="prompt learning steps (default 200); 0 skips the prompt")
     a("--batch-size", type=int, help="windows a step, and at a time when measuring (default 4; tiny models 8)")
-    a("--lr", type=float, help="peak learning rate (default 5e-3; tiny models 2e-2; the paper: 1e-3, for 30,000 steps)")
+    a("--lr", type=float, help="peak learning rate (default 5e-3; tiny models 5e-2; the paper: 1e-3, for 30,000 steps)")
     a("--control", action=argparse.BooleanOptionalAction, help="learn a prompt on the dense model too (default: tiny models)")
     a("--tune-dtype", default="bfloat16", choices=DTYPES, help="precision of the frozen model while the prompt is learned")
     a("--checkpointing", action="store_true", help="recompute activations to save memory")

@@ -169,7 +169,7 @@ def test_main_job_end_to_end(model, text, tmp_path):
 @needs_tiny
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
 def test_at_the_defaults_compression_hurts_and_the_prompt_helps(model, tmp_path):
-    """With a quarter of the steps and of the text, to be quick."""
+    """With fewer steps and less text, to be quick."""
     run("train.py", "--model", model, "--max-tokens", 8192, "--steps", 30, "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
     rows = {r["name"]: r["perplexity"] for r in json.loads((tmp_path / "report.json").read_text())["rows"]}
     assert rows["compressed"] > 1.04 * rows["dense"]

@@ -293,7 +293,7 @@ def main(args) -> dict:
             settings[f"losses of {file}"] = got.losses
             measure(name, model, got.prompt, size, since=start)
 
-        p0 = initial_prompt(model, args.prompt_tokens, args.prompt_init, text, args.seed)       # the start of the text, whatever the seed
+        p0 = initial_prompt(model, args.prompt_tokens, args.prompt_init, text, args.seed)   # the text's start
         if solve:
             measure("compressed + initial prompt", model, p0, kept)
             learn_on(out / "compressed", model, "compressed + learned prompt", "prompt.safetensors", kept)

@@ -12,8 +12,8 @@ then takes a quarter as many steps. The matrices of the blocks are trained by Mu
 Newton-Schulz steps), all else by AdamW. Batches depend on the seed and the step alone. Needs torch >= 2.9 for its Muon,
 and tokenizers from make_tokenizers.py.
 
-The shipped LLaMA took 2,820 steps at the constant rate and 705 of decay, 28.9 million tokens, 65 minutes of one core; the OPT
-1,854 and 463, 19.0 million tokens, 45 minutes. Validation losses were still falling: more would fit.
+The shipped LLaMA took 5,125 steps at the constant rate and 1,281 of decay, 52.5 million tokens, 111 minutes of one core; the
+OPT 1,854 and 463, 19.0 million tokens, 45 minutes. Validation losses were still falling: more would fit.
 
 The log, loss.csv, has one line per 100 steps: training loss (nats per token, running mean) and bits per byte of the
 validation split of each set. Left out: dropout (few passes over the data), and more than one process.

@@ -3,13 +3,15 @@
     python tests/published.py MODEL --calib CALIB.txt --data TEST.txt --bits 4 --sparsity 0 --seeds 0 1 2
 
 compresses MODEL (Hugging Face's files) once with this and once with train.py's plain recipe, on the same windows of text, and
-prints both perplexities. Everything is fp32; of this project it uses the windows alone. Written column by column from the
-papers: a grid a row from the dense weights, blocks of 128 columns, damping of 1%, all Hessians of a block from its dense
-weights, then the block once more.
+prints both perplexities and the seconds both took, and over several seeds the geometric means. Everything is fp32; of this
+project it uses the windows alone. Written column by column from the papers: a grid a row from the dense weights, blocks of 128
+columns, damping of 1%, all Hessians of a block from its dense weights, then the block once more.
 """
 import argparse
 import math
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -96,8 +98,9 @@ def perplexity(model, tokens, seqlen: int) -> float:
     return math.exp(total / (len(windows) * (seqlen - 1)))
 
 
-def both(folder, windows, test, fraction: float, bits: int | None) -> tuple[float, float]:
-    """Perplexities of the test tokens (n,): (published, ours), windows (N, T) being the calibration text of both."""
+def both(folder, windows, test, fraction: float, bits: int | None) -> tuple[float, float, float, float]:
+    """Perplexities of the test tokens (n,) and seconds of compression: (published, ours, published's seconds, ours),
+    windows (N, T) being the calibration text of both."""
     import transformers
 
     import eval
@@ -106,14 +109,18 @@ def both(folder, windows, test, fraction: float, bits: int | None) -> tuple[floa
     from gptq import gptq
     from train import compress
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    start = time.perf_counter()
     walk(theirs, windows, fraction, bits)
+    published_seconds = time.perf_counter() - start
     published = perplexity(theirs, test, windows.shape[1])
     del theirs
     ours = load_model(folder)
     plain = (lambda W, H, parts: sparsegpt(W, H, fraction, bits, parts=parts)) if fraction else \
             (lambda W, H, parts: gptq(W, H, bits))
+    start = time.perf_counter()
     compress(ours, windows, plain, true_sequential=False, correct=0.0, bits=bits)
-    return published, eval.perplexity(ours, test, windows.shape[1])[0]
+    seconds = time.perf_counter() - start
+    return published, eval.perplexity(ours, test, windows.shape[1])[0], published_seconds, seconds
 
 
 if __name__ == "__main__":
@@ -134,8 +141,13 @@ if __name__ == "__main__":
     test = eval_tokens(tokenizer, a.data, "test", a.seqlen, a.max_tokens)
     print(f"{a.model}, {a.data}, {len(test)} tokens, seqlen {a.seqlen}, {a.bits} bits, sparsity {a.sparsity}, "
           f"{a.nsamples * a.seqlen} calibration tokens, fp32, {torch.get_num_threads()} threads")
-    print(f"{'seed':>4} {'published':>10} {'ours':>10} {'ratio':>7}")
+    line = "{:>4} {:10.3f} {:10.3f} {:7.3f} {:9.1f} s {:9.1f} s"
+    print(f"{'seed':>4} {'published':>10} {'ours':>10} {'ratio':>7} {'published':>11} {'ours':>11}")
+    rows = []
     for seed in a.seeds:
         windows = calibration(tokenizer, a.calib, "train", a.nsamples, a.seqlen, seed)
-        published, ours = both(a.model, windows, test, a.sparsity, None if a.bits == 16 else a.bits)
-        print(f"{seed:4} {published:10.3f} {ours:10.3f} {ours / published:7.3f}", flush=True)
+        published, ours, *seconds = both(a.model, windows, test, a.sparsity, None if a.bits == 16 else a.bits)
+        rows.append((published, ours, ours / published, *seconds))
+        print(line.format(seed, *rows[-1]), flush=True)
+    if len(rows) > 1:
+        print(line.format("mean", *(statistics.geometric_mean(column) for column in zip(*rows))))

@@ -105,9 +105,7 @@ def both(folder, windows, test, fraction: float, bits: int | None) -> tuple[floa
 
     import eval
     from model import load_model
-    from sparsegpt import sparsegpt
-    from gptq import gptq
-    from train import compress
+    from train import RECIPES, compress, make_solver
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     start = time.perf_counter()
     walk(theirs, windows, fraction, bits)
@@ -115,10 +113,10 @@ def both(folder, windows, test, fraction: float, bits: int | None) -> tuple[floa
     published = perplexity(theirs, test, windows.shape[1])
     del theirs
     ours = load_model(folder)
-    plain = (lambda W, H, parts: sparsegpt(W, H, fraction, bits, parts=parts)) if fraction else \
-            (lambda W, H, parts: gptq(W, H, bits))
+    plain = argparse.Namespace(**RECIPES["plain"], recipe="plain", sparsity=fraction, bits=bits or 16, groupsize=-1, sym=False,
+                               static_groups=False, blocksize=128)
     start = time.perf_counter()
-    compress(ours, windows, plain, true_sequential=False, correct=0.0, bits=bits)
+    compress(ours, windows, make_solver(plain), plain.true_sequential, plain.correct, bits=bits)
     seconds = time.perf_counter() - start
     return published, eval.perplexity(ours, test, windows.shape[1])[0], published_seconds, seconds
 
@@ -133,7 +131,7 @@ if __name__ == "__main__":
     p.add_argument("--nsamples", type=int, default=32)
     p.add_argument("--seqlen", type=int, default=512)
     p.add_argument("--max-tokens", type=int, default=40960)
-    p.add_argument("--seeds", type=int, nargs="*", default=[0])
+    p.add_argument("--seeds", type=int, nargs="+", default=[0])
     a = p.parse_args()
     from data.text import calibration, eval_tokens
     from data.tokenizer import load_tokenizer

@@ -36,6 +36,7 @@ class Compressed(NamedTuple):
     g_idx: torch.Tensor | None          # (in,) group of each column
     error: float                        # trace((W-V) H (W-V)^T) / trace(W H W^T), the relative output error
     grid: str = "uniform"               # how codes become weights: see `nearest`
+    bits: int | None = None             # of a code; None when nothing was quantized
 
 
 def hessian(x: torch.Tensor) -> torch.Tensor:
@@ -286,7 +287,7 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
         V = descend(V, target.T, H, keep.T, scale, zero, g_idx, bits, kind, descent, percdamp, blocksize)
     codes = encode(V, keep.T, scale, zero, g_idx, bits, kind).T.contiguous()
     return Compressed(V.T.contiguous(), ~keep if mask is None else mask, codes, scale.T.float().contiguous(),
-                      zero.T.float().contiguous(), g_idx, relative_error(target, V.T, H), kind)
+                      zero.T.float().contiguous(), g_idx, relative_error(target, V.T, H), kind, bits)
 
 
 def descend(Vt, Wt, H, keep, scale, zero, g_idx, bits: int, grid: str, passes: int, percdamp: float = 0.01,

@@ -127,7 +127,7 @@ def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int
     scale, zero = choose.tables()
     g_idx = torch.tensor(choose.group, device=W.device)
     codes = encode(V, choose.keep, scale, zero, g_idx, bits).T.contiguous()
-    return Compressed(weight, mask, codes, scale.T.float().contiguous(), zero.T.float().contiguous(), g_idx, error)
+    return Compressed(weight, mask, codes, scale.T.float().contiguous(), zero.T.float().contiguous(), g_idx, error, bits=bits)
 
 
 def sizes(H):

@@ -71,6 +71,13 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return out
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says about itself beside its tensors."""
+    with open(path, "rb") as f:
+        header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+    return header.get("__metadata__", {})
+
+
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write {name: tensor} in the safetensors layout, one tensor at a time, to a temporary name and rename."""
     kinds, header, at = {v: k for k, v in DTYPES.items()}, {"__metadata__": {"format": "pt", **(metadata or {})}}, 0

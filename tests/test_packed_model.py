@@ -7,8 +7,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from data.checkpoint import write_safetensors
 from data.config import Config
 from kernels import bench_model
 from kernels.linear import PackedLinear
@@ -124,7 +125,7 @@ def test_a_file_is_mapped_and_read_by_safetensors(folder):
     parts = [m.codes.data_ptr() for _, m in back.linears()]                  # one mapping, no copies
     assert max(parts) - min(parts) < (folder / "model.safetensors").stat().st_size
     quant = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert quant["quant_method"] == "compress-then-prompt" and quant["layers"][name] == layer.meta
+    assert quant["method"] == "compress-then-prompt" and quant["layers"][name] == layer.meta
 
 
 def test_dense_folder_for_other_libraries(folder, tmp_path):
@@ -163,7 +164,7 @@ def broken(folder, to, change=lambda tensors: None, config=lambda j: None):
     tensors, j = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     change(tensors)
     config(j)
-    save_file(tensors, to / "model.safetensors")
+    write_safetensors(to / "model.safetensors", tensors)                   # with checksums, as save_model does
     (to / "config.json").write_text(json.dumps(j))
     return to
 
@@ -192,7 +193,7 @@ def test_damaged_tensors_are_one_line(tensor, new, message, folder, tmp_path):
 
 @pytest.mark.parametrize("key,value,message", [
     ("bits", 5, "bits 5"), ("grid", "log", "grid 'log'"), ("format", "csr", "format 'csr'"), ("groupsize", 0, "groupsize 0"),
-    ("shape", [64, 32], "wants"), ("shape", 64, "wants"), ("format", "nm", "packed tensor codes"), ("format", "dense", "packed tensor"),
+    ("shape", [64, 32], "wants"), ("shape", 64, "which is damaged"), ("format", "nm", "packed tensor codes"), ("format", "dense", "packed tensor"),
     ("groupsize", 16, "packed tensor scale")])
 def test_meta_that_does_not_fit_is_one_line(key, value, message, folder, tmp_path):
     def config(j):
@@ -206,7 +207,7 @@ def test_foreign_and_truncated_folders(folder, tmp_path):
     gptq = broken(folder, tmp_path / "a", config=lambda j: j.update(quantization_config={"quant_method": "gptq", "bits": 4}))
     with pytest.raises(ValueError, match="'gptq'; of quantized checkpoints only"):
         load_model(gptq)
-    more = broken(folder, tmp_path / "c", config=lambda j: j["quantization_config"]["layers"].update({"model.x": {}}))
+    more = broken(folder, tmp_path / "c", config=lambda j: j["quantization_config"]["layers"].update({"model.x": next(iter(j["quantization_config"]["layers"].values()))}))
     with pytest.raises(ValueError, match="packs model.x, which is no Linear of this model"):
         load_model(more)
     shutil.copytree(folder, tmp_path / "d")

@@ -10,7 +10,7 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 from data.config import Config
-from kernels import bench_model
+from bench import models as bench_model
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from model import Transformer, load_model, save_model, storage

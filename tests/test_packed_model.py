@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from data.checkpoint import write_safetensors
 from data.config import Config
-from kernels import bench_model
+from bench import models as bench_model
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from model import Transformer, load_model, save_model, storage

@@ -11,15 +11,17 @@ positions predict nothing: they have no loss, and they are not counted in any pe
 The prompt stays in fp32, whatever the model is in: late, small updates vanish in bf16. A hard prompt is plain text whose
 embeddings go in front in the same way. Left out: prompts for every layer (prefix tuning), and weight decay.
 """
+import hashlib
 import json
+import math
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from data.checkpoint import read_safetensors, read_torch, write_safetensors
+from data.checkpoint import read_safetensors, read_torch, write_atomic, write_safetensors
 
 HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary adjustments to ensure "
                "optimal performance.")                          # the paper's own, section 3.2
@@ -72,47 +74,138 @@ def text_nll(model, prompt: torch.Tensor | None, tokens: torch.Tensor) -> torch.
     return F.cross_entropy(logits[keep].float(), targets[keep], reduction="none")
 
 
-def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor | None = None, steps: int = 200,
-          batch_size: int = 4, lr: float = 1e-3, warmup: int | None = None, clip: float = 1.0, val_every: int | None = None,
-          seed: int = 0, progress=lambda items, text: items) -> Learned:
-    """Learn a prompt on the frozen model: AdamW without decay, linear warm-up then linear decay, clipped gradients.
+class Fit(NamedTuple):
+    val_loss: float                     # of what the parameters now hold, the best seen; nan without validation
+    losses: list[float]                 # training loss of every step
+    scores: list[tuple[int, float]]     # (steps done, validation loss), the start first
 
-    prompt (n, width) start; windows (N, T) int64 training text, reshuffled (seeded) every epoch; val (M, T): the prompt
-    with the lowest loss there, looked at every `val_every` steps (default an eighth), is returned. Raises on a NaN loss."""
-    if not len(prompt) or not len(windows):
-        raise ValueError(f"learning needs a prompt and text: got {len(prompt)} prompt tokens and {len(windows)} windows")
-    val = None if val is None or not len(val) else val
-    device = prompt.device
-    best, best_loss, losses = prompt.detach().clone().float(), float("inf"), []
-    p = torch.nn.Parameter(best.clone())
-    opt = torch.optim.AdamW([p], lr=lr, weight_decay=0.0)
+
+def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int, score: Callable | None = None,
+        steps: int = 200, batch_size: int = 4, lr: float = 1e-3, warmup: int | None = None, clip: float = 1.0,
+        val_every: int | None = None, betas: tuple[float, float] = (0.9, 0.999), seed: int = 0,
+        state: str | Path | None = None, settings: dict | None = None, title: str = "learning",
+        progress=lambda items, title: items) -> Fit:
+    """Minimize loss_of_batch(index (batch,) int64 of windows 0 ... count - 1) over params, fp32 leaves, in place.
+
+    AdamW without decay; linear warm-up, then linear decay; gradients clipped; windows reshuffled (seeded) every epoch.
+    score() is the validation loss; the start counts, and the parameters end as the best seen. With `state`, a path, all
+    that is needed to go on is written at every validation, and a second call continues to the same bits. `settings`
+    (JSON values: model, text) is compared then. Raises ValueError on a loss that is not finite or a foreign state."""
+    if count < 1 or steps < 0 or batch_size < 1 or not 0 < lr < math.inf:
+        raise ValueError(f"cannot learn from {count} windows in {steps} steps of {batch_size} at rate {lr}: at least 1 "
+                         f"window, 0 steps, 1 window a step and a finite rate above 0 are needed")
     warmup = max(1, min(20, steps // 10)) if warmup is None else warmup
     val_every = val_every or max(1, steps // 8)
-    g, queue = torch.Generator().manual_seed(seed), []
-    bar = progress(range(steps), "learning the prompt")
+    run = {**(settings or {}), "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "clip": clip,
+           "val_every": val_every, "betas": list(betas), "seed": seed, "windows": count,
+           "start": {name: fingerprint(p) for name, p in params.items()}}
+    run = json.loads(json.dumps(run))                           # as it will be read back
+    opt = torch.optim.AdamW(params.values(), lr=lr, betas=betas, weight_decay=0.0)
+    losses, scores, done = [], [], 0
+
+    def copy_of_params() -> dict:
+        return {name: p.detach().clone() for name, p in params.items()}
+
+    def put(values: dict) -> None:
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(values[name])
+
+    def look() -> None:
+        """Score the parameters, keep them if they are the best, write the state."""
+        nonlocal best
+        if score is not None:
+            scores.append((done, score()))
+            if not math.isfinite(scores[0][1]):
+                raise ValueError(f"the start's loss is {scores[0][1]}: the model or its precision is at fault, use float32")
+        if score is None or scores[-1][1] == min(v for _, v in scores):
+            best = copy_of_params()
+        if state is not None:
+            held = {"settings": run, "done": done, "losses": losses, "scores": scores, "params": copy_of_params(),
+                    "best": best, "optimizer": opt.state_dict()}
+            write_atomic(Path(state), lambda f: torch.save(held, f))
+
+    held = read_run(state, run)
+    if held is None:
+        best = None
+        look()
+    else:
+        done, losses, scores, best = held["done"], held["losses"], held["scores"], held["best"]
+        put(held["params"])
+        opt.load_state_dict(held["optimizer"])
+    g = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * batch_size // count)
+    order = torch.cat([torch.randperm(count, generator=g) for _ in range(epochs)] or [torch.zeros(0, dtype=torch.int64)])
+    bar = progress(range(done, steps), title)
     for step in bar:
-        while len(queue) < batch_size:
-            queue += torch.randperm(len(windows), generator=g).tolist()
-        batch, queue = windows[queue[:batch_size]].to(device), queue[batch_size:]
         opt.param_groups[0]["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-        loss = text_nll(model, p, batch).mean()
+        loss = loss_of_batch(order[step * batch_size:(step + 1) * batch_size])
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([p], clip)
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), clip)
         if not torch.isfinite(norm):
             raise ValueError(f"the loss or its gradient is not finite at step {step + 1} (loss {loss.item():g}): lower --lr "
                              f"or use bfloat16 or float32")
         opt.step()
         opt.zero_grad()
         losses.append(loss.item())
+        done = step + 1
         if hasattr(bar, "note"):
             bar.note(f"loss {sum(losses[-10:]) / len(losses[-10:]):.3f}")
-        if val is not None and ((step + 1) % val_every == 0 or step + 1 == steps):
-            v = mean_loss(model, p.detach(), val.to(device), batch_size)
-            if v < best_loss:
-                best, best_loss = p.detach().clone(), v
-    if val is None:
-        return Learned(p.detach().clone(), float("nan"), losses)
-    return Learned(best, best_loss, losses)
+        if done % val_every == 0 or done == steps:
+            look()
+    put(best)
+    return Fit(min(v for _, v in scores) if scores else float("nan"), losses, scores)
+
+
+def read_run(path: str | Path | None, run: dict) -> dict | None:
+    """What fit wrote into the state file, or None where there is none. Raises ValueError if it is of another run."""
+    if path is None or not Path(path).exists():
+        return None
+    advice = "delete it to start anew, or name another file"
+    try:
+        held = read_torch(Path(path))
+        theirs = held["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} holds no state of a learning run: {advice}") from None
+    for name in {**theirs, **run}:
+        if theirs.get(name) != run.get(name):
+            raise ValueError(f"{path} is of another run: {name} was {theirs.get(name)}, is {run.get(name)}; {advice}")
+    return held
+
+
+def fingerprint(*tensors: torch.Tensor) -> str:
+    """16 hexadecimal digits that tell tensors apart: of their types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(f"{t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor | None = None, steps: int = 200,
+          batch_size: int = 4, lr: float = 1e-3, warmup: int | None = None, clip: float = 1.0,
+          val_every: int | None = None, seed: int = 0, state: str | Path | None = None, settings: dict | None = None,
+          progress=lambda items, title: items) -> Learned:
+    """Learn a prompt on the frozen model; `fit` says how, and what state and settings are.
+
+    prompt (n, width) start; windows (N, T) int64 training text; val (M, T): what has the lowest loss there, the start
+    included, is returned; without it, the last. Raises ValueError on a loss that is not finite."""
+    if not len(prompt) or not len(windows):
+        raise ValueError(f"learning needs a prompt and text: got {len(prompt)} prompt tokens and {len(windows)} windows")
+    device = prompt.device
+    p = torch.nn.Parameter(prompt.detach().clone().float())
+
+    def loss_of_batch(index):
+        return text_nll(model, p, windows[index].to(device)).mean()
+
+    def score():
+        return mean_loss(model, p.detach(), val.to(device), batch_size)
+
+    texts = {"text": fingerprint(windows), "val": None if val is None else fingerprint(val)}
+    got = fit({"soft_prompt": p}, loss_of_batch, len(windows), score if val is not None and len(val) else None, steps,
+              batch_size, lr, warmup, clip, val_every, seed=seed, state=state, settings={**(settings or {}), **texts},
+              title="learning the prompt", progress=progress)
+    return Learned(p.detach().clone(), got.val_loss, got.losses)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 from data.config import Config
 from model import Transformer, save_model
-from prompt import initial_prompt, learn, load_prompt, mean_loss, save_prompt, text_nll, with_prompt
+from prompt import fit, initial_prompt, learn, load_prompt, mean_loss, save_prompt, text_nll, with_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,6 +100,129 @@ def test_best_on_validation_is_kept():
     last = learn(model, start, windows[:5], windows[5:0], 12, 2, 30.0)                      # no windows, no choice
     assert seen and math.isnan(last.val_loss) and got.val_loss < mean_loss(model, last.prompt, windows[5:]) - 0.01
     assert math.isclose(got.val_loss, mean_loss(model, got.prompt, windows[5:]), rel_tol=1e-5)
+
+
+def bowl(**more):
+    """A small problem for fit: (params, Fit); loss (p - target of the window)^2."""
+    targets = torch.randn(7, 3, generator=torch.Generator().manual_seed(5))
+    p = torch.nn.Parameter(torch.zeros(3))
+    calls = []
+
+    def loss(index):
+        calls.append(index.tolist())
+        if len(calls) == more.get("die_at"):
+            raise KeyboardInterrupt
+        return (p - targets[index]).square().mean()
+    keep = {k: v for k, v in more.items() if k != "die_at"}
+    settings = {"steps": 20, "batch_size": 2, "lr": 0.1, "val_every": 3, "seed": 4, **keep}
+    try:
+        got = fit({"p": p}, loss, 7, lambda: float((p.detach() - targets.mean(0)).square().mean()), **settings)
+    except KeyboardInterrupt:
+        got = None
+    return p.detach(), got, calls
+
+
+def test_fit_is_adamw_with_a_triangular_rate():
+    """Against the loop written plainly; every window is seen once an epoch."""
+    p, got, calls = bowl(val_every=20)
+    assert [sorted(sum(calls, [])[i:i + 7]) for i in (0, 7, 14, 21, 28)] == [list(range(7))] * 5
+    q = torch.nn.Parameter(torch.zeros(3))
+    opt = torch.optim.AdamW([q], lr=0.1, weight_decay=0.0)
+    targets = torch.randn(7, 3, generator=torch.Generator().manual_seed(5))
+    for step, index in enumerate(calls):
+        opt.param_groups[0]["lr"] = 0.1 * (min(1, (step + 1) / 2) if step < 2 else (20 - step) / 18)
+        opt.zero_grad()
+        (q - targets[index]).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_([q], 1.0)
+        opt.step()
+    assert torch.allclose(p, q.detach(), atol=1e-6) and [s for s, _ in got.scores] == [0, 20]
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 4, 11, 20])
+def test_fit_resumes_to_the_same_bits(die_at, tmp_path):
+    want, result, calls = bowl()
+    state = tmp_path / "state.pt"
+    assert bowl(state=state, die_at=die_at)[1] is None
+    again, resumed, more = bowl(state=state)
+    assert torch.equal(again, want) and resumed == result
+    assert more == calls[(die_at - 1) // 3 * 3:]                  # from the last validation on, nothing twice
+    finished = bowl(state=state)
+    assert torch.equal(finished[0], want) and finished[1] == result and finished[2] == []
+
+
+def test_a_killed_process_leaves_a_state_that_continues(tmp_path):
+    """SIGKILL in the middle of learning, in a process of its own, at three moments."""
+    script = """if True:
+        import os, sys, torch
+        from prompt import fit
+        torch.set_num_threads(1)
+        p = torch.nn.Parameter(torch.ones(50))
+        def loss(index):
+            loss.calls += 1
+            if loss.calls == int(sys.argv[2]):
+                os.kill(os.getpid(), 9)
+            return ((p - index.float().mean()) ** 2).mean()
+        loss.calls = 0
+        got = fit({"p": p}, loss, 9, lambda: float(p.detach().std() + p.detach().mean()), 12, 2, 0.3, val_every=2, state=sys.argv[1])
+        torch.save((p.detach(), got.losses, got.scores), sys.argv[1] + ".result")
+        """
+    def run(name, die_at):
+        command = [sys.executable, "-c", script, str(tmp_path / name), str(die_at)]
+        return subprocess.run(command, cwd=ROOT, timeout=120).returncode
+    assert run("whole", 0) == 0
+    assert [run("killed", n) for n in (6, 5, 0)] == [-9, -9, 0]   # killed in step 6, again in step 9, then finished
+    whole, killed = (torch.load(tmp_path / f"{name}.result") for name in ("whole", "killed"))
+    assert torch.equal(whole[0], killed[0]) and whole[1:] == killed[1:] and len(whole[1]) == 12
+
+
+@pytest.mark.parametrize("change, message", [({"lr": 0.2}, "lr was 0.1, is 0.2"), ({"steps": 21}, "steps was 20, is 21"),
+                                             ({"settings": {"model": "b"}}, "model was None, is b")])
+def test_a_state_of_another_run_is_refused(change, message, tmp_path):
+    state = tmp_path / "state.pt"
+    bowl(state=state)
+    with pytest.raises(ValueError, match=f"state.pt is of another run: {message}; delete it"):
+        bowl(state=state, **change)
+    for held in (b"garbage", b""):
+        state.write_bytes(held)
+        with pytest.raises(ValueError, match="holds no state of a learning run"):
+            bowl(state=state)
+    with pytest.raises(ValueError, match="in -1 steps"):
+        bowl(steps=-1)
+
+
+def test_the_start_is_scored_and_a_diverged_run_returns_it():
+    p, got, _ = bowl(lr=1e4)
+    assert torch.equal(p, torch.zeros(3)) and got.val_loss == got.scores[0][1] == min(v for _, v in got.scores)
+    model, windows = tiny(), TOKENS[:96].view(6, 16)
+    start = initial_prompt(model, 6, "text", TOKENS)
+    start = learn(model, start, windows[5:], windows[5:], steps=30, batch_size=1, lr=0.05).prompt
+    got = learn(model, start, windows[:5], windows[5:], steps=4, batch_size=2, lr=1e4)
+    assert torch.equal(got.prompt, start) and math.isclose(got.val_loss, mean_loss(model, start, windows[5:]), rel_tol=1e-6)
+
+
+def test_learning_resumes_to_the_same_prompt(tmp_path):
+    model, windows = tiny(), TOKENS[:96].view(6, 16)
+    start, state = initial_prompt(model, 6, "text", TOKENS), tmp_path / "prompt.state"
+
+    def run(die_at=None, **more):
+        calls = []
+
+        def bar(items, title):
+            for i in items:
+                if len(calls) == die_at:
+                    raise KeyboardInterrupt
+                calls.append(i)
+                yield i
+        return learn(model, start, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, progress=bar, **more)
+    want = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(8, state=state)
+    got = run(state=state)
+    assert torch.equal(got.prompt, want.prompt) and got[1:] == want[1:]
+    with pytest.raises(ValueError, match="text was [0-9a-f]{16}, is"):
+        learn(model, start, windows[:4], windows[5:], 12, 2, 0.05, val_every=5, state=state)
+    with pytest.raises(ValueError, match="start was"):
+        learn(model, start + 1, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, state=state)
 
 
 @pytest.mark.parametrize("n, windows", [(0, 6), (4, 0)])

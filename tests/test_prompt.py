@@ -221,7 +221,7 @@ def test_learning_resumes_to_the_same_prompt(tmp_path):
     assert torch.equal(got.prompt, want.prompt) and got[1:] == want[1:]
     with pytest.raises(ValueError, match="text was [0-9a-f]{16}, is"):
         learn(model, start, windows[:4], windows[5:], 12, 2, 0.05, val_every=5, state=state)
-    with pytest.raises(ValueError, match="start was"):
+    with pytest.raises(ValueError, match="prompt was"):
         learn(model, start + 1, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, state=state)
 
 
@@ -262,12 +262,12 @@ def test_save_load_and_stitch(tmp_path):
     torch.save({"soft_prompt": p, "lr": 1}, tmp_path / "p.pt")
     assert torch.equal(load_prompt(tmp_path / "p.pt")[0], p) and load_prompt(tmp_path / "p.pt")[1] == {"lr": 1}
     other = tiny(seed=9)                                          # another model of the same width
-    assert with_prompt(other, got, TOKENS[None, :4]).shape == (1, 9, 32)
+    assert text_nll(other, got, TOKENS[None, :4]).shape == (3,)
     save_prompt(tmp_path / "wide.safetensors", torch.randn(5, 48))
-    with pytest.raises(ValueError, match="width 48; this model's are 32 wide"):
+    with pytest.raises(ValueError, match="width 48 does not fit"):
         load_prompt(tmp_path / "wide.safetensors", model)
     with pytest.raises(ValueError, match="width 48 does not fit"):
-        with_prompt(model, torch.randn(5, 48), TOKENS[None, :4])
+        text_nll(model, torch.randn(5, 48), TOKENS[None, :4])
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(FileNotFoundError, match="no prompt file"):
             load_prompt(path)
@@ -318,7 +318,7 @@ def test_greedy_generation_equals_transformers(family, tmp_path):
                          eos_token_id=None)[0, 5:]
     assert evaluation.generate(model, Letters(), "hello", 20) == Letters().decode(want.tolist())
     prompt = torch.randn(4, 32)                                   # with a prompt: the same tokens one full forward at a time
-    x, out = with_prompt(model, prompt, ids), []
+    x, out = torch.cat([prompt[None], model.embed(ids)], 1), []
     for _ in range(20):
         out.append(int(model(x)[0, -1].argmax()))
         x = torch.cat([x, model.embed(torch.tensor([[out[-1]]]))], 1)

@@ -144,6 +144,9 @@ def with_prompt(model, prompt: torch.Tensor | None, tokens: torch.Tensor, room: 
 # ---------------------------------------------------------------------------------------------------------------------
 # Objectives.
 
+LOGITS = 1 << 24                                                # of them exist at a time: 64 MB in fp32
+
+
 class HeadLoss(torch.autograd.Function):
     """Losses (rows,) fp32 of logits z @ weight.T, a chunk of rows at a time: the full logits never exist.
 
@@ -153,7 +156,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, weight, targets, teacher=None, mix: float = 1.0):
-        rows = max(1, (1 << 24) // len(weight))                 # 64 MB of logits
+        rows = max(1, LOGITS // len(weight))
         mix = 0.0 if teacher is None else mix
         losses = torch.empty(len(z), dtype=torch.float32, device=z.device)
         ctx.gradient = torch.empty_like(z) if ctx.needs_input_grad[0] else None

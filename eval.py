@@ -60,12 +60,13 @@ def generate(model, tokenizer, text: str, max_new: int = 100, temperature: float
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError("nothing to continue: --generate got a text of no tokens, and this tokenizer adds none in front")
-    x = with_prompt(model, prompt, torch.tensor([ids], device=model.embed_tokens.weight.device))
-    room = model.config.max_positions - x.shape[1]
+    taken = len(ids) + (0 if prompt is None else len(prompt))
+    room = min(max_new, model.config.max_positions - taken)
     if room < 1:
-        raise ValueError(f"text and prompt take {x.shape[1]} of the model's {model.config.max_positions} positions: no room")
-    cache, g, out = model.new_cache(1, x.shape[1] + min(max_new, room)), torch.Generator().manual_seed(seed), []
-    for _ in range(min(max_new, room)):
+        raise ValueError(f"text and prompt take {taken} of the model's {model.config.max_positions} positions: no room")
+    x, cache = with_prompt(model, prompt, torch.tensor([ids], device=model.embed_tokens.weight.device), room)
+    g, out = torch.Generator().manual_seed(seed), []
+    for _ in range(room):
         token = sample(model.head(model.hidden(x, cache)[:, -1])[0], temperature, top_p, g)
         if token == tokenizer.eos_id:
             break

@@ -82,8 +82,13 @@ class Attention(nn.Module):
         q, k, v = (f(x).view(B, T, -1, self.c.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        start, mask = 0, None
-        if kv is not None:                                                   # kv: (K, V, start), K and V preallocated
+        start, mask, empty = 0, None, 0
+        if kv is not None and kv[0].shape[2] == kv[2]:                       # full: a prefix, read and never written
+            K, V, empty = kv
+            k = torch.cat([K.expand(B, -1, -1, -1), k], 2)
+            v = torch.cat([V.expand(B, -1, -1, -1), v], 2)
+            q = F.pad(q, (0, 0, empty, 0))                                   # square: causal without a mask, twice as fast
+        elif kv is not None:                                                 # kv: (K, V, start), K and V preallocated
             K, V, start = kv
             K[:, :, start:start + T], V[:, :, start:start + T] = k, v
             k, v = K[:, :, :start + T], V[:, :, :start + T]                  # (B, n_kv_head, start + T, head_dim)
@@ -91,7 +96,8 @@ class Attention(nn.Module):
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         if self.c.n_kv_head < self.c.n_head:
             k, v = (t.repeat_interleave(self.c.n_head // self.c.n_kv_head, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and empty + T > 1)
+        y = y[:, :, empty:]
         return y.transpose(1, 2).reshape(B, T, -1)
 
     def forward(self, x, rope, kv=None):
@@ -165,11 +171,18 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of the positions seen so far, (n_layer, 2, B, n_kv_head, length, head_dim) in all."""
+    """Keys and values of the positions seen so far: kv holds a pair (B, n_kv_head, length, head_dim) for every block.
+
+    A full one of batch 1 is a prefix: any batch reads it, nothing is written, gradients reach what it was made of."""
 
     def __init__(self, c: Config, batch: int, length: int, dtype, device):
-        self.kv = torch.zeros(c.n_layer, 2, batch, c.n_kv_head, length, c.head_dim, dtype=dtype, device=device)
+        shape = batch, c.n_kv_head, length, c.head_dim
+        self.kv = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in range(c.n_layer)]
         self.start = 0
+
+    @property
+    def full(self) -> bool:
+        return self.start == self.kv[0][0].shape[2]
 
 
 class Transformer(nn.Module):
@@ -207,22 +220,32 @@ class Transformer(nn.Module):
     def hidden(self, x, cache: Cache | None = None):
         """Tokens (B, T) or embeddings (B, T, d_embed) -> the last block's output (B, T, d_model)."""
         start = cache.start if cache else 0
+        writes = cache is not None and not cache.full
         embeds = x if x.is_floating_point() else self.embed(x)
         h = self.stem(embeds.to(self.embed_tokens.weight.dtype), start)
         rope = self.rope(start, h.shape[1], h.device)
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, rope, use_reentrant=False)
+            kv = (*cache.kv[i], start) if cache else None
+            if self.checkpointing and torch.is_grad_enabled() and not writes:
+                h = checkpoint(block, h, rope, kv, use_reentrant=False)
             else:
-                h = block(h, rope, (cache.kv[i, 0], cache.kv[i, 1], start) if cache else None)
-        if cache:
+                h = block(h, rope, kv)
+        if writes:
             cache.start += h.shape[1]
         return h
 
-    def head(self, h):
+    @property
+    def unembed(self) -> torch.Tensor:
+        """The head's matrix (vocab_size, d_embed): logits are final(h) @ unembed.T."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+
+    def final(self, h):
+        """The last block's output (..., d_model) -> what the head's matrix reads (..., d_embed)."""
         h = h if self.norm is None else self.norm(h)
-        h = h if self.project_out is None else self.project_out(h)
-        return F.linear(h, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
+        return h if self.project_out is None else self.project_out(h)
+
+    def head(self, h):
+        return F.linear(self.final(h), self.unembed)
 
     def forward(self, x, cache: Cache | None = None):
         """Tokens (B, T) int64 or embeddings (B, T, d_embed) -> logits (B, T, vocab_size)."""

@@ -245,13 +245,6 @@ def header_sum(path: Path) -> str:
     return f"{zlib.crc32(data[:read_header(path, data)[2]]):08x}"
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a .safetensors file says about itself beside its tensors."""
-    with open(path, "rb") as f:
-        header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
-    return header.get("__metadata__", {})
-
-
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write {name: tensor} and their checksums in the safetensors layout, one tensor at a time, to a temporary name;
     read that back and compare; rename."""

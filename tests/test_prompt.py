@@ -1,9 +1,8 @@
-"""prompt.py and eval.py: what is scored, learned and stored; perplexity by hand; generation against transformers."""
+"""prompt.py: what is learned, chosen and stored; resuming to the same bits."""
 import dataclasses
 import json
 import math
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import eval as evaluation
 from data.config import Config
-from model import Transformer, save_model
+from model import Transformer
 from prompt import (HeadLoss, as_prefix, default_rate, fit, initial_prompt, kind_of, learn, load_prompt, mean_loss,
                     owner, save_prompt, teacher_states, text_loss, text_nll, with_prompt)
 
@@ -42,51 +40,6 @@ class Letters:
 
     def decode(self, ids):
         return "".join(chr(48 + i) for i in ids)
-
-
-class Foreign(torch.nn.Module):
-    """A model with embed and forward alone, as another project's would be."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.m, self.embed_tokens = model, model.embed_tokens
-
-    def embed(self, tokens):
-        return self.m.embed(tokens)
-
-    def forward(self, embeds):
-        return self.m(embeds)
-
-
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("n", [0, 5])
-def test_perplexity_equals_a_count_by_hand(family, n):
-    model = tiny(family)
-    prompt = torch.randn(n, 32) if n else None
-    total, count = 0.0, 0
-    for start in range(0, 96, 16):                                # six windows of 16, each scores 15 targets
-        window = TOKENS[start:start + 16]
-        e = model.embed(window[None])
-        logits = model(torch.cat([prompt[None], e], 1) if n else e)[0].double()
-        for i in range(1, 16):
-            total -= float(torch.log_softmax(logits[n + i - 1], -1)[window[i]])
-            count += 1
-    got, scored = evaluation.perplexity(model, TOKENS, 16, prompt)
-    assert scored == count == 90 and math.isclose(got, math.exp(total / count), rel_tol=1e-5)
-    assert math.isclose(evaluation.perplexity(Foreign(model), TOKENS, 16, prompt)[0], got, rel_tol=1e-5)
-
-
-def test_a_prompt_that_changes_nothing_leaves_the_perplexity():
-    """Rotary attention sees only distances; with the values set to zero nothing flows between positions, so a prompt in front
-    changes no logit. Counting the prompt's positions, as the paper's code does, would report a smaller number."""
-    model = tiny()
-    for block in model.blocks:
-        block.attn.v.weight.zero_()
-    plain, scored = evaluation.perplexity(model, TOKENS, 16)
-    behind, scored2 = evaluation.perplexity(model, TOKENS, 16, torch.randn(7, 32))
-    assert scored == scored2 and math.isclose(plain, behind, rel_tol=1e-5)
-    flawed = plain ** ((16 - 1) / (16 - 1 + 7))                   # what the released code would print
-    assert abs(flawed - behind) > 0.5
 
 
 def test_learning_lowers_the_loss_and_touches_only_the_prompt():
@@ -389,21 +342,6 @@ def test_the_default_rate():
     assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_generation_behind_a_prefix(family):
-    model = grouped(family)
-    prompt = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    prefix = as_prefix(model, prompt)
-    want = evaluation.generate(model, Letters(), "hello", 20, prompt=prompt)
-    assert evaluation.generate(model, Letters(), "hello", 20, prompt=prefix) == want
-    prefix += 0.3 * torch.randn(prefix.shape, generator=torch.Generator().manual_seed(1))
-    ids, out = torch.tensor([Letters().encode("hello")]), []
-    for _ in range(20):                                           # the same tokens one full forward at a time
-        out.append(int(model(*with_prompt(model, prefix, ids))[0, -1].argmax()))
-        ids = torch.cat([ids, torch.tensor([[out[-1]]])], 1)
-    assert evaluation.generate(model, Letters(), "hello", 20, prompt=prefix) == Letters().decode(out)
-
-
 class Reversed(Letters):
     def encode(self, text, bos=True):
         return [49 - i for i in super().encode(text)]
@@ -441,92 +379,3 @@ def test_kinds_and_objectives_that_cannot_be(tmp_path):
         text_loss(Foreign(model), None, windows, torch.zeros(3, 16, 32))
 
 
-def test_too_little_text_is_an_error():
-    with pytest.raises(ValueError, match="97 tokens cannot fill one window of seqlen 128"):
-        evaluation.perplexity(tiny(), TOKENS, 128)
-    for seqlen, batch_size in ((1, 4), (16, 0)):
-        with pytest.raises(ValueError, match=f"seqlen {seqlen} and batch size {batch_size} must be at least 2 and 1"):
-            evaluation.perplexity(tiny(), TOKENS, seqlen, batch_size=batch_size)
-
-
-def test_sampling():
-    logits = torch.tensor([0.0, 5.0, 4.0, -3.0])
-    g = torch.Generator().manual_seed(0)
-    assert evaluation.sample(logits, 0.0, 1.0, g) == 1
-    assert {evaluation.sample(logits, 1.0, 0.5, g) for _ in range(50)} == {1}
-    drawn = [evaluation.sample(logits, 1.0, 1.0, g) for _ in range(2000)]
-    assert abs(drawn.count(1) / 2000 - float(torch.softmax(logits, -1)[1])) < 0.04
-
-
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_greedy_generation_equals_transformers(family, tmp_path):
-    from transformers import AutoModelForCausalLM
-    model = tiny(family)
-    save_model(model, tmp_path, torch.float32)
-    peer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ids = torch.tensor([Letters().encode("hello")])
-    want = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0,
-                         eos_token_id=None)[0, 5:]
-    assert evaluation.generate(model, Letters(), "hello", 20) == Letters().decode(want.tolist())
-    prompt = torch.randn(4, 32)                                   # with a prompt: the same tokens one full forward at a time
-    x, out = torch.cat([prompt[None], model.embed(ids)], 1), []
-    for _ in range(20):
-        out.append(int(model(x)[0, -1].argmax()))
-        x = torch.cat([x, model.embed(torch.tensor([[out[-1]]]))], 1)
-    assert evaluation.generate(model, Letters(), "hello", 20, prompt=prompt) == Letters().decode(out)
-    assert len(evaluation.generate(model, Letters(), "hello", 500)) == 59          # positions run out at 64
-    with pytest.raises(ValueError, match="text and prompt take 64 of"):
-        evaluation.generate(model, Letters(), "hello", prompt=torch.randn(59, 32))
-
-
-def test_generation_is_seeded():
-    one, two, other = (evaluation.generate(tiny(), Letters(), "hi", 20, 1.0, 0.9, seed=s) for s in (1, 1, 2))
-    assert one == two != other
-
-
-def run_program(monkeypatch, capsys, *arguments):
-    """(exit status, stdout, stderr) of eval.py."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-    status = 0
-    try:
-        runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
-    except SystemExit as e:
-        status = e.code
-    return status, *capsys.readouterr()
-
-
-def test_program_prints_numbers_and_text(monkeypatch, capsys, tmp_path):
-    (tmp_path / "a.txt").write_text("def f(x):\n    return x\n" * 50)
-    common = "tiny-llama", "--data", tmp_path / "a.txt", "--seqlen", 16, "--max-tokens", 64, "--json"
-    results = [json.loads(run_program(monkeypatch, capsys, *common, *more)[1].splitlines()[-1]) for more in
-               ([], ["--hard-prompt"], ["--hard-prompt", "Hello."])]
-    assert [r["tokens"] for r in results] == [60] * 3
-    assert results[0]["prompt_tokens"] == 0 < results[2]["prompt_tokens"] < results[1]["prompt_tokens"]
-    assert len({r["perplexity"] for r in results}) == 3
-    status, out, _ = run_program(monkeypatch, capsys, "tiny-llama", "--generate", "The name of the", "--max-new", 4, "--json")
-    text, last = out.splitlines()[0], json.loads(out.splitlines()[-1])
-    assert status == 0 and (last["text"] + last["generated"]).startswith(text)
-    assert re.match(r"The name of the \w", text)                   # sentencepiece alone would leave out the space
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["nowhere"], "no checkpoint folder nowhere"),
-    (["tiny-llama", "--data", "TMP/a.txt", "--seqlen", 600, "--max-tokens", 600], "600 positions, prompt included"),
-    (["tiny-llama", "--data", "TMP/a.txt", "--seqlen", 1], "seqlen 1 "),
-    (["tiny-llama", "--data", "TMP/a.txt", "--seqlen", 16, "--max-tokens", -5], "max_tokens -5"),
-    (["tiny-llama", "--data", "TMP/a.txt", "--seqlen", 16, "--batch-size", 0], "batch size 0"),
-    (["tiny-llama", "--data", "TMP", "--seqlen", 16], "unknown text set"),
-    (["tiny-llama", "--data", "TMP/b.txt", "--seqlen", 16], "no file"),
-    (["tiny-llama", "--prompt", "TMP"], "no prompt file"),
-    (["tiny-llama", "--prompt", "TMP/a.txt"], "truncated"),
-    (["tiny-llama", "--prompt", "TMP/a.txt", "--hard-prompt"], "exclude each other"),
-    (["tiny-llama", "--device", "abacus"], "device abacus"),
-    (["tiny-llama", "--generate", "x", "--max-new", -9], "-9 tokens"),
-    (["tiny-llama", "--generate", "x", "--temperature", -1], "temperature -1"),
-    (["tiny-llama", "--generate", "x", "--temperature", "nan"], "temperature nan"),
-    (["tiny-llama", "--generate", "x", "--temperature", 1, "--top-p", 0], "top-p 0"),
-])
-def test_program_fails_in_one_line(arguments, message, monkeypatch, capsys, tmp_path):
-    (tmp_path / "a.txt").write_text("def f(x):\n    return x\n" * 100)
-    status, out, err = run_program(monkeypatch, capsys, *[str(a).replace("TMP", str(tmp_path)) for a in arguments])
-    assert status == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err

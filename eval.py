@@ -63,6 +63,8 @@ from pathlib import Path
 
 import torch
 
+from compress import Stream
+from data import parallel
 from data.chat import ChatTemplate
 from data.checkpoint import read_json
 from data.config import SHIPPED, read_config, resolve
@@ -70,7 +72,7 @@ from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.text import FILES as TEXT_SETS, documents, eval_tokens, lines_of
 from data.tokenizer import load_tokenizer
-from model import load_model
+from model import Checkpoint, load_model
 from prompt import HARD_PROMPT, load_prompt, text_nll, with_prompt
 
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
@@ -94,13 +96,57 @@ def perplexity(model, tokens: torch.Tensor, seqlen: int, prompt: torch.Tensor | 
     windows = tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
     device = model.embed_tokens.weight.device
     total, count = 0.0, 0
-    for batch in Progress(windows.split(batch_size), title):
+    for batch in Progress(parallel.mine(windows.split(batch_size)), title):
         nll = text_nll(model, prompt, batch.to(device))
         total += nll.double().sum().item()
         count += nll.numel()
         if not math.isfinite(total):
             raise not_finite(title, f"the loss of tokens {count - nll.numel()} to {count}", total, model)
-    return math.exp(min(total / count, 700.0)), count
+    total, count = parallel.add_numbers(total, count)
+    return math.exp(min(total / count, 700.0)), int(count)
+
+
+@torch.no_grad()
+def streamed_perplexity(checkpoint: Checkpoint, tokens: torch.Tensor, seqlen: int, batch_size: int = 4,
+                        dtype: torch.dtype = torch.float32, device: str = "cpu",
+                        title: str = "perplexity") -> tuple[float, int]:
+    """The same of a model that does not fit the device: block by block over all windows, one block there at a time."""
+    if len(tokens) < seqlen:
+        raise ValueError(f"{len(tokens)} tokens cannot fill one window of seqlen {seqlen}: use more text or shorter windows")
+    windows = tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    batches = parallel.mine(windows.split(batch_size))
+    ends = checkpoint.ends(dtype, device)
+    rope = ends.rope(0, seqlen, device)
+    stream = Stream(dtype, device, exact=True)
+    for batch in batches:
+        stream.append(ends.stem(ends.embed(batch.to(device))))
+    for i in Progress(range(checkpoint.config.n_layer), title):
+        block = checkpoint.block(i, dtype, device)
+        for k, h in enumerate(stream):
+            stream[k] = block(h, rope)
+    total, count = 0.0, 0
+    for h, batch in zip(stream, batches):
+        targets = batch[:, 1:].flatten().to(device)
+        for h_part, t in zip(h[:, :-1].flatten(0, 1).split(512), targets.split(512)):
+            nll = torch.nn.functional.cross_entropy(ends.head(h_part).float(), t, reduction="none")
+            total, count = total + nll.double().sum().item(), count + len(t)
+    total, count = parallel.add_numbers(total, count)
+    if not math.isfinite(total):
+        raise not_finite(title, "the loss", total, ends)
+    return math.exp(min(total / count, 700.0)), int(count)
+
+
+def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> bool:
+    """Is there room on the device for all weights in dtype, and a fifth more?"""
+    need = 1.2 * dtype.itemsize * sum(p.numel() for p in checkpoint.skeleton().parameters())
+    if torch.device(device).type == "cuda":
+        return need < torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):                     # not Linux: let the operating system page
+        return True
+    return need < free
 
 
 def not_finite(title: str, what: str, value: float, model) -> ValueError:

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import parallel
 from data.checkpoint import read_safetensors, read_torch, write_atomic, write_safetensors
 
 HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary "
@@ -296,7 +297,7 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int, sc
                 raise ValueError(f"the start's loss is {scores[0][1]}: the model or its precision is at fault, use float32")
         if score is None or scores[-1][1] == min(v for _, v in scores):
             best = copy_of_params()
-        if state is not None:
+        if state is not None and parallel.rank() == 0:
             held = {"settings": run, "done": done, "losses": losses, "scores": scores, "params": copy_of_params(),
                     "best": best, "optimizer": opt.state_dict()}
             write_atomic(Path(state), lambda f: torch.save(held, f))
@@ -315,8 +316,13 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int, sc
     bar = progress(range(done, steps), title)
     for step in bar:
         opt.param_groups[0]["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-        loss = loss_of_batch(order[step * batch_size:(step + 1) * batch_size])
+        loss = loss_of_batch(parallel.mine(order[step * batch_size:(step + 1) * batch_size]))
         loss.backward()
+        if parallel.world() > 1:                                # the mean over the processes' equal shares
+            loss = loss.detach()
+            parallel.add(loss, *(p.grad for p in params.values()))
+            for t in (loss, *(p.grad for p in params.values())):
+                t.div_(parallel.world())
         norm = torch.nn.utils.clip_grad_norm_(params.values(), clip)
         if not torch.isfinite(norm):
             raise ValueError(f"the loss or its gradient is not finite at step {step + 1} (loss {loss.item():g}): lower --lr "

@@ -1,140 +1,464 @@
-"""Measure a model, with or without a prompt in front: perplexity and generation. The second command-line program.
+"""Measure a model, with or without a prompt in front: perplexity, generation. The second program.
 
-    python eval.py runs/out/compressed --data wikitext2 --seqlen 2048 --prompt runs/out/prompt.safetensors
+    python eval.py runs/out --prompt runs/out/prompt.safetensors      # on the text that the run was measured on
+    python eval.py llama-7b --data c4 --seqlen 2048
+    python eval.py llama-7b --generate "The castle was built in"
 
-Perplexity = exp(sum of token losses / number of scored tokens), fp32, over consecutive windows of `seqlen` tokens that do
-not overlap; each window scores seqlen - 1 targets. Behind a prompt of n tokens the same targets are scored and nothing else.
-The code released with the paper divides by the prompt's positions too, and so prints true^((L-1)/(L-1+n)): too good.
+Perplexity = exp(sum of token losses / number of scored tokens), fp32, over consecutive windows of `seqlen` tokens that
+do not overlap; each window scores seqlen - 1 targets. Behind a prompt of n tokens the same targets are scored and
+nothing else. The code released with the paper divides by the prompt's positions too, and so prints
+true^((L-1)/(L-1+n)): too good.
 """
-import argparse
+from data.flags import PRECISIONS, Flags, fail, flag, read_flags, real, run_program, say, whole
+
+MODES = {                                                # flags that belong to one kind of work, and to no other
+    "perplexity": ("data", "data_dir", "split", "seqlen", "max_tokens", "batch_size"),
+    "generate": ("max_new", "temperature", "top_p", "seed", "batch_size"),
+    "generate_from": ("max_new", "temperature", "top_p", "seed", "batch_size"),
+    "chat": ("max_new", "temperature", "top_p", "seed")}
+
+
+def flags() -> Flags:
+    """What can be asked for. A flag that was not given is None; what it means then, `fill_in` says."""
+    p = Flags(description="Perplexity of a model, or its continuations of a text.")
+    a = p.add_argument
+    a("model", help="a checkpoint folder, the --out folder of a run of train.py, or a name such as llama-7b")
+    a("--prompt", metavar="FILE", help="a learned prompt, as train.py leaves it in --out")
+    a("--hard-prompt", metavar="TEXT", nargs="?", const=True, help="a prompt in words; alone: the paper's own")
+    a("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    a("--dtype", choices=PRECISIONS,
+      help="of weights and activations (default: the run's, else 16 bits where the device multiplies them fast)")
+    a("--fused", default="on", choices=["on", "off"], help="off: unpack packed weights once, run ordinary Linears")
+    a("--batch-size", type=whole(1, 4096), help="windows or texts at a time (default 4)")
+    a("--json", action="store_true", help="print one JSON object as the last line")
+
+    a = p.add_argument_group("perplexity, of a text").add_argument
+    a("--data", help="wikitext2, ptb, c4, docs, docstrings, code, headers, or a path "
+                     "(default: the run's, else wikitext2)")
+    a("--data-dir", metavar="FOLDER", help="folder that holds the text sets (default: the run's)")
+    a("--split", choices=["train", "validation", "test"], help="(default: test; validation of c4)")
+    a("--seqlen", type=whole(2, 1 << 20), help="tokens a window (default: the run's, else 2048 or what the model has)")
+    a("--max-tokens", type=whole(2, 1 << 40),
+      help="use only the first so many tokens (default: all, or as the run did if --data is the run's too)")
+
+    a = p.add_argument_group("generation, instead").add_argument
+    a("--generate", metavar="TEXT", action="append", help="continue TEXT; may be given several times")
+    a("--generate-from", metavar="FILE", help="continue each line of FILE, or each field text of a .jsonl; -: of stdin")
+    a("--chat", action="store_true", default=None, help="talk to it; without a chat template, lines are continued")
+    a("--max-new", type=whole(1, 1 << 20), help="tokens to generate (default 100)")
+    a("--temperature", type=real(0, 100), help="0, the default, is greedy")
+    a("--top-p", type=real(0, 1, above=True), help="draw from the likeliest tokens of this mass only (default 1)")
+    a("--seed", type=whole(0, 2**62), help="of the tokens drawn at a temperature (default 0)")
+    return p
+
+
+if __name__ == "__main__":
+    args = read_flags(flags())                           # before torch is loaded: --help and wrong flags answer at once
+
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from data.config import resolve
+from data.chat import ChatTemplate
+from data.checkpoint import read_json
+from data.config import SHIPPED, read_config, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
-from data.text import eval_tokens
+from data.text import FILES as TEXT_SETS, documents, eval_tokens, lines_of
 from data.tokenizer import load_tokenizer
 from model import load_model
 from prompt import HARD_PROMPT, load_prompt, text_nll, with_prompt
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 
+
+# --------------------------------------------------------------------------------------------------------------------
+# Perplexity
 
 @torch.no_grad()
 def perplexity(model, tokens: torch.Tensor, seqlen: int, prompt: torch.Tensor | None = None, batch_size: int = 4,
                title: str = "perplexity") -> tuple[float, int]:
-    """(perplexity, number of scored tokens) of 1-D tokens in windows of seqlen; the rest that fills no window is left out."""
+    """(perplexity, number of scored tokens) of 1-D tokens in windows of seqlen; a rest that fills no window is left out.
+
+    ValueError, with the title, as soon as a loss is NaN or infinite."""
     if seqlen < 2 or batch_size < 1:
-        raise ValueError(f"seqlen {seqlen} and batch size {batch_size} must be at least 2 and 1: a first token has no score")
+        raise ValueError(f"seqlen {seqlen} and batch size {batch_size} must be at least 2 and 1: "
+                         f"a first token has no score")
     if len(tokens) < seqlen:
-        raise ValueError(f"{len(tokens)} tokens cannot fill one window of seqlen {seqlen}: use more text or shorter windows")
+        raise ValueError(f"{len(tokens)} tokens cannot fill one window of seqlen {seqlen}: "
+                         f"use more text or shorter windows")
     windows = tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
-    device, total, count = model.embed_tokens.weight.device, 0.0, 0
+    device = model.embed_tokens.weight.device
+    total, count = 0.0, 0
     for batch in Progress(windows.split(batch_size), title):
         nll = text_nll(model, prompt, batch.to(device))
-        total, count = total + nll.double().sum().item(), count + nll.numel()
+        total += nll.double().sum().item()
+        count += nll.numel()
+        if not math.isfinite(total):
+            raise not_finite(title, f"the loss of tokens {count - nll.numel()} to {count}", total, model)
     return math.exp(min(total / count, 700.0)), count
 
 
-def sample(logits: torch.Tensor, temperature: float, top_p: float, generator) -> int:
-    """One token id from logits (vocab,): the largest at temperature 0, else a draw from the smallest set of mass top_p."""
+def not_finite(title: str, what: str, value: float, model) -> ValueError:
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    return ValueError(f"{title}: {what} is {value}: weights are damaged, or activations overflow {dtype}; "
+                      f"try --dtype {'float32' if dtype != 'float16' else 'bfloat16 or float32'}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Generation
+
+def pick(logits: torch.Tensor, temperature: float, top_p: float, u: torch.Tensor) -> torch.Tensor:
+    """One token id a row of logits (B, vocab): the likeliest at temperature 0, else a draw from the smallest set of
+    tokens whose mass reaches top_p. u (B,): uniform numbers in [0, 1), which decide."""
     if temperature == 0:
-        return int(logits.argmax())
-    p, ids = torch.softmax(logits.float().cpu() / temperature, -1).sort(descending=True)
-    p[p.cumsum(0) - p >= top_p] = 0                              # the first token always stays
-    return int(ids[torch.multinomial(p, 1, generator=generator)])
+        return logits.argmax(-1)
+    p, ids = torch.softmax(logits.float() / temperature, -1).sort(descending=True)
+    kept = p.cumsum(-1) - p < top_p                      # the first token always is
+    mass = (p * kept).cumsum(-1)
+    drawn = torch.searchsorted(mass, (u.to(mass) * mass[:, -1])[:, None], right=True)
+    return ids.gather(1, drawn.minimum(kept.sum(-1, keepdim=True) - 1))[:, 0]
+
+
+def begin(model, prompt: torch.Tensor | None, tokens: torch.Tensor, room: int) -> tuple:
+    """(input, cache) to read tokens (B, T) behind the prompt and then `room` more positions."""
+    return with_prompt(model, prompt, tokens, room)
 
 
 @torch.no_grad()
-def generate(model, tokenizer, text: str, max_new: int = 100, temperature: float = 0.0, top_p: float = 1.0,
-             prompt: torch.Tensor | None = None, seed: int = 0) -> str:
-    """The continuation of text, without text; stops at the end-of-text token or when the positions are used up."""
-    if max_new < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise ValueError(f"cannot generate {max_new} tokens at temperature {temperature} and top-p {top_p}: at least 1 token, "
-                         f"a temperature of 0 or more, and a top-p above 0 and up to 1 are needed")
-    ids = tokenizer.encode(text)
-    if not ids:
-        raise ValueError("nothing to continue: --generate got a text of no tokens, and this tokenizer adds none in front")
-    x = with_prompt(model, prompt, torch.tensor([ids], device=model.embed_tokens.weight.device))
-    room = model.config.max_positions - x.shape[1]
-    if room < 1:
-        raise ValueError(f"text and prompt take {x.shape[1]} of the model's {model.config.max_positions} positions: no room")
-    cache, g, out = model.new_cache(1, x.shape[1] + min(max_new, room)), torch.Generator().manual_seed(seed), []
-    for _ in range(min(max_new, room)):
-        token = sample(model.head(model.hidden(x, cache)[:, -1])[0], temperature, top_p, g)
-        if token == tokenizer.eos_id:
-            break
-        out.append(token)
-        x = torch.tensor([[token]], device=x.device)
-    return tokenizer.decode(ids + out)[len(tokenizer.decode(ids)):]      # alone, a first word would lose its space
+def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float = 0.0, top_p: float = 1.0,
+           prompt: torch.Tensor | None = None, seeds: list[int] | None = None,
+           stops: frozenset[int] = frozenset()) -> Iterator[tuple[int, int | None]]:
+    """Continue several rows of token ids together: yields (row, new token) as they come, (row, None) when a row ends.
 
+    A row ends after max_new tokens, at a token of `stops`, or when the model's positions are used up. All rows stand
+    at the same position, so nothing is padded or masked: while a longer row's given tokens last, it reads these where
+    the shorter ones already read what they made. Each row draws by its own seed, whatever else is in the batch."""
+    n = 0 if prompt is None else len(prompt)
+    positions = model.config.max_positions - n
+    shortest, longest = min(map(len, rows)), max(map(len, rows))
+    if not shortest:
+        raise ValueError("nothing to continue: a text has no tokens, and this tokenizer adds none in front")
+    if longest >= positions:
+        raise ValueError(f"text and prompt take {n + longest} of the model's {n + positions} positions: "
+                         f"no room to continue, use a shorter text")
+    device = model.embed_tokens.weight.device
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * len(rows)]
+    ends = [min(len(row) + max_new, positions) for row in rows]
+    first = torch.tensor([row[:shortest] for row in rows], device=device)
+    x, cache = begin(model, prompt, first, room=max(ends) - shortest)
+    running = set(range(len(rows)))
+    for at in range(shortest, max(ends)):
+        logits = model.head(model.hidden(x, cache)[:, -1])                             # (B, vocab)
+        if logits.isnan().any():
+            raise not_finite("generation", f"a logit of token {at}", math.nan, model)
+        u = torch.tensor([float(torch.rand((), generator=g)) if at >= len(row) and temperature else 0.0
+                          for g, row in zip(draws, rows)])
+        tokens = pick(logits, temperature, top_p, u).tolist()
+        for i, row in enumerate(rows):
+            if at < len(row):
+                tokens[i] = row[at]
+            elif i in running:
+                if tokens[i] not in stops:
+                    yield i, tokens[i]
+                if tokens[i] in stops or at + 1 == ends[i]:
+                    running.remove(i)
+                    yield i, None
+        if not running:
+            return
+        x = torch.tensor(tokens, device=device)[:, None]
+
+
+def stream(model, tokenizer, rows: list[list[int]], stops: frozenset[int] | None = None,
+           **how) -> Iterator[tuple[int, str]]:
+    """`decode` as text: yields (row, new piece of its text), and (row, "") when a row has ended. A character whose
+    bytes are not all there yet waits for them. stops: the end-of-text token unless given; how: see `decode`."""
+    stops = frozenset([tokenizer.eos_id]) if stops is None else stops
+    made = [[] for _ in rows]
+    shown = [len(tokenizer.decode(row)) for row in rows]  # alone, a first word would lose its space
+    for i, token in decode(model, rows, stops=stops, **how):
+        made[i] += [] if token is None else [token]
+        text = tokenizer.decode(rows[i] + made[i])
+        if text[shown[i]:] and (token is None or not text.endswith("\ufffd")):
+            yield i, text[shown[i]:]
+            shown[i] = len(text)
+        if token is None:
+            yield i, ""
+
+
+def generate(model, tokenizer, texts: list[str], max_new: int = 100, temperature: float = 0.0, top_p: float = 1.0,
+             prompt: torch.Tensor | None = None, seed: int = 0, batch_size: int = 4) -> Iterator[tuple[int, str]]:
+    """Continue the texts, batch_size at a time: yields what `stream` does, (number of the text, new piece or "").
+    Text i draws by seed + i, so that its continuation does not depend on the batch."""
+    for start in range(0, len(texts), batch_size):
+        rows = [tokenizer.encode(text) for text in texts[start:start + batch_size]]
+        seeds = [seed + start + i for i in range(len(rows))]
+        for i, piece in stream(model, tokenizer, rows, max_new=max_new, temperature=temperature, top_p=top_p,
+                               prompt=prompt, seeds=seeds):
+            yield start + i, piece
+
+
+def print_in_order(texts: list[str], pieces: Iterator[tuple[int, str]]) -> list[str]:
+    """Print each text and its continuation, the first unfinished one as it grows; returns the continuations."""
+    made, ended, current, printed = ["" for _ in texts], set(), 0, 0
+    print(texts[0], end="", flush=True)
+    for i, piece in pieces:
+        made[i] += piece
+        if not piece:
+            ended.add(i)
+        while current < len(texts):
+            print(made[current][printed:], end="", flush=True)
+            printed = len(made[current])
+            if current not in ended:
+                break
+            current, printed = current + 1, 0
+            print("\n" if current < len(texts) else "")
+            if current < len(texts):
+                print(texts[current], end="", flush=True)
+    return made
+
+
+def talk(model, tokenizer, template: ChatTemplate | None, lines: Iterator[str], seed: int = 0, **how) -> None:
+    """Print an answer to each line. With a template the whole conversation is read again for each answer; without one
+    each line is continued by itself. how: see `decode`."""
+    stops = frozenset([tokenizer.eos_id]) | (template.stops(tokenizer) if template else frozenset())
+    messages = []
+    for number, line in enumerate(lines):
+        line = line.rstrip("\n")
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        row = template.encode(tokenizer, messages) if template else tokenizer.encode(line)
+        answer = ""
+        for _, piece in stream(model, tokenizer, [row], stops, seeds=[seed + number], **how):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def ask() -> Iterator[str]:
+    """Lines of stdin until it ends, with a sign in front on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What to use where no flag says
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable(device: str) -> str:
+    """The device, if this machine has it; ValueError otherwise."""
+    try:
+        torch.empty(0, device=device)
+        found = torch.device(device).type in ("cpu", "cuda", "mps", "xpu")
+        why = "no place to compute"
+    except (RuntimeError, AssertionError) as e:
+        found, why = False, str(e).splitlines()[0]
+    if not found:
+        raise ValueError(f"--device {device} cannot be used here ({why}): try --device {default_device()}")
+    return device
+
+
+def fast_dtypes(device: str) -> set[str]:
+    """Names of the dtypes that this device multiplies at full speed. A CPU has bfloat16 only with AMX or AVX512-BF16:
+    with AVX2 alone a product takes 14 times as long as in float32; float16 is slow on all of them."""
+    if torch.device(device).type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return {"float32"} | ({"bfloat16"} if has.get("amx_bf16") or has.get("avx512_bf16") else set())
+    old = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return set(PRECISIONS) - ({"bfloat16"} if old else set())
+
+
+def default_dtype(device: str, stored: str = "float16") -> str:
+    """Name of the dtype to run in on this device: 16 bits where they are fast, else float32. A model stored in bfloat16
+    stays in it, as its activations may overflow float16."""
+    fast = fast_dtypes(device)
+    order = ["bfloat16", "float16"] if stored == "bfloat16" else ["float16", "bfloat16"]
+    return next((name for name in order if name in fast), "float32")
+
+
+def stored_dtype(folder: Path) -> str:
+    """What config.json says that the weights are in; float16 where it says nothing."""
+    path = folder / "config.json"
+    said = read_json(path) if path.exists() else {}
+    return str(said.get("dtype") or said.get("torch_dtype") or "float16")
+
+
+def shipped_settings() -> dict:
+    """Defaults for the tiny models that ship, as in train.py."""
+    from train import SCALES                             # train.py reads this file, so not at the top
+    return SCALES["tiny"]
+
+
+def locate(name: str) -> tuple[Path, dict, str]:
+    """(folder of a model, settings of the run that made it, where they are from) for a name, a checkpoint folder or the
+    --out folder of a run, which holds its model in compressed/."""
+    if name in SHIPPED:
+        return resolve(name), shipped_settings(), "its defaults"
+    path = Path(name)
+    holds_model = any((path / file).exists() for file in ("config.json", "params.json"))
+    if not holds_model and (path / "report.json").is_file():
+        if not (path / "compressed").is_dir():
+            model = run_settings(path / "report.json").get("model", "MODEL")
+            raise FileNotFoundError(f"{path} holds a run of train.py but no compressed/: for its dense model, "
+                                    f"python eval.py {model}")
+        path = path / "compressed"
+    report = path.resolve().parent / "report.json"
+    if path.resolve().name == "compressed" and report.is_file():
+        return resolve(path), run_settings(report), str(path.parent / "report.json")
+    return resolve(path if path.is_dir() else name), {}, "no run"
+
+
+def run_settings(report: Path) -> dict:
+    """The flags of the run that wrote a report.json."""
+    settings = read_json(report).get("settings")
+    kinds = {"data": str, "seqlen": int, "dtype": str, "max_tokens": int, "data_dir": str}
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(k), (t, type(None))) for k, t in kinds.items()):
+        raise ValueError(f"{report} is not a report of train.py: move it away, and give --data, --seqlen and --dtype")
+    return settings
+
+
+def fill_in(args, folder: Path, run: dict, source: str, positions: int) -> str:
+    """Set what no flag has set: as in the run that made the model, else by the machine and the model's positions.
+    Returns a line that says what was chosen."""
+    chosen = []
+
+    def choose(name, value, why):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+            chosen.append(f"{name.replace('_', '-')} {value} ({why})")
+
+    choose("device", default_device(), "what this machine has")
+    usable(args.device)
+    ran_in = run.get("dtype")
+    if ran_in in fast_dtypes(args.device):
+        choose("dtype", ran_in, source)
+    choose("dtype", default_dtype(args.device, stored_dtype(folder)), f"fast on this {torch.device(args.device).type}")
+    if args.mode == "perplexity":
+        if args.data is None and run.get("data"):
+            choose("data", run["data"], source)
+            if run.get("max_tokens"):
+                choose("max_tokens", run["max_tokens"], source)
+        choose("data", "wikitext2", "no run")
+        if run.get("data_dir") and args.data in TEXT_SETS:
+            choose("data_dir", run["data_dir"], source)
+        if run.get("seqlen"):
+            choose("seqlen", run["seqlen"], source)
+        choose("seqlen", min(2048, positions), "no run")
+    defaults = {"batch_size": 4, "max_new": 100, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return "; ".join(chosen)
+
+
+def check_flags(args) -> None:
+    """Sets args.mode; ValueError for flags that would do nothing."""
+    asked = [name for name in ("generate", "generate_from", "chat") if getattr(args, name) is not None]
+    if len(asked) > 1:
+        raise ValueError(f"{flag(asked[0])} and {flag(asked[1])} exclude each other: run them one after the other")
+    args.mode = asked[0] if asked else "perplexity"
+    for name in dict.fromkeys(name for names in MODES.values() for name in names):
+        if getattr(args, name) is not None and name not in MODES[args.mode]:
+            need = " or ".join(flag(mode) for mode in MODES if name in MODES[mode] and mode != "perplexity")
+            what = f"with {flag(args.mode)}" if asked else f"without {need}"
+            raise ValueError(f"{flag(name)} does nothing {what}: leave it out")
+    for name in ("top_p", "seed"):
+        if getattr(args, name) is not None and not args.temperature:
+            raise ValueError(f"{flag(name)} does nothing at temperature 0: leave it out, or add --temperature 1")
+    if args.prompt and args.hard_prompt:
+        raise ValueError("--prompt and --hard-prompt exclude each other: leave one out")
+    if args.json and args.mode == "chat":
+        raise ValueError("--json does nothing with --chat: leave it out")
+    if args.data is not None:
+        for name, sets in (("split", [*TEXT_SETS, *HARVESTED]), ("data_dir", TEXT_SETS)):
+            if getattr(args, name) is not None and args.data not in sets:
+                raise ValueError(f"{flag(name)} does nothing with --data {args.data}: leave it out")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The program
 
 def find_prompt(args, model, tokenizer) -> torch.Tensor | None:
     """The soft prompt of --prompt, the embedded text of --hard-prompt, or None."""
-    if args.prompt and args.hard_prompt:
-        raise ValueError("--prompt and --hard-prompt exclude each other")
     if args.prompt:
-        return load_prompt(args.prompt, model)[0]
-    if args.hard_prompt:
-        ids = torch.tensor(tokenizer.encode(args.hard_prompt, bos=False), device=model.embed_tokens.weight.device)
-        return model.embed(ids).float()
-    return None
+        return load_prompt(args.prompt, model, tokenizer)[0]
+    if args.hard_prompt is None:
+        return None
+    text = HARD_PROMPT if args.hard_prompt is True else args.hard_prompt
+    ids = tokenizer.encode(text, bos=False)
+    if not ids:
+        raise ValueError(f"--hard-prompt {text!r} has no tokens: give it some words")
+    return model.embed(torch.tensor(ids, device=model.embed_tokens.weight.device)).float()
+
+
+def read_texts(path: str) -> list[str]:
+    """Lines that are not empty of a file or of stdin (-), or the field text of each line of a .jsonl."""
+    if path == "-":
+        found = [line.rstrip("\n") for line in sys.stdin]
+    elif Path(path).suffix == ".jsonl":
+        found = documents(Path(path))
+    else:
+        found = [line.rstrip("\r\n") for line in lines_of(Path(path))]
+    found = [text for text in found if text.strip()]
+    if not found:
+        raise ValueError(f"--generate-from {path} holds no text: put one text into each line")
+    return found
+
+
+def measure(args, model, tokenizer, prompt) -> dict:
+    n = 0 if prompt is None else len(prompt)
+    positions = model.config.max_positions
+    if n + args.seqlen > positions:
+        raise ValueError(f"--seqlen {args.seqlen} and {n} prompt tokens need {n + args.seqlen} positions, but "
+                         f"{args.model} has {positions}: --seqlen {positions - n} fits")
+    split = args.split or ("validation" if args.data == "c4" else "test")              # C4 publishes no test split
+    tokens = eval_tokens(tokenizer, args.data, split, args.seqlen, args.max_tokens, folder=args.data_dir)
+    ppl, count = perplexity(model, tokens, args.seqlen, prompt, args.batch_size, f"perplexity of {args.model}")
+    source = harvest_name(args.data) if args.data in HARVESTED else args.data          # versions, where they matter
+    print(f"perplexity {ppl:.4f}  ({source}, {count} scored tokens, seqlen {args.seqlen}, {n} prompt tokens, "
+          f"{args.dtype}, {args.model})")
+    return {"perplexity": ppl, "tokens": count, "seqlen": args.seqlen, "prompt_tokens": n, "data": args.data,
+            "source": source, "split": split}
 
 
 def main(args) -> None:
-    folder = resolve(args.model)
+    check_flags(args)
+    folder, run, source = locate(args.model)
+    texts = args.generate or (read_texts(args.generate_from) if args.generate_from else [])
     tokenizer = load_tokenizer(folder)
+    template = ChatTemplate.of(folder) if args.chat else None
+    chosen = fill_in(args, folder, run, source, read_config(folder).max_positions)
+    if chosen:
+        say(chosen)
     model = load_model(folder, DTYPES[args.dtype], args.device, args.fused == "on")
     prompt = find_prompt(args, model, tokenizer)
-    if args.generate is not None:
-        text = generate(model, tokenizer, args.generate, args.max_new, args.temperature, args.top_p, prompt, args.seed)
-        print(args.generate + text)
-        if args.json:
-            print(json.dumps({"text": args.generate, "generated": text, "model": args.model, "dtype": args.dtype}))
+    how = {"max_new": args.max_new, "temperature": args.temperature, "top_p": args.top_p, "prompt": prompt}
+    if args.mode == "chat":
+        say("end with Ctrl-D" if template else "no chat template: each line is continued; end with Ctrl-D")
+        talk(model, tokenizer, template, ask(), args.seed, **how)
         return
-    split = args.split or ("validation" if args.data == "c4" else "test")                      # C4 publishes no test split
-    tokens = eval_tokens(tokenizer, args.data, split, args.seqlen, args.max_tokens, folder=args.data_dir)
-    ppl, count = perplexity(model, tokens, args.seqlen, prompt, args.batch_size)
-    n = 0 if prompt is None else len(prompt)
-    source = harvest_name(args.data) if args.data in HARVESTED else args.data                  # versions, where they matter
-    print(f"perplexity {ppl:.4f}  ({source}, {count} scored tokens, seqlen {args.seqlen}, {n} prompt tokens, {args.dtype}, "
-          f"{args.model})")
+    if args.mode == "perplexity":
+        result = measure(args, model, tokenizer, prompt)
+    else:
+        made = print_in_order(texts, generate(model, tokenizer, texts, seed=args.seed, batch_size=args.batch_size, **how))
+        result = {"generations": [{"text": text, "generated": new} for text, new in zip(texts, made)]}
     if args.json:
-        print(json.dumps({"perplexity": ppl, "tokens": count, "seqlen": args.seqlen, "prompt_tokens": n, "data": args.data,
-                          "source": source, "model": args.model, "dtype": args.dtype, "split": split}))
-
-
-def fail(e: Exception) -> None:
-    print(f"error: {e}", file=sys.stderr)
-    sys.exit(1)
+        print(json.dumps({**result, "model": args.model, "device": args.device, "dtype": args.dtype}, allow_nan=False))
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description="Perplexity of a model folder, or a continuation of --generate TEXT.")
-    p.add_argument("model", help="a checkpoint folder or a name such as llama-7b")
-    p.add_argument("--data", default="wikitext2", help="wikitext2, ptb, c4, docs, docstrings, code, headers, or a path")
-    p.add_argument("--data-dir", type=Path, help="folder that holds the text sets")
-    p.add_argument("--split", choices=["train", "validation", "test"])
-    p.add_argument("--seqlen", type=int, default=2048, help="tokens a window")
-    p.add_argument("--max-tokens", type=int, help="use only the first so many tokens")
-    p.add_argument("--prompt", type=Path, help="a learned prompt file")
-    p.add_argument("--hard-prompt", metavar="TEXT", nargs="?", const=HARD_PROMPT, help="a prompt in words; alone: the paper's")
-    p.add_argument("--generate", metavar="TEXT", help="continue TEXT instead of measuring")
-    p.add_argument("--max-new", type=int, default=100, help="tokens to generate")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--batch-size", type=int, default=4, help="windows at a time")
-    p.add_argument("--seed", type=int, default=0, help="of the tokens drawn at a temperature")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", default="float32", choices=DTYPES)
-    p.add_argument("--fused", default="on", choices=["on", "off"], help="off: unpack packed weights once, run ordinary Linears")
-    p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    try:
-        main(p.parse_args())
-    except (ValueError, OSError) as e:
-        fail(e)
+    run_program(main, args)

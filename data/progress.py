@@ -1,25 +1,52 @@
 """A progress bar in a few lines: share done, time spent, time left, and a note. One line on a terminal, a few in a log."""
+import shutil
 import sys
 import time
+
+
+def duration(seconds: float) -> str:
+    """8 s, 12 min 5 s, 3 h 20 min."""
+    s = round(seconds)
+    if s < 600:
+        return f"{s} s"
+    if s < 36000:
+        return f"{s // 60} min {s % 60} s"
+    return f"{s // 3600} h {s % 3600 // 60} min"
 
 
 class Progress:
     """for x in Progress(items, "title"): ...; call .note(text) inside the loop to show a number beside the bar."""
 
     def __init__(self, items, title: str, stream=None):
-        self.items, self.title, self.stream, self.text = items, title, stream or sys.stderr, ""
+        self.items = items
+        self.title = title
+        self.stream = stream or sys.stderr
+        self.text = ""
 
     def note(self, text: str) -> None:
         self.text = text
 
     def __iter__(self):
-        total, start, live, shown = len(self.items), time.monotonic(), self.stream.isatty(), -1
+        total = len(self.items)
+        start = time.monotonic()
+        live = self.stream.isatty()
+        shown = -1
         for done, item in enumerate(self.items, 1):
             yield item
             spent = time.monotonic() - start
             step = int(spent * 5) if live else done * 5 // total          # 5 times a second, or 5 lines in a log
             if step != shown or done == total:
-                shown, left = step, spent / done * (total - done)
-                bar = "#" * (20 * done // total) + "-" * (20 - 20 * done // total)
-                print(f"{self.title:28.28s} {bar} {done}/{total}  {spent:.0f} s, {left:.0f} s left  {self.text}",
-                      end="\r" if live and done < total else "\n", file=self.stream, flush=True)
+                shown = step
+                self.draw(done, total, spent, live)
+
+    def draw(self, done: int, total: int, spent: float, live: bool) -> None:
+        left = spent / done * (total - done)
+        numbers = f"{done}/{total}  {duration(spent)}, {duration(left)} left  {self.text}".rstrip()
+        bar = "#" * (20 * done // total) + "-" * (20 - 20 * done // total)
+        line = f"{self.title:28s} {bar} {numbers}"
+        if live:                                         # a line that wraps could not be drawn over
+            columns = shutil.get_terminal_size().columns - 1
+            if len(line) > columns:
+                line = f"{self.title} {numbers}"[:columns]
+            line = line.ljust(columns)                   # covers what a longer line left behind
+        print(line, end="\r" if live and done < total else "\n", file=self.stream, flush=True)

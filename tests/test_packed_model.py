@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from data.checkpoint import write_safetensors
 from data.config import Config
-from kernels import bench_model
+from bench import models as bench_model
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from model import Transformer, load_model, save_model, storage
@@ -31,6 +31,7 @@ class Result(NamedTuple):               # what the solvers return
     zero: torch.Tensor
     g_idx: torch.Tensor
     grid: str
+    bits: int
 
 
 def compress(W: torch.Tensor, format: str, grid: str, bits: int = 4, groupsize: int = -1, shuffled: bool = False) -> Result:
@@ -53,7 +54,7 @@ def compress(W: torch.Tensor, format: str, grid: str, bits: int = 4, groupsize: 
         k = (W.abs() / scale[:, g_idx] - zero[:, g_idx]).round().clamp(0, top - 1)
         codes = k + top * (W < 0)
         weight = W.sign() * scale[:, g_idx] * (k + zero[:, g_idx])
-    return Result(weight.masked_fill(mask, 0), mask, codes.to(torch.uint8).masked_fill(mask, 0), scale, zero, g_idx, grid)
+    return Result(weight.masked_fill(mask, 0), mask, codes.to(torch.uint8).masked_fill(mask, 0), scale, zero, g_idx, grid, bits)
 
 
 def models(family: str, format: str, grid: str, bits: int = 4, groupsize: int = -1, shuffled: bool = False):
@@ -67,7 +68,7 @@ def models(family: str, format: str, grid: str, bits: int = 4, groupsize: int = 
     for name, linear in dense.linears():
         out = compress(linear.weight, format, grid, bits, groupsize, shuffled)
         linear.weight.data = out.weight
-        packed.set_submodule(name, PackedLinear(pack_compressed(out, bits), linear.bias))
+        packed.set_submodule(name, PackedLinear(pack_compressed(out), linear.bias))
     return packed, dense
 
 

@@ -1,0 +1,294 @@
+"""Chat templates: a conversation as the text that a model was tuned on. Renders the part of Jinja that templates use.
+
+    template = ChatTemplate.of("checkpoints/llama-2-7b-chat")          # None if the folder has none
+    ids = template.encode(tokenizer, [{"role": "user", "content": "Hello"}])
+
+A template comes from chat_template.jinja or from tokenizer_config.json. It is read with the white space rules of the
+Hugging Face library (trim_blocks, lstrip_blocks). Understood are text, {{ }}, {# #}, for, if / elif / else, set, and
+expressions that are also Python's (`|` for filters and `~` aside): Python's own parser reads them, and only the kinds
+listed in `evaluate` are computed, so that no code of a template can run. An expression is looked at only when it is
+reached: tools and the like may use more. Left out: macros, tools, images; anything unknown is one clear error.
+"""
+import ast
+import operator
+import re
+from pathlib import Path
+
+from data.checkpoint import read_json
+
+QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
+TAGS = re.compile(r"(\{%-?(?:" + QUOTED + r"|[^'\"])*?-?%\}|\{\{-?(?:" + QUOTED + r"|[^'\"])*?-?\}\}|\{#.*?#\})", re.S)
+METHODS = {"strip", "lstrip", "rstrip", "startswith", "endswith", "upper", "lower", "title", "capitalize", "split",
+           "replace", "get", "items", "keys", "values"}
+COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+           ast.GtE: operator.ge, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b}
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mod: operator.mod,
+              ast.MatMult: lambda a, b: str(a) + str(b)}               # what `~` has been turned into
+FILTERS = {"trim": str.strip, "length": len, "upper": str.upper, "lower": str.lower, "capitalize": str.capitalize,
+           "title": str.title, "string": str, "list": list, "first": lambda x: x[0], "last": lambda x: x[-1],
+           "join": lambda x, by="": by.join(x), "default": lambda x, other="": other if x is UNDEFINED else x}
+TESTS = {"defined": lambda x: x is not UNDEFINED, "undefined": lambda x: x is UNDEFINED, "none": lambda x: x is None,
+         "string": lambda x: isinstance(x, str), "mapping": lambda x: isinstance(x, dict),
+         "iterable": lambda x: isinstance(x, (str, list, tuple, dict)), "true": lambda x: x is True,
+         "false": lambda x: x is False, "boolean": lambda x: isinstance(x, bool),
+         "number": lambda x: isinstance(x, (int, float)), "sequence": lambda x: isinstance(x, (str, list, tuple))}
+
+
+class Undefined:
+    """What a name without a value is: false, and no text."""
+
+    def __bool__(self):
+        return False
+
+    def __str__(self):
+        return ""
+
+    def __iter__(self):
+        return iter(())
+
+
+UNDEFINED = Undefined()
+
+
+class ChatTemplate:
+    """source: the template's text; path: its file, for messages; names: bos_token and eos_token, as it may write them."""
+
+    def __init__(self, source: str, path: Path | str = "template", names: dict[str, str] | None = None):
+        self.path = path
+        self.names = names or {}
+        parts = TAGS.split(source.removesuffix("\n"))                  # text, tag, text, ..., text
+        strip_around(parts)
+        with self.errors():
+            self.nodes, rest = parse(parts, 0, ())
+
+    @classmethod
+    def of(cls, folder: str | Path) -> "ChatTemplate | None":
+        """The template of a checkpoint folder, or None."""
+        folder = Path(folder)
+        config = folder / "tokenizer_config.json"
+        said = read_json(config) if config.exists() else {}
+        source, path = said.get("chat_template"), config
+        if (folder / "chat_template.jinja").exists():
+            path = folder / "chat_template.jinja"
+            source = path.read_text(encoding="utf-8")
+        if isinstance(source, list):                                   # several, by name
+            source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}.get("default")
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise ValueError(f"{path}: chat_template is no text: correct it, or use --generate")
+        names = {}
+        for role in ("bos_token", "eos_token"):
+            token = said.get(role)
+            token = token.get("content") if isinstance(token, dict) else token
+            names[role] = token if isinstance(token, str) else ""
+        return cls(source, path, names)
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """The conversation as text, up to where the answer begins."""
+        out = []
+        scope = {**self.names, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        with self.errors():
+            run(self.nodes, scope, out)
+        return "".join(out)
+
+    def encode(self, tokenizer, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
+        """Its ids. BOS and EOS, which a sentencepiece model reads as ordinary text, become what they are."""
+        ids = {self.names.get("bos_token"): tokenizer.bos_id, self.names.get("eos_token"): tokenizer.eos_id}
+        ids = {text: i for text, i in ids.items() if text and i is not None}
+        parts = [self.render(messages, add_generation_prompt)]
+        if ids:
+            parts = re.split("(" + "|".join(map(re.escape, ids)) + ")", parts[0])
+        return [i for part in parts if part
+                for i in ([ids[part]] if part in ids else tokenizer.encode(part, bos=False))]
+
+    def stops(self, tokenizer) -> frozenset[int]:
+        """The special token that the template writes after an answer, if there is one."""
+        mark = "ANSWER"
+        messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": mark}]
+        after = self.render(messages, add_generation_prompt=False).rpartition(mark)[2].lstrip()
+        first = tokenizer.encode(after, bos=False)[:1] if after else []
+        return frozenset(i for i in first if tokenizer.decode([i]) == "")
+
+    def errors(self):
+        return Renamed(self.path)
+
+
+class Renamed:
+    """Whatever goes wrong inside becomes one ValueError with the template's file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, e, trace):
+        if isinstance(e, (ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxError, RecursionError)):
+            raise ValueError(f"{self.path}: this chat template cannot be used ({e}): use --generate instead") from None
+
+
+def strip_around(parts: list[str]) -> None:
+    """White space around tags, in place: `-` takes all of it; a block or comment takes the indent before it, where it
+    begins a line, and one newline after it."""
+    for i in range(1, len(parts), 2):
+        tag = parts[i]
+        if tag[2] == "-":
+            parts[i - 1] = parts[i - 1].rstrip()
+        elif tag[1] != "{":
+            line = parts[i - 1].rpartition("\n")
+            if not line[2].strip(" \t") and (line[1] or i == 1):
+                parts[i - 1] = line[0] + line[1]
+        if tag[-3] == "-":
+            parts[i + 1] = parts[i + 1].lstrip()
+        elif tag[1] != "{":
+            parts[i + 1] = parts[i + 1].removeprefix("\n")
+
+
+def parse(parts: list[str], at: int, until: tuple[str, ...]) -> tuple[list[tuple], int]:
+    """(nodes, index of the tag that ended them) from parts[at] on, which is text."""
+    nodes = []
+    while True:
+        if parts[at]:
+            nodes.append(("text", parts[at]))
+        at += 1
+        if at >= len(parts):
+            if until:
+                raise ValueError(f"{until[-1]} is missing")
+            return nodes, at
+        tag = parts[at]
+        inner = tag[2:-2].strip("-").strip()
+        word, _, rest = inner.partition(" ")
+        if tag.startswith("{{"):
+            nodes.append(("out", inner))
+        elif tag.startswith("{%") and word in until:
+            return nodes, at
+        elif tag.startswith("{%") and word == "set" and "=" in rest:
+            target, value = map(str.strip, rest.split("=", 1))
+            nodes.append(("set", target, value))
+        elif tag.startswith("{%") and word == "for":
+            names, _, items = rest.partition(" in ")
+            body, at = parse(parts, at + 1, ("endfor",))
+            nodes.append(("for", [name.strip() for name in names.split(",")], items, body))
+        elif tag.startswith("{%") and word == "if":
+            branches, condition = [], rest
+            while word != "endif":
+                body, at = parse(parts, at + 1, ("elif", "else", "endif"))
+                branches.append((condition, body))
+                word, _, condition = parts[at][2:-2].strip("-").strip().partition(" ")
+                condition = "true" if word == "else" else condition
+            nodes.append(("if", branches))
+        elif tag.startswith("{%"):
+            raise ValueError(f"{{% {word} %}} is not supported")
+        at += 1
+
+
+def run(nodes: list[tuple], scope: dict, out: list[str]) -> None:
+    for kind, *node in nodes:
+        if kind == "text":
+            out.append(node[0])
+        elif kind == "out":
+            value = evaluate(node[0], scope)
+            out.append("None" if value is None else str(value))
+        elif kind == "set":
+            target, _, field = node[0].partition(".")
+            if field:
+                scope[target][field] = evaluate(node[1], scope)        # a namespace
+            else:
+                scope[target] = evaluate(node[1], scope)
+        elif kind == "if":
+            for condition, body in node[0]:
+                if evaluate(condition, scope):
+                    run(body, scope, out)
+                    break
+        else:
+            names, items, body = node
+            items = list(evaluate(items, scope))
+            for i, item in enumerate(items):
+                loop = {"index0": i, "index": i + 1, "first": i == 0, "last": i + 1 == len(items), "length": len(items),
+                        "previtem": items[i - 1] if i else UNDEFINED,
+                        "nextitem": items[i + 1] if i + 1 < len(items) else UNDEFINED}
+                values = [item] if len(names) == 1 else item
+                run(body, {**scope, **dict(zip(names, values)), "loop": loop}, out)  # what it sets ends with it
+
+
+def evaluate(text: str, scope: dict):
+    """The value of an expression. `|`, which binds tightest in Jinja, is read as `**`, and `~` as `@`."""
+    pieces = re.split(f"({QUOTED})", text)
+    pieces[::2] = [piece.replace("|", "**").replace("~", "@") for piece in pieces[::2]]
+    return value_of(ast.parse("".join(pieces).strip(), mode="eval").body, scope)
+
+
+def value_of(node: ast.expr, scope: dict):
+    value = lambda child: value_of(child, scope)
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.Name():
+            known = {"true": True, "false": False, "none": None}
+            return known[node.id] if node.id in known else scope.get(node.id, UNDEFINED)
+        case ast.List() | ast.Tuple():
+            return [value(x) for x in node.elts]
+        case ast.Dict():
+            return {value(k): value(v) for k, v in zip(node.keys, node.values)}
+        case ast.IfExp():
+            return value(node.body) if value(node.test) else value(node.orelse)
+        case ast.UnaryOp(op=ast.Not()):
+            return not value(node.operand)
+        case ast.UnaryOp(op=ast.USub()):
+            return -value(node.operand)
+        case ast.BoolOp():
+            for child in node.values:
+                result = value(child)
+                if bool(result) == isinstance(node.op, ast.Or):
+                    break
+            return result
+        case ast.BinOp(op=ast.Pow()):
+            return filtered(value(node.left), node.right, scope)
+        case ast.BinOp() if type(node.op) in ARITHMETIC:
+            return ARITHMETIC[type(node.op)](value(node.left), value(node.right))
+        case ast.Compare():
+            left = value(node.left)
+            for op, child in zip(node.ops, node.comparators):
+                if isinstance(op, (ast.Is, ast.IsNot)):                # a test, as in `x is defined`
+                    name = child.id if isinstance(child, ast.Name) else str(getattr(child, "value", "?")).lower()
+                    if name not in TESTS:
+                        raise ValueError(f"the test `is {name}` is not supported")
+                    holds = TESTS[name](left) == isinstance(op, ast.Is)
+                else:
+                    right = value(child)
+                    holds, left = COMPARE[type(op)](left, right), right
+                if not holds:
+                    return False
+            return True
+        case ast.Subscript(slice=ast.Slice() as cut):
+            low, high, step = (None if x is None else value(x) for x in (cut.lower, cut.upper, cut.step))
+            return value(node.value)[low:high:step]
+        case ast.Subscript():
+            held, key = value(node.value), value(node.slice)
+            return held.get(key, UNDEFINED) if isinstance(held, dict) else held[key]
+        case ast.Attribute():
+            held = value(node.value)
+            if isinstance(held, dict):
+                return held.get(node.attr, UNDEFINED)
+            raise ValueError(f"`{ast.unparse(node)}` is not supported")
+        case ast.Call(func=ast.Name(id="raise_exception")):
+            raise ValueError(str(value(node.args[0])))
+        case ast.Call(func=ast.Name(id="namespace")):
+            return {k.arg: value(k.value) for k in node.keywords}
+        case ast.Call(func=ast.Attribute(attr=name)) if name in METHODS and not node.keywords:
+            held = value(node.func.value)
+            if isinstance(held, (str, dict)):
+                return getattr(held, name)(*map(value, node.args))
+    raise ValueError(f"`{ast.unparse(node)}` is not supported")
+
+
+def filtered(held, node: ast.expr, scope: dict):
+    """held | filter | filter: `**` groups to the right."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        return filtered(filtered(held, node.left, scope), node.right, scope)
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    name = call.func.id if isinstance(call.func, ast.Name) else ""
+    if name not in FILTERS or call.keywords:
+        raise ValueError(f"the filter `{ast.unparse(node)}` is not supported")
+    return FILTERS[name](held, *(value_of(x, scope) for x in call.args))

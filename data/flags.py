@@ -1,0 +1,107 @@
+"""What the programs share before and after their work: flags with bounds, one-line errors, exit codes. Needs no torch.
+
+    parser = Flags(description="...")                    # a wrong flag is one line, exit code 2
+    parser.add_argument("--steps", type=whole(0, 10**7), help="...")
+    if __name__ == "__main__":
+        args = read_flags(parser)                        # above `import torch`, so that --help answers at once
+    import torch
+    ...
+    if __name__ == "__main__":
+        run_program(main, args)                          # 0 done, 2 bad input, 130 Ctrl-C; a traceback is a bug
+
+Messages say what is wrong, in which file or flag, and what to do, in one line on stderr.
+"""
+import argparse
+import math
+import os
+import signal
+import sys
+
+PRECISIONS = ("float32", "bfloat16", "float16")          # torch dtypes by name
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class Flags(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line without the usage, and that takes no shortened flags."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str):
+        fail(ValueError(message.removeprefix("argument ") + f"; see {self.prog} --help"))
+
+
+def whole(least: int, most: int):
+    """A type for argparse: a whole number from least to most."""
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
+        return value
+    return read
+
+
+def real(least: float, most: float, above: bool = False):
+    """A type for argparse: a finite number from least (above=True: from just above it) to most."""
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value) or not least <= value <= most or above and value == least:
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {least:g} "
+                                             f"and at most {most:g}")
+        return value
+    return read
+
+
+def flag(name: str) -> str:
+    """The flag of an attribute: max_new -> --max-new."""
+    return "--" + name.replace("_", "-")
+
+
+def read_flags(parser: Flags) -> argparse.Namespace:
+    """The command line. From here to `run_program`, while packages load, Ctrl-C ends in one line as well."""
+    args = parser.parse_args()
+    signal.signal(signal.SIGINT, stop_now)
+    return args
+
+
+def run_program(main, args, after_interrupt: str = "stopped") -> None:
+    """main(args) with its errors turned into one line and an exit code. after_interrupt: what Ctrl-C prints."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        say(after_interrupt)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:                              # the reader of our output, such as head, has gone
+        os._exit(128 + signal.SIGPIPE)
+    except (ValueError, OSError) as e:
+        fail(e)
+    except MemoryError:
+        fail(ValueError("out of memory: lower --batch-size or --seqlen, or take a smaller model"))
+    except RuntimeError as e:
+        if not any(words in str(e) for words in ("out of memory", "not enough memory", "can't allocate memory")):
+            raise
+        fail(ValueError(f"{str(e).splitlines()[0][:200]}: lower --batch-size or --seqlen, or take a smaller model"))
+
+
+def fail(e: Exception) -> None:
+    """The error as one line on stderr; ends the program with exit code 2."""
+    say("error: " + " ".join(str(e).split("\n")))
+    sys.exit(BAD_INPUT)
+
+
+def say(line: str) -> None:
+    """A line on stderr, over a progress bar that has not ended."""
+    print(f"\r{line}\x1b[K" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+
+def stop_now(*_) -> None:
+    os.write(2, b"\rstopped\n")
+    os._exit(INTERRUPTED)

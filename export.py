@@ -35,6 +35,7 @@ import torch
 
 from data.checkpoint import raw, read_json, read_safetensors, verify, write_atomic, write_safetensors
 from data.config import Config, hf_config, resolve
+from data.flags import Flags, run_program
 from data.tokenizer import SentencePiece, load_tokenizer
 from kernels.packing import Packed, groups_of
 from kernels.unpacking import unpack
@@ -334,6 +335,8 @@ def write_pth(path: Path, entries: list[tuple[str, torch.Size, torch.dtype, Call
 
 def to_peft(model: str, c: Config, prompt: torch.Tensor, folder: Path) -> None:
     """prompt (n, width) as a prompt-tuning adapter of a causal model."""
+    if prompt.dim() != 2:
+        raise ValueError("this prompt holds keys and values for every layer, and PEFT's prompt tuning knows embeddings only")
     n, width = prompt.shape
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "adapter_model.safetensors", {"prompt_embeddings": prompt.float()})
@@ -393,7 +396,7 @@ def main(args) -> None:
         save_prompt(out, prompt, {"from": str(args.prompt)})
     elif args.to == "peft":
         prompt, _ = load_prompt(args.prompt)
-        if prompt.shape[1] != source.config.d_embed:
+        if prompt.dim() == 2 and prompt.shape[1] != source.config.d_embed:
             raise ValueError(f"{args.prompt} is of width {prompt.shape[1]}; the embeddings of {folder} are "
                              f"{source.config.d_embed} wide")
         to_peft(str(args.model), source.config, prompt, new_folder(out, folder))
@@ -405,7 +408,7 @@ def main(args) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Models and prompts in the files of other programs, and theirs in ours.")
+    p = Flags(description="Models and prompts in the files of other programs, and theirs in ours.")
     p.add_argument("model", help="a checkpoint folder, packed or not, or a name such as llama-7b")
     p.add_argument("out", nargs="?", help="the new folder (--to prompt: file)")
     p.add_argument("--to", choices=["hf", "gptq", "meta", "peft", "prompt"], help="what to write")
@@ -416,10 +419,4 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main, parse())

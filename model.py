@@ -26,9 +26,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import (read_folder, read_meta, read_metadata, read_safetensors, write_atomic,
+from data.checkpoint import (Tensors, read_folder, read_meta, read_metadata, read_safetensors, write_atomic,
                              write_safetensors)
-from data.config import Config, hf_config, packed_layers, read_config, resolve
+from data.config import Config, file_sums, hf_config, packed_layers, read_config, resolve
 from kernels.linear import PackedLinear
 from kernels.packing import Packed, check_packed, count_kept, nbytes
 from kernels.unpacking import unpack
@@ -312,12 +312,15 @@ class Checkpoint:
     tensor("blocks.0.attn.q.weight") is one of them as it is stored; packed["blocks.0.attn.q"] is a Linear that is
     stored packed. Raises ValueError with one line for missing, extra or mis-shaped weights."""
 
-    def __init__(self, place: Path, config: Config, files: dict[str, torch.Tensor], layers: dict[str, dict],
+    def __init__(self, place: Path, config: Config, files: Tensors, layers: dict[str, dict],
                  skeleton: nn.Module, prefix: str = "", meta: bool = False):
         """place: named in errors. files: the file's names and tensors, layers: meta of its packed Linears. skeleton: the
         module, on the meta device, that they must fill, its names beginning with prefix. meta: Meta's layout."""
         self.place, self.config, self.files, self.meta = place, config, files, meta
         stored = {n if meta else bare_name(n): n for n in files}
+        twice = set(files) - set(stored.values())
+        if twice:
+            raise ValueError(f"{place} holds {twice.pop()} under a shorter name too: its weights are not of one model")
         if config.family == "opt" and not prefix and "lm_head.weight" not in stored:
             config.tied = True                                   # OPT always ties; some files say so by leaving it out
             skeleton.lm_head = None
@@ -331,8 +334,8 @@ class Checkpoint:
             if key is None:
                 missing.append(theirs)
                 continue
-            if files[key].shape != p.shape:
-                raise ValueError(f"{place}: {key} has shape {tuple(files[key].shape)}, but the configuration wants "
+            if files.shape(key) != p.shape:                      # reads nothing
+                raise ValueError(f"{place}: {key} has shape {tuple(files.shape(key))}, but the configuration wants "
                                  f"{tuple(p.shape)}")
             self.keys[prefix + name] = key
         if config.tied:
@@ -460,7 +463,8 @@ def published_state(module: nn.Module, family: str, prefix: str = "", dtype: tor
 def save_config(folder: Path, config: Config, layers: dict, dtype: torch.dtype = torch.float16,
                 extra: dict | None = None) -> None:
     """config.json; `layers` is what the packed tensors mean, `extra` joins it."""
-    held = {**hf_config(config, layers), "torch_dtype": str(dtype).removeprefix("torch."), **(extra or {})}
+    files = file_sums(folder) if layers else None                # packed: nobody can put a folder together from two
+    held = {**hf_config(config, layers, files), "torch_dtype": str(dtype).removeprefix("torch."), **(extra or {})}
     write_atomic(folder / "config.json", lambda f: f.write(json.dumps(held, indent=1).encode()))
 
 

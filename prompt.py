@@ -26,7 +26,6 @@ import hashlib
 import json
 import math
 import os
-import struct
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -35,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from data import parallel
-from data.checkpoint import read_safetensors, read_torch, write_atomic, write_safetensors
+from data.checkpoint import check_tensor, parse_json, read_safetensors, read_torch, write_atomic, write_safetensors
 
 HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary "
                "adjustments to ensure optimal performance.")    # the paper's own, section 3.2
@@ -445,13 +444,14 @@ def load_prompt(path: str | Path, model=None, tokenizer=None, force: bool = Fals
         settings = {k: v for k, v in held.items() if k != "soft_prompt"} if isinstance(held, dict) else {}
     else:
         held = read_safetensors(path)
-        with open(path, "rb") as f:
-            header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
-        told = header.get("__metadata__", {})
-        settings, theirs = json.loads(told.get("settings", "{}")), json.loads(told.get("owner", "{}"))
+        try:
+            settings, theirs = (parse_json(held.metadata.get(key, "{}").encode()) for key in ("settings", "owner"))
+        except ValueError as e:
+            raise ValueError(f"{path} says of its prompt what is no JSON ({e}): it is damaged, learn or copy it again") from None
     prompt = held.get("soft_prompt") if isinstance(held, dict) else held
     if not torch.is_tensor(prompt) or prompt.dim() not in (2, 5):
         raise ValueError(f"{path} holds no soft_prompt of shape (n, width) or (n, layers, 2, heads, head_dim)")
+    check_tensor(prompt, "soft_prompt", path)
     if model is not None:
         check_fits(model, prompt, str(path))
         ours = owner(model, tokenizer) if theirs else {}

@@ -10,7 +10,7 @@ import torch.nn as nn
 from safetensors.torch import load_file
 
 from data.checkpoint import write_safetensors
-from data.config import Config
+from data.config import Config, file_sums
 from bench import models as bench_model
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
@@ -165,6 +165,8 @@ def broken(folder, to, change=lambda tensors: None, config=lambda j: None):
     change(tensors)
     config(j)
     write_safetensors(to / "model.safetensors", tensors)                   # with checksums, as save_model does
+    if "files" in j.get("quantization_config", {}):
+        j["quantization_config"]["files"] = file_sums(to)
     (to / "config.json").write_text(json.dumps(j))
     return to
 

@@ -132,16 +132,16 @@ def strip_around(parts: list[str]) -> None:
     """White space around tags, in place: `-` takes all of it; a block or comment takes the indent before it, where it
     begins a line, and one newline after it."""
     for i in range(1, len(parts), 2):
-        tag = parts[i]
-        if tag[2] == "-":
+        if parts[i][2] == "-":
             parts[i - 1] = parts[i - 1].rstrip()
-        elif tag[1] != "{":
-            line = parts[i - 1].rpartition("\n")
-            if not line[2].strip(" \t") and (line[1] or i == 1):
-                parts[i - 1] = line[0] + line[1]
-        if tag[-3] == "-":
+        elif parts[i][1] != "{":
+            before, newline, indent = parts[i - 1].rpartition("\n")
+            if not indent.strip(" \t") and (newline or i == 1):
+                parts[i - 1] = before + newline
+    for i in range(1, len(parts), 2):                                  # newlines had to be there until now
+        if parts[i][-3] == "-":
             parts[i + 1] = parts[i + 1].lstrip()
-        elif tag[1] != "{":
+        elif parts[i][1] != "{":
             parts[i + 1] = parts[i + 1].removeprefix("\n")
 
 
@@ -213,10 +213,12 @@ def run(nodes: list[tuple], scope: dict, out: list[str]) -> None:
 
 
 def evaluate(text: str, scope: dict):
-    """The value of an expression. `|`, which binds tightest in Jinja, is read as `**`, and `~` as `@`."""
-    pieces = re.split(f"({QUOTED})", text)
+    """The value of an expression. `|`, which binds tightest in Jinja, is read as `**`, and `~` as `@`; strings may hold
+    newlines."""
+    pieces = re.split(f"({QUOTED})", text, flags=re.S)
     pieces[::2] = [piece.replace("|", "**").replace("~", "@") for piece in pieces[::2]]
-    return value_of(ast.parse("".join(pieces).strip(), mode="eval").body, scope)
+    pieces[1::2] = [piece.replace("\n", "\\n") for piece in pieces[1::2]]
+    return value_of(ast.parse(f"({''.join(pieces)})", mode="eval").body, scope)
 
 
 def value_of(node: ast.expr, scope: dict):

@@ -145,6 +145,12 @@ def strip_around(parts: list[str]) -> None:
             parts[i + 1] = parts[i + 1].removeprefix("\n")
 
 
+def split_tag(tag: str) -> tuple[str, str]:
+    """"{%- if x %}" -> ("if", "x")."""
+    word, *rest = tag[2:-2].strip("-").split(None, 1) or [""]
+    return word, rest[0].rstrip() if rest else ""
+
+
 def parse(parts: list[str], at: int, until: tuple[str, ...]) -> tuple[list[tuple], int]:
     """(nodes, index of the tag that ended them) from parts[at] on, which is text."""
     nodes = []
@@ -157,10 +163,9 @@ def parse(parts: list[str], at: int, until: tuple[str, ...]) -> tuple[list[tuple
                 raise ValueError(f"{until[-1]} is missing")
             return nodes, at
         tag = parts[at]
-        inner = tag[2:-2].strip("-").strip()
-        word, _, rest = inner.partition(" ")
+        word, rest = split_tag(tag)
         if tag.startswith("{{"):
-            nodes.append(("out", inner))
+            nodes.append(("out", tag[2:-2].strip("-")))
         elif tag.startswith("{%") and word in until:
             return nodes, at
         elif tag.startswith("{%") and word == "set" and "=" in rest:
@@ -175,7 +180,7 @@ def parse(parts: list[str], at: int, until: tuple[str, ...]) -> tuple[list[tuple
             while word != "endif":
                 body, at = parse(parts, at + 1, ("elif", "else", "endif"))
                 branches.append((condition, body))
-                word, _, condition = parts[at][2:-2].strip("-").strip().partition(" ")
+                word, condition = split_tag(parts[at])
                 condition = "true" if word == "else" else condition
             nodes.append(("if", branches))
         elif tag.startswith("{%"):

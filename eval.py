@@ -227,8 +227,7 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, u: torch.Tensor
 
 def begin(model, prompt: torch.Tensor | None, tokens: torch.Tensor, room: int) -> tuple:
     """(input, cache) to read tokens (B, T) behind the prompt and then `room` more positions."""
-    x = with_prompt(model, prompt, tokens)
-    return x, model.new_cache(len(tokens), x.shape[1] + room)
+    return with_prompt(model, prompt, tokens, room)
 
 
 @torch.no_grad()
@@ -497,7 +496,7 @@ def check_flags(args) -> None:
 def find_prompt(args, model, tokenizer) -> torch.Tensor | None:
     """The soft prompt of --prompt, the embedded text of --hard-prompt, or None."""
     if args.prompt:
-        return load_prompt(args.prompt, model)[0]
+        return load_prompt(args.prompt, model, tokenizer)[0]
     if args.hard_prompt is None:
         return None
     text = HARD_PROMPT if args.hard_prompt is True else args.hard_prompt

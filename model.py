@@ -7,20 +7,27 @@ positions (rotary, RoFormer 2104.09864 / learned), the MLP (gated SiLU / ReLU) a
     model = load_model("checkpoints/opt-125m")          # or a Meta folder, or any Hugging Face LLaMA / OPT folder
     logits = model(tokens)                              # (B, T) int64 -> (B, T, vocab)
 
-`embed`, `stem`, `blocks`, `head` can be called one by one, and `Block.steps` shows the input of every Linear as it goes,
-so that compressing a model needs no hooks. Left out: training dropout, and rotary scalings other than linear and llama3.
+`embed`, `stem`, `blocks`, `head` can be called one by one, and `Block.halves` shows a block as two steps of the residual
+stream, so that compressing a model needs no hooks. A model larger than the memory is read block by block:
+
+    checkpoint = open_checkpoint("checkpoints/llama-7b")        # names and shapes checked, nothing read
+    block = checkpoint.block(3, torch.float16, "cuda")          # one block of it
+
+Left out: training dropout, and rotary scalings other than linear and llama3.
 """
 import json
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import read_folder, read_meta, write_atomic, write_safetensors
+from data.checkpoint import (read_folder, read_meta, read_metadata, read_safetensors, write_atomic,
+                             write_safetensors)
 from data.config import Config, hf_config, packed_layers, read_config, resolve
 from kernels.linear import PackedLinear
 from kernels.packing import Packed, check_packed, count_kept, nbytes
@@ -59,6 +66,8 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
+    reads, writes = ("q", "k", "v"), "o"                                     # its Linears, first and last
+
     def __init__(self, c: Config):
         super().__init__()
         self.c = c
@@ -73,8 +82,13 @@ class Attention(nn.Module):
         q, k, v = (f(x).view(B, T, -1, self.c.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        start, mask = 0, None
-        if kv is not None:                                                   # kv: (K, V, start), K and V preallocated
+        start, mask, empty = 0, None, 0
+        if kv is not None and kv[0].shape[2] == kv[2]:                       # full: a prefix, read and never written
+            K, V, empty = kv
+            k = torch.cat([K.expand(B, -1, -1, -1), k], 2)
+            v = torch.cat([V.expand(B, -1, -1, -1), v], 2)
+            q = F.pad(q, (0, 0, empty, 0))                                   # square: causal without a mask, twice as fast
+        elif kv is not None:                                                 # kv: (K, V, start), K and V preallocated
             K, V, start = kv
             K[:, :, start:start + T], V[:, :, start:start + T] = k, v
             k, v = K[:, :, :start + T], V[:, :, :start + T]                  # (B, n_kv_head, start + T, head_dim)
@@ -82,19 +96,58 @@ class Attention(nn.Module):
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         if self.c.n_kv_head < self.c.n_head:
             k, v = (t.repeat_interleave(self.c.n_head // self.c.n_kv_head, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and empty + T > 1)
+        y = y[:, :, empty:]
         return y.transpose(1, 2).reshape(B, T, -1)
+
+    def forward(self, x, rope, kv=None):
+        return self.o(self.mix(x, rope, kv))
 
 
 class MLP(nn.Module):
+    writes = "down"
+
     def __init__(self, c: Config):
         super().__init__()
+        self.reads = ("gate", "up") if c.family == "llama" else ("up",)
         self.gate = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias) if c.family == "llama" else None
         self.up = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias)
         self.down = nn.Linear(c.d_ff, c.d_model, bias=c.mlp_bias)
 
-    def mix(self, x):
-        return F.relu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)   # (B, T, d_ff)
+    def mix(self, x, rope=None):
+        """Everything before the last Linear: (B, T, d_model) -> (B, T, d_ff)."""
+        return F.relu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+
+    def forward(self, x):
+        return self.down(self.mix(x))
+
+
+class Half(NamedTuple):
+    """Attention or MLP as one step of the residual stream h: h + out(mix(norm(h))), or norm(h + out(mix(h)))."""
+    name: str                                                                # "attn" or "mlp"
+    part: nn.Module
+    norm: nn.Module
+    pre_norm: bool
+
+    @property
+    def reads(self) -> list[str]:
+        """Names within the block of the Linears that read the stream."""
+        return [f"{self.name}.{n}" for n in self.part.reads]
+
+    @property
+    def writes(self) -> list[str]:
+        """Name within the block of the Linear whose output joins the stream, as a list of one."""
+        return [f"{self.name}.{self.part.writes}"]
+
+    def read(self, h):
+        return self.norm(h) if self.pre_norm else h                          # what `reads` read
+
+    def mix(self, h, rope):
+        return self.part.mix(self.read(h), rope)                             # what `writes` reads
+
+    def write(self, h, x):
+        h = h + self.part.get_submodule(self.part.writes)(x)                 # h and mix(h) -> the next h
+        return h if self.pre_norm else self.norm(h)
 
 
 class Block(nn.Module):
@@ -105,35 +158,31 @@ class Block(nn.Module):
         self.norm1, self.attn = norm(c.d_model, eps=c.norm_eps), Attention(c)
         self.norm2, self.mlp = norm(c.d_model, eps=c.norm_eps), MLP(c)
 
-    def steps(self, h, rope, kv=None):
-        """The forward pass as a generator: yields (names of the Linears about to be used, their shared input, what their
-        output will be added to or None), and last ((), output, None). Whoever drives it may replace those Linears' weights
-        before it goes on."""
-        x = self.norm1(h) if self.pre_norm else h
-        yield ("attn.q", "attn.k", "attn.v"), x, None
-        x = self.attn.mix(x, rope, kv)
-        yield ("attn.o",), x, h
-        h = h + self.attn.o(x)
-        h = h if self.pre_norm else self.norm1(h)
-        x = self.norm2(h) if self.pre_norm else h
-        yield ("mlp.up",) if self.mlp.gate is None else ("mlp.gate", "mlp.up"), x, None
-        x = self.mlp.mix(x)
-        yield ("mlp.down",), x, h
-        h = h + self.mlp.down(x)
-        yield (), h if self.pre_norm else self.norm2(h), None
+    def halves(self) -> tuple[Half, Half]:
+        return (Half("attn", self.attn, self.norm1, self.pre_norm),
+                Half("mlp", self.mlp, self.norm2, self.pre_norm))
 
     def forward(self, h, rope, kv=None):
-        for _, h, _ in self.steps(h, rope, kv):
-            pass
-        return h
+        if self.pre_norm:
+            h = h + self.attn(self.norm1(h), rope, kv)
+            return h + self.mlp(self.norm2(h))
+        h = self.norm1(h + self.attn(h, rope, kv))
+        return self.norm2(h + self.mlp(h))
 
 
 class Cache:
-    """Keys and values of the positions seen so far, (n_layer, 2, B, n_kv_head, length, head_dim) in all."""
+    """Keys and values of the positions seen so far: kv holds a pair (B, n_kv_head, length, head_dim) for every block.
+
+    A full one of batch 1 is a prefix: any batch reads it, nothing is written, gradients reach what it was made of."""
 
     def __init__(self, c: Config, batch: int, length: int, dtype, device):
-        self.kv = torch.zeros(c.n_layer, 2, batch, c.n_kv_head, length, c.head_dim, dtype=dtype, device=device)
+        shape = batch, c.n_kv_head, length, c.head_dim
+        self.kv = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in range(c.n_layer)]
         self.start = 0
+
+    @property
+    def full(self) -> bool:
+        return self.start == self.kv[0][0].shape[2]
 
 
 class Transformer(nn.Module):
@@ -171,22 +220,32 @@ class Transformer(nn.Module):
     def hidden(self, x, cache: Cache | None = None):
         """Tokens (B, T) or embeddings (B, T, d_embed) -> the last block's output (B, T, d_model)."""
         start = cache.start if cache else 0
+        writes = cache is not None and not cache.full
         embeds = x if x.is_floating_point() else self.embed(x)
         h = self.stem(embeds.to(self.embed_tokens.weight.dtype), start)
         rope = self.rope(start, h.shape[1], h.device)
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, rope, use_reentrant=False)
+            kv = (*cache.kv[i], start) if cache else None
+            if self.checkpointing and torch.is_grad_enabled() and not writes:
+                h = checkpoint(block, h, rope, kv, use_reentrant=False)
             else:
-                h = block(h, rope, (cache.kv[i, 0], cache.kv[i, 1], start) if cache else None)
-        if cache:
+                h = block(h, rope, kv)
+        if writes:
             cache.start += h.shape[1]
         return h
 
-    def head(self, h):
+    @property
+    def unembed(self) -> torch.Tensor:
+        """The head's matrix (vocab_size, d_embed): logits are final(h) @ unembed.T."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+
+    def final(self, h):
+        """The last block's output (..., d_model) -> what the head's matrix reads (..., d_embed)."""
         h = h if self.norm is None else self.norm(h)
-        h = h if self.project_out is None else self.project_out(h)
-        return F.linear(h, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
+        return h if self.project_out is None else self.project_out(h)
+
+    def head(self, h):
+        return F.linear(self.final(h), self.unembed)
 
     def forward(self, x, cache: Cache | None = None):
         """Tokens (B, T) int64 or embeddings (B, T, d_embed) -> logits (B, T, vocab_size)."""
@@ -247,87 +306,221 @@ def half_split(w, heads: int):
     return w.view(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
-def load_model(path: str | Path, dtype=torch.float32, device="cpu", packed: bool = True) -> Transformer:
-    """A frozen Transformer from a folder or a name (see resolve). Files are mapped and read tensor by tensor.
+class Checkpoint:
+    """Weights under our own names: compared with a configuration, mapped, not read.
 
-    Linears that are stored packed become PackedLinear, or, with packed=False, ordinary ones with the same weights.
-    Raises FileNotFoundError / ValueError with one line for missing, extra, mis-shaped or truncated weights."""
+    tensor("blocks.0.attn.q.weight") is one of them as it is stored; packed["blocks.0.attn.q"] is a Linear that is
+    stored packed. Raises ValueError with one line for missing, extra or mis-shaped weights."""
+
+    def __init__(self, place: Path, config: Config, files: dict[str, torch.Tensor], layers: dict[str, dict],
+                 skeleton: nn.Module, prefix: str = "", meta: bool = False):
+        """place: named in errors. files: the file's names and tensors, layers: meta of its packed Linears. skeleton: the
+        module, on the meta device, that they must fill, its names beginning with prefix. meta: Meta's layout."""
+        self.place, self.config, self.files, self.meta = place, config, files, meta
+        stored = {n if meta else bare_name(n): n for n in files}
+        if config.family == "opt" and not prefix and "lm_head.weight" not in stored:
+            config.tied = True                                   # OPT always ties; some files say so by leaving it out
+            skeleton.lm_head = None
+        self.packed = self.take_packed(skeleton, prefix, stored, dict(layers))
+        self.keys, missing = {}, []                              # our name -> the file's
+        for name, p in skeleton.named_parameters():
+            if (prefix + name).removesuffix(".weight") in self.packed:
+                continue
+            theirs = published_name(prefix + name, META if meta else HF[config.family])
+            key = stored.pop(theirs if meta else bare_name(theirs), None)
+            if key is None:
+                missing.append(theirs)
+                continue
+            if files[key].shape != p.shape:
+                raise ValueError(f"{place}: {key} has shape {tuple(files[key].shape)}, but the configuration wants "
+                                 f"{tuple(p.shape)}")
+            self.keys[prefix + name] = key
+        if config.tied:
+            stored.pop("lm_head.weight", None)                   # a stored copy of the tied head
+        extra = [n for n in stored.values() if not IGNORED.search(n)]
+        if missing or extra:
+            raise ValueError(f"{place} does not fit its configuration: " + "; ".join(
+                f"{len(n)} {what}, such as {n[0]}" for what, n in (("missing", missing), ("unexpected", extra)) if n))
+
+    def take_packed(self, skeleton: nn.Module, prefix: str, stored: dict, layers: dict) -> dict[str, Packed]:
+        """The Linears that `layers` calls packed, checked; their tensors leave `stored`."""
+        packed = {}
+        for name, linear in skeleton.named_modules() if layers else ():
+            theirs = published_name(f"{prefix}{name}.weight", HF[self.config.family]).removesuffix(".weight")
+            if not hasattr(linear, "in_features") or theirs not in layers:
+                continue
+            names = [n for n in stored if n.startswith(bare_name(theirs) + ".") and not n.endswith(".bias")]
+            tensors = {n.rpartition(".")[2]: self.files[stored.pop(n)] for n in names}
+            held = packed[prefix + name] = Packed(tensors, layers.pop(theirs))
+            try:
+                check_packed(held, (linear.out_features, linear.in_features))
+            except ValueError as e:
+                raise ValueError(f"{self.place}: {theirs}: {e}") from None
+        if layers:
+            raise ValueError(f"{self.place} packs {next(iter(layers))}, which is no Linear of this model")
+        return packed
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One weight in its stored dtype, a view of the file where the layout allows it."""
+        w = self.files[self.keys[name]]
+        if self.meta and name.endswith(("attn.q.weight", "attn.k.weight")):
+            w = half_split(w, w.shape[0] // self.config.head_dim)
+        return w
+
+    def fill(self, module: nn.Module, prefix: str = "", dtype: torch.dtype | None = torch.float32, device="cpu",
+             packed: bool = True) -> nn.Module:
+        """Weights for a module made on the meta device, whose names here begin with prefix. dtype None: as stored.
+
+        Linears that are stored packed become PackedLinear, or, with packed=False, ordinary ones with the same weights."""
+        state = {}
+        for name, linear in list(module.named_modules()):
+            held = self.packed.get(prefix + name)
+            if held is None:
+                continue
+            if packed:                                           # views of the file until they move to another device
+                held = Packed({n: t.to(device) for n, t in held.tensors.items()}, held.meta)
+                module.set_submodule(name, PackedLinear(held, linear.bias))
+            else:
+                state[f"{name}.weight"] = unpack(held, dtype or torch.float16).to(device)
+        for name, _ in module.named_parameters():
+            if name not in state:
+                state[name] = self.tensor(prefix + name).to(device=device, dtype=dtype)
+        module.load_state_dict(state, assign=True, strict=False)           # packed tensors are in place already
+        return module.eval().requires_grad_(False)
+
+    def block(self, i: int, dtype: torch.dtype | None = None, device="cpu", packed: bool = True) -> "Block":
+        """Block i alone; dtype None: as stored."""
+        with torch.device("meta"):
+            block = Block(self.config)
+        return self.fill(block, f"blocks.{i}.", dtype, device, packed)
+
+    def ends(self, dtype: torch.dtype | None = None, device="cpu") -> "Transformer":
+        """The model without its blocks: embedding, last norm and head."""
+        with torch.device("meta"):
+            model = Transformer(self.config)
+        model.blocks = nn.ModuleList()
+        return self.fill(model, "", dtype, device)
+
+    def model(self, dtype: torch.dtype | None = torch.float32, device="cpu", packed: bool = True) -> "Transformer":
+        with torch.device("meta"):
+            model = Transformer(self.config)
+        return self.fill(model, "", dtype, device, packed)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The weights of a folder or a name (see resolve), to be read tensor by tensor or block by block.
+
+    Raises FileNotFoundError / ValueError with one line for what is missing, unexpected, mis-shaped or truncated."""
     folder = resolve(path)
+    config = read_config(folder)
+    meta = not (folder / "config.json").exists()
+    files = read_meta(folder) if meta else read_folder(folder)
+    with torch.device("meta"):
+        skeleton = Transformer(config)
+    return Checkpoint(folder, config, files, packed_layers(folder), skeleton, meta=meta)
+
+
+def check_device(device) -> None:
+    """ValueError, in one line, for a device that cannot be used here."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {device} cannot be used here: {str(e).splitlines()[0]}") from None
-    c = read_config(folder)
-    meta = not (folder / "config.json").exists()
-    files = read_meta(folder) if meta else read_folder(folder)
-    table = META if meta else HF[c.family]
-    bare = {n if meta else bare_name(n): n for n in files}
-    if not c.tied and not meta and "lm_head.weight" not in bare and c.family == "opt":
-        c.tied = True                                           # OPT always ties; some files say so only by leaving it out
-    with torch.device("meta"):
-        model = Transformer(c)
-    state, missing, layers = {}, [], packed_layers(folder)
-    for name, linear in model.linears():
-        theirs = published_name(f"{name}.weight", table).removesuffix(".weight")
-        if theirs not in layers:
-            continue
-        names = [n for n in bare if n.startswith(bare_name(theirs) + ".") and not n.endswith(".bias")]
-        held = Packed({n.rpartition(".")[2]: files[bare.pop(n)] for n in names}, layers.pop(theirs))
-        try:
-            check_packed(held, (linear.out_features, linear.in_features))
-        except ValueError as e:
-            raise ValueError(f"{folder}: {theirs}: {e}") from None
-        if packed:                                              # views of the file until they move to another device
-            held = Packed({n: t.to(device) for n, t in held.tensors.items()}, held.meta)
-            model.set_submodule(name, PackedLinear(held, linear.bias))
-        else:
-            state[f"{name}.weight"] = unpack(held, dtype).to(device)
-    if layers:
-        raise ValueError(f"{folder}/config.json packs {next(iter(layers))}, which is no Linear of this model")
-    for name, p in model.named_parameters():
-        if name in state:
-            continue
-        theirs = published_name(name, table)
-        key = bare.pop(theirs if meta else bare_name(theirs), None)
-        if key is None:
-            missing.append(theirs)
-            continue
-        w = files[key]
-        if w.shape != p.shape:
-            raise ValueError(f"{folder}: {key} has shape {tuple(w.shape)}, but the configuration wants {tuple(p.shape)}")
-        if meta and name.endswith(("attn.q.weight", "attn.k.weight")):
-            w = half_split(w, w.shape[0] // c.head_dim)
-        state[name] = w.to(device=device, dtype=dtype)
-    if c.tied:
-        bare.pop("lm_head.weight", None)                        # a stored copy of the tied head
-    extra = [n for n in bare.values() if not IGNORED.search(n)]
-    if missing or extra:
-        raise ValueError(f"{folder} does not fit its configuration: " + "; ".join(
-            f"{len(n)} {what}, such as {n[0]}" for what, n in (("missing", missing), ("unexpected", extra)) if n))
-    model.load_state_dict(state, assign=True, strict=False)     # strict above; packed tensors are in place already
-    return model.eval().requires_grad_(False)
 
 
-def save_model(model: Transformer, folder: str | Path, dtype=torch.float16, extra: dict | None = None) -> None:
-    """Write config.json and model.safetensors in the Hugging Face layout; `extra` joins config.json.
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu", packed: bool = True) -> Transformer:
+    """A frozen Transformer from a folder or a name (see resolve). Files are mapped and read tensor by tensor.
 
-    A PackedLinear is written as its packed tensors, `<name of the Linear>.codes` and so on, with what they mean under
-    quantization_config. Other libraries cannot read these: for them, save what load_model(..., packed=False) gives."""
-    folder, table = Path(folder), HF[model.config.family]
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {published_name(n, table): p.detach().to(dtype) for n, p in model.named_parameters()}
+    Linears that are stored packed become PackedLinear, or, with packed=False, ordinary ones with the same weights.
+    Raises FileNotFoundError / ValueError with one line for missing, extra, mis-shaped or truncated weights."""
+    check_device(device)
+    return open_checkpoint(path).model(dtype, device, packed)
+
+
+def published_state(module: nn.Module, family: str, prefix: str = "", dtype: torch.dtype = torch.float16
+                    ) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
+    """Tensors of a module under Hugging Face's names, what is floating point in dtype, and the meta of its packed Linears.
+
+    A PackedLinear gives its packed tensors, `<name of the Linear>.codes` and so on."""
+    table, layers = HF[family], {}
+    state = {published_name(prefix + n, table): p.detach().to(dtype) for n, p in module.named_parameters()}
     for name, w in state.items():
         if not torch.isfinite(w).all():
             raise ValueError(f"{name} does not fit {dtype}: save in bfloat16 or float32")
-    layers = {}
-    for name, m in model.linears():
+    for name, m in module.named_modules():
         if isinstance(m, PackedLinear):
-            theirs = published_name(f"{name}.weight", table).removesuffix(".weight")
+            theirs = published_name(f"{prefix}{name}.weight", table).removesuffix(".weight")
             layers[theirs] = m.meta
             state.update({f"{theirs}.{n}": t for n, t in m.packed.tensors.items()})
+    return state, layers
+
+
+def save_config(folder: Path, config: Config, layers: dict, dtype: torch.dtype = torch.float16,
+                extra: dict | None = None) -> None:
+    """config.json; `layers` is what the packed tensors mean, `extra` joins it."""
+    held = {**hf_config(config, layers), "torch_dtype": str(dtype).removeprefix("torch."), **(extra or {})}
+    write_atomic(folder / "config.json", lambda f: f.write(json.dumps(held, indent=1).encode()))
+
+
+def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype = torch.float16, extra: dict | None = None) -> None:
+    """Write config.json and model.safetensors in the Hugging Face layout; `extra` joins config.json.
+
+    A PackedLinear is written as its packed tensors, with what they mean under quantization_config. Other libraries
+    cannot read these: for them, save what load_model(..., packed=False) gives."""
+    folder = Path(folder)
+    state, layers = published_state(model, model.config.family, "", dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)             # no reader may join it to other weights
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)       # of shards that were here before
     write_safetensors(folder / "model.safetensors", state)
-    config = {**hf_config(model.config, layers), "torch_dtype": str(dtype).removeprefix("torch."), **(extra or {})}
-    write_atomic(folder / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+    save_config(folder, model.config, layers, dtype, extra)
+
+
+# A model too large for the memory is written in shards, the first with the ends, then a block each; config.json comes
+# last, so that a folder without it is not complete.
+
+def shard_path(folder: Path, part: int, n_layer: int) -> Path:
+    """File of part 0, the ends, or of part i + 1, block i."""
+    return folder / f"model-{part + 1:05d}-of-{n_layer + 1:05d}.safetensors"
+
+
+def save_shard(folder: Path, module: nn.Module, part: int, config: Config, note: dict | None = None) -> None:
+    """Write the ends (part 0) or block part - 1 with `note`, JSON values that read_note finds again."""
+    prefix = f"blocks.{part - 1}." if part else ""
+    state, layers = published_state(module, config.family, prefix)
+    note = json.dumps({"layers": layers, "note": note or {}})
+    write_safetensors(shard_path(folder, part, config.n_layer), state, {"compress-then-prompt": note})
+
+
+def read_note(path: Path) -> dict:
+    """{"layers": meta of the packed Linears, "note": ...} of a shard that save_shard wrote."""
+    try:
+        return json.loads(read_metadata(path)["compress-then-prompt"])
+    except (ValueError, KeyError):
+        raise ValueError(f"{path} is not a shard of a compressed model: delete it and compress again") from None
+
+
+def load_block(path: Path, i: int, config: Config, dtype: torch.dtype, device="cpu") -> Block:
+    """Block i from its shard, with ordinary Linears."""
+    with torch.device("meta"):
+        block = Block(config)
+    prefix = f"blocks.{i}."
+    shard = Checkpoint(path, config, read_safetensors(path), read_note(path)["layers"], block, prefix)
+    return shard.fill(block, prefix, dtype, device, packed=False)
+
+
+def save_index(folder: Path, config: Config) -> None:
+    """The index of all shards, then config.json: the folder is complete."""
+    names, layers, total = {}, {}, 0
+    for part in range(config.n_layer + 1):
+        path = shard_path(folder, part, config.n_layer)
+        tensors = read_safetensors(path)
+        total += sum(t.nbytes for t in tensors.values())
+        names.update(dict.fromkeys(tensors, path.name))
+        layers.update(read_note(path)["layers"])
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=1).encode()
+    write_atomic(folder / "model.safetensors.index.json", lambda f: f.write(index))
+    save_config(folder, config, layers)
 
 
 def storage(model: Transformer, stored: int | None = None) -> dict:

@@ -24,7 +24,8 @@ import math
 
 import torch
 
-from gptq import Compressed, Rounder, check, column_groups, encode, gptq, inverse_factor, relative_error, static_grids, sweep
+from gptq import (Compressed, Rounder, check, column_groups, encode, gptq, inverse_factor, quick_dtype, relative_error,
+                  static_grids, sweep)
 
 
 def parse_sparsity(sparsity: float | str) -> tuple[float, int, int]:
@@ -127,7 +128,7 @@ def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int
     scale, zero = choose.tables()
     g_idx = torch.tensor(choose.group, device=W.device)
     codes = encode(V, choose.keep, scale, zero, g_idx, bits).T.contiguous()
-    return Compressed(weight, mask, codes, scale.T.float().contiguous(), zero.T.float().contiguous(), g_idx, error)
+    return Compressed(weight, mask, codes, scale.T.float().contiguous(), zero.T.float().contiguous(), g_idx, error, bits=bits)
 
 
 def sizes(H):
@@ -142,6 +143,13 @@ def normalized(H, d, damp):
     Hn /= d[:, None]
     Hn.diagonal().add_(damp)
     return Hn
+
+
+def coprime(stride: int, columns: int) -> int:
+    """The next stride that meets every column of a matrix stored row by row: one that divides the width meets few."""
+    while math.gcd(stride, columns) > 1:
+        stride += 1
+    return stride
 
 
 def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: int = 15, percdamp: float = 0.01,
@@ -159,7 +167,8 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
     fraction, n, m = parse_sparsity(sparsity)
     d = sizes(H)
     Wn = W * d
-    fast = torch.bfloat16 if W.shape[1] >= 512 else W.dtype                  # a mask stands a little noise, and half is time
+    fast = quick_dtype(W) if W.shape[1] >= 512 else W.dtype                  # a mask stands a little noise, and half is time
+    stride = coprime(max(1, W.numel() // 65536), W.shape[1])
 
     def kept(Z, exact=False):
         size = Z.abs()
@@ -167,7 +176,7 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
             return ~prune_pattern(size, n, m)
         if exact:
             return ~prune_smallest(size, round(fraction * Z.numel()))
-        sample = size.flatten()[::max(1, Z.numel() // 65536)]                # on the way, an estimated threshold will do
+        sample = size.flatten()[::stride]                                    # on the way, an estimated threshold will do
         return size > sample.kthvalue(max(1, round(fraction * len(sample)))).values
 
     Z, keep = Wn.clone(), kept(Wn)                                           # Z = X + U, so D is Z where kept, U is Z elsewhere

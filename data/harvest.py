@@ -33,6 +33,8 @@ import sysconfig
 import warnings
 from pathlib import Path
 
+from data.progress import Progress
+
 SETS = ("docs", "docstrings", "code", "headers")
 SPLITS = ("train", "validation", "test")
 PACKAGES = ("torch", "numpy", "sentencepiece", "tiktoken", "triton")      # the run-time requirements
@@ -65,13 +67,15 @@ def harvest_name(name: str) -> str:
 def harvest(name: str, split: str) -> list[str]:
     """Documents of set `name` (docs, docstrings, code) in `split` (train, validation, test), in a fixed order.
 
-    The first call parses the files (some seconds) and fills data/cache/, if it may; later calls read that."""
+    The first call parses the files (half a minute, behind a bar) and fills data/cache/, if it may; later calls read that."""
     if name not in SETS or split not in SPLITS:
         raise ValueError(f"no harvested text {name!r} {split!r}: choose from {', '.join(SETS)} and {', '.join(SPLITS)}")
     key = json.dumps(versions()) + Path(__file__).read_text(encoding="utf-8")        # new rules, new texts
     folder = CACHE / f"harvest-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if (folder / f"{name}-{split}.json").exists():
+    try:
         return json.loads((folder / f"{name}-{split}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):                                         # not there yet, or damaged: made again
+        pass
     sets = collect()
     texts = {(n, s): [text for path, text in sets[n] if split_of(path) == s] for n in SETS for s in SPLITS}
     try:
@@ -94,7 +98,7 @@ def split_of(path: str) -> str:
 def collect() -> dict[str, list[tuple[str, str]]]:
     """Parses all sources. Returns for each set its (relative path, text) documents, in the order of the paths."""
     sets, seen = {name: [] for name in SETS}, set()
-    for path, file in source_files():
+    for path, file in Progress(source_files(), "reading this machine's documentation"):
         try:
             text = file.read_text(encoding="utf-8").replace("\r\n", "\n")
             with warnings.catch_warnings():

@@ -17,6 +17,7 @@ import gzip
 import json
 import os
 import random
+import re
 import zlib
 from pathlib import Path
 
@@ -34,6 +35,7 @@ FILES = {   # set -> split -> file names, the published one first
 }
 SUBFOLDERS = {"wikitext2": "wikitext-2-raw", "ptb": "data", "c4": "en"}     # of the published archives
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
+CUT = re.compile(r"[^\W_](?=\s)")
 C4_EVAL_DOCUMENTS, C4_EVAL_WINDOWS = 1100, 256
 
 
@@ -63,14 +65,29 @@ def eval_tokens(tokenizer, name: str, split: str, seqlen: int, max_tokens: int |
         raise ValueError(f"max_tokens {max_tokens}: at least 1 is needed, or none for all")
     text = load_text(name, split, folder)
     if name == "c4":
-        tokens = tokenizer.encode(" ".join(text[:C4_EVAL_DOCUMENTS]))[:C4_EVAL_WINDOWS * seqlen]
-    else:
-        tokens = tokenizer.encode(joined(text))
-    tokens = torch.tensor(tokens[:max_tokens], dtype=torch.int64)
+        text, most = " ".join(text[:C4_EVAL_DOCUMENTS]), C4_EVAL_WINDOWS * seqlen
+        max_tokens = most if max_tokens is None else min(most, max_tokens)
+    tokens = torch.tensor(first_tokens(tokenizer, joined(text), max_tokens), dtype=torch.int64)
     if len(tokens) < seqlen:
         raise ValueError(f"{name} {split} has {len(tokens)} tokens (max_tokens {max_tokens}), fewer than one window "
                          f"of seqlen {seqlen}; lower seqlen or take a longer text")
     return tokens
+
+
+def first_tokens(tokenizer, text: str, n: int | None) -> list[int]:
+    """The first n tokens of a text (None: all), without encoding much more of it than they take.
+
+    A text is cut where a letter or digit is followed by white space: no token of LLaMA or OPT reaches across that, and
+    how a word is split does not depend on what comes after it, so the tokens are those of the whole text."""
+    size = 0 if n is None else 8 * n + 1000
+    while 0 < size < len(text):
+        cuts = [match.end() for match in CUT.finditer(text, max(size - 10_000, 0), size)]
+        if cuts:
+            tokens = tokenizer.encode(text[:cuts[-1]])
+            if len(tokens) >= n:
+                return tokens[:n]
+        size *= 4
+    return tokenizer.encode(text)[:n]
 
 
 def calibration(tokenizer, name: str, split: str, nsamples: int, seqlen: int, seed: int,
@@ -116,7 +133,7 @@ def find(name: str, split: str, folder: str | Path | None) -> Path:
     try:
         return fetch(names[0], CACHE / name)                                # also checks a file that is there
     except OSError as error:
-        looked = ", ".join(str(place) for place in places) or "no folder, as neither folder nor TEXT_FOLDER is given"
+        looked = ", ".join(str(place) for place in places) or "no folder (neither --data-dir nor TEXT_FOLDER is given)"
         raise FileNotFoundError(f"no {' or '.join(names)} in {looked}; {error}, or put it there yourself") from None
 
 

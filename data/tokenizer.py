@@ -25,8 +25,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from data.bpe import ByteLevelBPE, byte_letters, merge_order, rank_order, tokens_and_ids
+from data.bpe import ByteLevelBPE, byte_letters, check_ids, merge_order, rank_order, tokens_and_ids
 from data.checkpoint import read_json
+from data.config import QUANT_METHOD, in_range, read_config
 
 # How text is cut into words before merging; no merge crosses a cut. GPT-2 keeps a space with the word after it.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -37,6 +38,10 @@ LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
 LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}" for i in range(4)),
                   "start_header_id", "end_header_id", "reserved_special_token_4", "eot_id",
                   *(f"reserved_special_token_{i}" for i in range(5, 251))]
+
+
+class Ranks(ByteLevelBPE):
+    """Llama 3's rank file: it ends with the vocabulary, so one that was cut at a line shows only beside its model."""
 
 
 class SentencePiece:
@@ -59,18 +64,43 @@ class SentencePiece:
 def load_tokenizer(folder: str | Path) -> SentencePiece | ByteLevelBPE:
     """The tokenizer of a checkpoint folder: .encode(text, bos=True), .decode(ids), .bos_id, .eos_id, .vocab_size.
 
-    bos_id is the id that encode puts in front, None where the tokenizer puts none.
+    bos_id is the id that encode puts in front, None where the tokenizer puts none. ValueError for files that are cut
+    short or damaged, and for a vocabulary that does not fit the embedding of the model in the folder.
     """
     folder = Path(folder)
+    tokenizer, rows = read_tokenizer(folder), embedding_rows(folder)
+    for role, i in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        if i is not None and (type(i) is not int or not 0 <= i < tokenizer.vocab_size):
+            raise ValueError(f"{folder}: {role}_token_id {str(i)[:60]} is none of the {tokenizer.vocab_size} tokens: see "
+                             f"generation_config.json, config.json and tokenizer_config.json")
+    is_cut = isinstance(tokenizer, Ranks) and rows is not None and tokenizer.vocab_size < rows
+    if rows is not None and tokenizer.vocab_size > rows or is_cut:
+        raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model's embedding {rows} rows: a "
+                         f"file is cut short, or they are not of one model")
+    return tokenizer
+
+
+def embedding_rows(folder: Path) -> int | None:
+    """How many tokens the model in the folder knows; None where there is no model."""
+    if (folder / "config.json").exists():
+        rows = read_json(folder / "config.json").get("vocab_size")
+        return None if rows is None else in_range("vocab_size", rows, f"{folder / 'config.json'}: vocab_size")
+    if (folder / "params.json").exists() and any(folder.glob("consolidated.*.pth")):
+        return read_config(folder).vocab_size
+    return None
+
+
+def read_tokenizer(folder: Path) -> SentencePiece | ByteLevelBPE:
+    """The tokenizer of a folder, whatever model lies beside it."""
     model, vocab, merges = folder / "tokenizer.model", folder / "vocab.json", folder / "merges.txt"
     names = settings(folder)
-    kind = names.get("model_type")
+    kind = names.get("model_type", "").removeprefix(f"{QUANT_METHOD}-") or None
     lines = model.read_bytes().split(b"\n") if model.exists() else []
     is_ranks = bool(lines) and re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", lines[0]) is not None
     if model.exists() and not is_ranks:
         try:
             return SentencePiece(model, add_bos=names.get("add_bos_token") is not False)
-        except (RuntimeError, OSError):
+        except (RuntimeError, OSError, UnicodeDecodeError):
             raise ValueError(f"{model} is neither a sentencepiece model nor lines of base64 ranks; "
                              "an incomplete download?") from None
     has_vocab = vocab.exists() and merges.exists()
@@ -79,8 +109,9 @@ def load_tokenizer(folder: str | Path) -> SentencePiece | ByteLevelBPE:
     if (folder / "tokenizer.json").exists():
         try:
             return from_tokenizer_json(folder, names)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / 'tokenizer.json'} is not a whole tokenizer.json: {error!r}") from None
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{folder / 'tokenizer.json'} is not a whole tokenizer.json ({str(repr(error))[:100]}): download "
+                             f"it again") from None
     if is_ranks:
         return from_ranks(model, names, lines)
     raise FileNotFoundError(f"no tokenizer in {folder}: looked for tokenizer.model, tokenizer.json, "
@@ -90,15 +121,19 @@ def load_tokenizer(folder: str | Path) -> SentencePiece | ByteLevelBPE:
 def from_ranks(path: Path, names: dict, lines: list[bytes]) -> ByteLevelBPE:
     """Llama 3's own file: the rank is the id; the special tokens have no file, they follow in a fixed order."""
     try:
-        ids = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line.strip())}
+        pairs = [line.split() for line in lines if line.strip()]
+        ids = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
         raise ValueError(f"{path}: not all lines are `base64 rank`; an incomplete download?") from None
-    if sorted(ids.values()) != list(range(len(ids))):
-        raise ValueError(f"{path}: ranks are not 0 to {len(ids) - 1}; an incomplete download?")
+    if len(ids) < len(pairs) or sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(f"{path}: ranks are not 0 to {len(pairs) - 1}, each of another token; an incomplete download?")
+    lost = next((byte for byte in range(256) if bytes([byte]) not in ids), None)
+    if lost is not None:
+        raise ValueError(f"{path}: byte {lost} has no rank; an incomplete download?")
     added = {f"<|{name}|>": len(ids) + i for i, name in enumerate(LLAMA3_SPECIAL)}
     bos = None if names.get("add_bos_token") is False else added["<|begin_of_text|>"]
-    eos = special_id(names, "eos", added, added["<|end_of_text|>"])
-    return ByteLevelBPE(LLAMA3_WORDS, sorted(ids, key=ids.get), ids, added, set(added.values()), bos, eos)
+    eos = special_id(path, names, "eos", added, added["<|end_of_text|>"])
+    return Ranks(LLAMA3_WORDS, sorted(ids, key=ids.get), ids, added, set(added.values()), bos, eos)
 
 
 def from_vocab_and_merges(folder: Path, names: dict, kind: str | None) -> ByteLevelBPE:
@@ -112,12 +147,17 @@ def from_vocab_and_merges(folder: Path, names: dict, kind: str | None) -> ByteLe
     except ValueError as error:
         raise ValueError(f"{folder / 'merges.txt'} is not UTF-8 text: {error}; an incomplete download?") from None
     merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+    check_ids(folder / "vocab.json", vocab)
+    lost = next((letter for letter in byte_letters() if letter not in vocab), None)
+    if lost is not None:
+        raise ValueError(f"{folder / 'vocab.json'} has no token for {lost!r}, one of the 256 bytes; a damaged download?")
     texts = {names.get(f"{role}_token", default) for role, default in
              [("bos", "</s>"), ("eos", "</s>"), ("unk", "</s>"), ("pad", "<pad>")]}
     added = {text: vocab[text] for text in sorted(texts) if text in vocab}
     silent = {vocab[text] for text in ("<s>", "<pad>", "</s>", "<unk>") if text in vocab} | set(added.values())
-    bos = None if names.get("add_bos_token") is False else special_id(names, "bos", vocab, vocab["</s>"])
-    eos = special_id(names, "eos", vocab, vocab["</s>"])
+    path = folder / "vocab.json"
+    bos = None if names.get("add_bos_token") is False else special_id(path, names, "bos", vocab, vocab["</s>"])
+    eos = special_id(path, names, "eos", vocab, vocab["</s>"])
     tokens, ids = tokens_and_ids(folder / "merges.txt", merge_order, merges, vocab)
     return ByteLevelBPE(GPT2_WORDS, tokens, ids, added, silent, bos, eos)
 
@@ -144,11 +184,15 @@ def from_tokenizer_json(folder: Path, names: dict) -> ByteLevelBPE:
     if model.get("unk_token") and any(letter not in model["vocab"] for letter in byte_letters()):
         raise ValueError(f"{path}: a vocabulary with unk_token that lacks some bytes is not supported")
     added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    known = {**model["vocab"], **added}
+    if not all(isinstance(text, str) and text for text in added):
+        raise ValueError(f"{path}: an added token is no text; a damaged download?")
+    check_ids(path, known)
     silent = {token["id"] for token in content["added_tokens"] if token["special"]}
     bos = template_bos(path, content.get("post_processor"))
     if "add_bos_token" in names:
-        bos = special_id(names, "bos", added, bos) if names["add_bos_token"] else None
-    tokenizer = ByteLevelBPE(words, tokens, ids, added, silent, bos, special_id(names, "eos", added, None))
+        bos = special_id(path, names, "bos", known, bos) if names["add_bos_token"] else None
+    tokenizer = ByteLevelBPE(words, tokens, ids, added, silent, bos, special_id(path, names, "eos", known, None))
     sample = "aZ \u00e9\u4e2d1\u00b2_-'\t\n\r\u3000\u0301\U0001f600" * 2
     if tokenizer.decode(tokenizer.encode(sample, bos=False)) != sample:     # tiktoken drops what no pattern matches
         raise ValueError(f"{path}: the pre_tokenizer pattern {words} does not match all text; that is not supported")
@@ -187,16 +231,34 @@ def template_bos(path: Path, post_processor: dict | None) -> int | None:
     return bos
 
 
+# What is read of the settings, and of which types.
+SETTINGS = {"model_type": str, "add_bos_token": bool, "bos_token": str, "eos_token": str, "unk_token": str, "pad_token": str,
+            "bos_token_id": (int, list), "eos_token_id": (int, list)}
+
+
 def settings(folder: Path) -> dict:
     """What the tokenizer's and the model's files say, later ones first; each special token as its plain string."""
-    files = [folder / f"{name}.json" for name in ("special_tokens_map", "tokenizer_config", "config", "generation_config")]
-    said = {key: value for file in files if file.exists() for key, value in read_json(file).items() if value is not None}
-    return {key: value["content"] if isinstance(value, dict) and "content" in value else value for key, value in said.items()}
+    said = {}
+    for name in ("special_tokens_map", "tokenizer_config", "config", "generation_config"):
+        path = folder / f"{name}.json"
+        for key, value in read_json(path).items() if path.exists() else ():
+            if isinstance(value, dict) and "content" in value:
+                value = value["content"]
+            if value is None or value == "" or key not in SETTINGS:
+                continue
+            if not isinstance(value, SETTINGS[key]) or isinstance(value, bool) and SETTINGS[key] is not bool:
+                raise ValueError(f"{path}: {key} {str(repr(value))[:60]} is of the wrong kind; a damaged download?")
+            said[key] = value
+    return said
 
 
-def special_id(names: dict, role: str, ids: dict[str, int], default: int | None) -> int | None:
+def special_id(path: Path, names: dict, role: str, ids: dict[str, int], default: int | None) -> int | None:
     """Id of "bos" or "eos": by its name in the tokenizer's files, else by its number in the model's, else default."""
-    if names.get(f"{role}_token") in ids:
-        return ids[names[f"{role}_token"]]
+    token = names.get(f"{role}_token")
+    if token is not None:
+        if token not in ids:
+            raise ValueError(f"{path} does not hold {token[:60]!r}, which is {role}_token in the settings beside it: they are "
+                             f"not of one tokenizer")
+        return ids[token]
     number = names.get(f"{role}_token_id", default)
-    return number[0] if isinstance(number, list) else number
+    return (number[0] if number else default) if isinstance(number, list) else number

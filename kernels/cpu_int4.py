@@ -11,7 +11,7 @@ at 0:
 
 When all beta are 0 (the plain GPTQ grid) T is dropped. Scales multiply the outputs in fp32, so that only the two
 integer products are rounded to bf16; grouped scales must go into the product and are rounded to bf16 like a bf16
-weight would be. Extra memory: 4 bits per weight and matrix. Speed against bf16 F.linear: kernels/bench.py.
+weight would be. Extra memory: 4 bits per weight and matrix. Speed against bf16 F.linear: bench/kernels.py.
 """
 import torch
 

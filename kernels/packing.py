@@ -168,12 +168,12 @@ def check_packed(packed: Packed, shape: tuple[int, int]) -> None:
         raise ValueError(f"g_idx leaves the {groups} groups")
 
 
-def pack_compressed(out, bits: int) -> Packed:
-    """A solver's result (gptq.Compressed: mask, codes, scale, zero, g_idx, grid) in the smallest format that fits."""
+def pack_compressed(out) -> Packed:
+    """A solver's result (gptq.Compressed: mask, codes, scale, zero, g_idx, grid, bits) in the smallest format that fits."""
     cols = out.codes.shape[1]
     size = int((out.g_idx == 0).sum()) if out.scale.shape[1] > 1 else -1            # the first group is a whole one
     neighbours = size == -1 or torch.equal(out.g_idx.cpu(), torch.arange(cols) // size)
-    return pack(out.codes, out.mask if out.mask.any() else None, out.scale, out.zero, bits, out.grid, size,
+    return pack(out.codes, out.mask if out.mask.any() else None, out.scale, out.zero, out.bits, out.grid, size,
                 g_idx=None if neighbours else out.g_idx)
 
 

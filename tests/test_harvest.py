@@ -1,5 +1,6 @@
 """data/harvest.py: same texts every time, nothing in two splits, every set and split usable, from an empty cache."""
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -82,6 +83,19 @@ def test_source_without_docstrings_still_reads():
         'import os\n\n\ndef f(a=1):\n    return a  # why\n\n\ndef g(): "one line"\n'
     entry, docstring = h.docstring_entries(ast.parse('def f(a, *b: int, c=2):\n    """' + "Words. " * 10 + '"""'))[0]
     assert entry == "f(a, *b: int, c=2)\n\n" + docstring.rstrip()
+
+
+def test_the_first_harvest_shows_a_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(h, "versions", lambda: {"python": "3"})
+    monkeypatch.setattr(h.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(h, "CACHE", tmp_path / "cache")
+    (tmp_path / "good.py").write_text("x = 1\n" * 100)
+    for bars in (1, 0):                                                      # the second time from the cache
+        h.harvest("code", "train")
+        assert capsys.readouterr().err.count("1/1") == bars
+    cached = next((tmp_path / "cache").glob("*/code-train.json"))
+    cached.write_text(cached.read_text()[:-1])                               # damaged: made again
+    assert h.harvest("code", "train") == json.loads(cached.read_text())
 
 
 def test_files_that_cannot_be_parsed_are_left_out(tmp_path, monkeypatch):

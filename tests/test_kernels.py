@@ -185,7 +185,7 @@ def test_kernels_on_a_gpu(grid, format):
 
 def test_bench_prints_a_line_per_case():
     options = "--device cpu --shapes 64x128 33x130 --batches 1 70 --repeats 1".split()
-    lines = [line for line in run("-m", "kernels.bench", *options).splitlines() if "F.linear" in line]
+    lines = [line for line in run("-m", "bench.kernels", *options).splitlines() if "F.linear" in line]
     assert len(lines) == 2 * 3 * 2 * 2
     for line in lines:
         took, limit, share = (float(re.search(pattern, line)[1]) for pattern in (

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from data.checkpoint import read_folder, read_safetensors, write_safetensors
+from data.checkpoint import Tensors, read_folder, read_safetensors, write_safetensors
 from data.config import PUBLISHED, Config, read_config, resolve
 from model import Transformer, load_model, save_model
 
@@ -215,9 +215,9 @@ def test_errors_name_the_trouble(tmp_path):
         (broken(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "rope type 'dynamic'"),
         (broken(hidden_act="gelu"), "hidden_act 'gelu'"),
         (broken(num_key_value_heads=3), "3 key-value heads"),
-        (broken(vocab_size=None), "vocab_size None"),
-        (broken(rope_parameters=None, rope_scaling="linear"), "value of the wrong kind"),
-        (broken(rope_parameters=None, rope_scaling={"type": "linear"}), "lacks 'factor'"),
+        (broken(vocab_size=None), "config.json: it lacks 'vocab_size'"),
+        (broken(rope_parameters=None, rope_scaling="linear"), "rope_scaling 'linear' is no object"),
+        (broken(rope_parameters=None, rope_scaling={"type": "linear"}), "it lacks 'factor'"),
     ]
     for folder, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -321,7 +321,8 @@ def test_read_config_of_published_spellings(tmp_path):
     ({"dim": 4096, "norm_eps": 1e-5}, 4096), ({"dim": 8192, "norm_eps": 1e-5, "n_kv_heads": 8}, 4096),          # llama-2-7b, -70b
     ({"dim": 8192, "norm_eps": 1e-5, "n_kv_heads": 8, "rope_theta": 5e5}, 8192)])                               # llama-3-70b
 def test_context_of_published_params(params, context, tmp_path, monkeypatch):
-    weights = {"layers.0.feed_forward.w1.weight": torch.empty(11008, 8, device="meta"), "tok_embeddings.weight": torch.empty(32000, 8)}
+    weights = Tensors({"layers.0.feed_forward.w1.weight": torch.empty(11008, 8, device="meta"),
+                       "tok_embeddings.weight": torch.empty(32000, 8, device="meta")}, tmp_path)
     monkeypatch.setattr("data.config.read_meta", lambda folder: weights)
     (tmp_path / "params.json").write_text(json.dumps({"n_layers": 80, "n_heads": 64, "vocab_size": -1, **params}))
     assert read_config(tmp_path).max_positions == context

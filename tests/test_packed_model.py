@@ -7,10 +7,11 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from data.checkpoint import write_safetensors
 from data.config import Config
-from kernels import bench_model
+from bench import models as bench_model
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from model import Transformer, load_model, save_model, storage
@@ -30,6 +31,7 @@ class Result(NamedTuple):               # what the solvers return
     zero: torch.Tensor
     g_idx: torch.Tensor
     grid: str
+    bits: int
 
 
 def compress(W: torch.Tensor, format: str, grid: str, bits: int = 4, groupsize: int = -1, shuffled: bool = False) -> Result:
@@ -52,7 +54,7 @@ def compress(W: torch.Tensor, format: str, grid: str, bits: int = 4, groupsize: 
         k = (W.abs() / scale[:, g_idx] - zero[:, g_idx]).round().clamp(0, top - 1)
         codes = k + top * (W < 0)
         weight = W.sign() * scale[:, g_idx] * (k + zero[:, g_idx])
-    return Result(weight.masked_fill(mask, 0), mask, codes.to(torch.uint8).masked_fill(mask, 0), scale, zero, g_idx, grid)
+    return Result(weight.masked_fill(mask, 0), mask, codes.to(torch.uint8).masked_fill(mask, 0), scale, zero, g_idx, grid, bits)
 
 
 def models(family: str, format: str, grid: str, bits: int = 4, groupsize: int = -1, shuffled: bool = False):
@@ -66,7 +68,7 @@ def models(family: str, format: str, grid: str, bits: int = 4, groupsize: int = 
     for name, linear in dense.linears():
         out = compress(linear.weight, format, grid, bits, groupsize, shuffled)
         linear.weight.data = out.weight
-        packed.set_submodule(name, PackedLinear(pack_compressed(out, bits), linear.bias))
+        packed.set_submodule(name, PackedLinear(pack_compressed(out), linear.bias))
     return packed, dense
 
 
@@ -123,7 +125,7 @@ def test_a_file_is_mapped_and_read_by_safetensors(folder):
     parts = [m.codes.data_ptr() for _, m in back.linears()]                  # one mapping, no copies
     assert max(parts) - min(parts) < (folder / "model.safetensors").stat().st_size
     quant = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert quant["quant_method"] == "compress-then-prompt" and quant["layers"][name] == layer.meta
+    assert quant["method"] == "compress-then-prompt" and quant["layers"][name] == layer.meta
 
 
 def test_dense_folder_for_other_libraries(folder, tmp_path):
@@ -162,7 +164,7 @@ def broken(folder, to, change=lambda tensors: None, config=lambda j: None):
     tensors, j = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     change(tensors)
     config(j)
-    save_file(tensors, to / "model.safetensors")
+    write_safetensors(to / "model.safetensors", tensors)                   # with checksums, as save_model does
     (to / "config.json").write_text(json.dumps(j))
     return to
 
@@ -191,7 +193,7 @@ def test_damaged_tensors_are_one_line(tensor, new, message, folder, tmp_path):
 
 @pytest.mark.parametrize("key,value,message", [
     ("bits", 5, "bits 5"), ("grid", "log", "grid 'log'"), ("format", "csr", "format 'csr'"), ("groupsize", 0, "groupsize 0"),
-    ("shape", [64, 32], "wants"), ("shape", 64, "wants"), ("format", "nm", "packed tensor codes"), ("format", "dense", "packed tensor"),
+    ("shape", [64, 32], "wants"), ("shape", 64, "which is damaged"), ("format", "nm", "packed tensor codes"), ("format", "dense", "packed tensor"),
     ("groupsize", 16, "packed tensor scale")])
 def test_meta_that_does_not_fit_is_one_line(key, value, message, folder, tmp_path):
     def config(j):
@@ -205,7 +207,7 @@ def test_foreign_and_truncated_folders(folder, tmp_path):
     gptq = broken(folder, tmp_path / "a", config=lambda j: j.update(quantization_config={"quant_method": "gptq", "bits": 4}))
     with pytest.raises(ValueError, match="'gptq'; of quantized checkpoints only"):
         load_model(gptq)
-    more = broken(folder, tmp_path / "c", config=lambda j: j["quantization_config"]["layers"].update({"model.x": {}}))
+    more = broken(folder, tmp_path / "c", config=lambda j: j["quantization_config"]["layers"].update({"model.x": next(iter(j["quantization_config"]["layers"].values()))}))
     with pytest.raises(ValueError, match="packs model.x, which is no Linear of this model"):
         load_model(more)
     shutil.copytree(folder, tmp_path / "d")

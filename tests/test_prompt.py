@@ -1,5 +1,11 @@
-"""prompt.py: what is learned, chosen and stored."""
+"""prompt.py: what is learned, chosen and stored; resuming to the same bits."""
+import dataclasses
+import json
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +13,10 @@ from safetensors.torch import load_file
 
 from data.config import Config
 from model import Transformer
-from prompt import initial_prompt, learn, load_prompt, mean_loss, save_prompt, text_nll, with_prompt
+from prompt import (HeadLoss, as_prefix, default_rate, fit, initial_prompt, kind_of, learn, load_prompt, mean_loss,
+                    owner, save_prompt, teacher_states, text_loss, text_nll, with_prompt)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def tiny(family="llama", seed=0, **changes):
@@ -21,6 +30,16 @@ def tiny(family="llama", seed=0, **changes):
 
 
 TOKENS = torch.randint(0, 50, (97,), generator=torch.Generator().manual_seed(3))
+
+
+class Letters:
+    eos_id = None
+
+    def encode(self, text, bos=True):
+        return [ord(c) % 50 for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(48 + i) for i in ids)
 
 
 def test_learning_lowers_the_loss_and_touches_only_the_prompt():
@@ -46,6 +65,129 @@ def test_best_on_validation_is_kept():
     last = learn(model, start, windows[:5], windows[5:0], 12, 2, 30.0)                      # no windows, no choice
     assert seen and math.isnan(last.val_loss) and got.val_loss < mean_loss(model, last.prompt, windows[5:]) - 0.01
     assert math.isclose(got.val_loss, mean_loss(model, got.prompt, windows[5:]), rel_tol=1e-5)
+
+
+def bowl(**more):
+    """A small problem for fit: (params, Fit); loss (p - target of the window)^2."""
+    targets = torch.randn(7, 3, generator=torch.Generator().manual_seed(5))
+    p = torch.nn.Parameter(torch.zeros(3))
+    calls = []
+
+    def loss(index):
+        calls.append(index.tolist())
+        if len(calls) == more.get("die_at"):
+            raise KeyboardInterrupt
+        return (p - targets[index]).square().mean()
+    keep = {k: v for k, v in more.items() if k != "die_at"}
+    settings = {"steps": 20, "batch_size": 2, "lr": 0.1, "val_every": 3, "seed": 4, **keep}
+    try:
+        got = fit({"p": p}, loss, 7, lambda: float((p.detach() - targets.mean(0)).square().mean()), **settings)
+    except KeyboardInterrupt:
+        got = None
+    return p.detach(), got, calls
+
+
+def test_fit_is_adamw_with_a_triangular_rate():
+    """Against the loop written plainly; every window is seen once an epoch."""
+    p, got, calls = bowl(val_every=20)
+    assert [sorted(sum(calls, [])[i:i + 7]) for i in (0, 7, 14, 21, 28)] == [list(range(7))] * 5
+    q = torch.nn.Parameter(torch.zeros(3))
+    opt = torch.optim.AdamW([q], lr=0.1, weight_decay=0.0)
+    targets = torch.randn(7, 3, generator=torch.Generator().manual_seed(5))
+    for step, index in enumerate(calls):
+        opt.param_groups[0]["lr"] = 0.1 * (min(1, (step + 1) / 2) if step < 2 else (20 - step) / 18)
+        opt.zero_grad()
+        (q - targets[index]).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_([q], 1.0)
+        opt.step()
+    assert torch.allclose(p, q.detach(), atol=1e-6) and [s for s, _ in got.scores] == [0, 20]
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 4, 11, 20])
+def test_fit_resumes_to_the_same_bits(die_at, tmp_path):
+    want, result, calls = bowl()
+    state = tmp_path / "state.pt"
+    assert bowl(state=state, die_at=die_at)[1] is None
+    again, resumed, more = bowl(state=state)
+    assert torch.equal(again, want) and resumed == result
+    assert more == calls[(die_at - 1) // 3 * 3:]                  # from the last validation on, nothing twice
+    finished = bowl(state=state)
+    assert torch.equal(finished[0], want) and finished[1] == result and finished[2] == []
+
+
+def test_a_killed_process_leaves_a_state_that_continues(tmp_path):
+    """SIGKILL in the middle of learning, in a process of its own."""
+    code = """if True:
+        import os, torch
+        from prompt import fit
+
+        def run(state, die_at=0):
+            p, calls = torch.nn.Parameter(torch.ones(50)), []
+            def loss(index):
+                calls.append(index)
+                if len(calls) == die_at:
+                    os.kill(os.getpid(), 9)
+                return ((p - index.float().mean()) ** 2).mean()
+            score = lambda: float(p.detach().std() + p.detach().mean())
+            return p.detach(), fit({"p": p}, loss, 9, score, 12, 2, 0.3, val_every=2, state=state), len(calls)
+        """
+    state = str(tmp_path / "state.pt")
+    command = [sys.executable, "-c", f"{code}\n    run({state!r}, 6)".replace("\n    run", "\nrun")]
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -9
+    names = {}
+    exec(code, names)
+    (p, got, calls), (q, want, _) = names["run"](state), names["run"](None)
+    assert torch.equal(p, q) and got == want and calls == 12 - 4  # died in step 6, step 4 was the last one written
+
+
+@pytest.mark.parametrize("change, message", [({"lr": 0.2}, "lr was 0.1, is 0.2"), ({"steps": 21}, "steps was 20, is 21"),
+                                             ({"settings": {"model": "b"}}, "model was None, is b")])
+def test_a_state_of_another_run_is_refused(change, message, tmp_path):
+    state = tmp_path / "state.pt"
+    bowl(state=state)
+    with pytest.raises(ValueError, match=f"state.pt is of another run: {message}; delete it"):
+        bowl(state=state, **change)
+    for held in (b"garbage", b""):
+        state.write_bytes(held)
+        with pytest.raises(ValueError, match="holds no state of a learning run"):
+            bowl(state=state)
+    with pytest.raises(ValueError, match="in -1 steps"):
+        bowl(steps=-1)
+
+
+def test_the_start_is_scored_and_a_diverged_run_returns_it():
+    p, got, _ = bowl(lr=1e4)
+    assert torch.equal(p, torch.zeros(3)) and got.val_loss == got.scores[0][1] == min(v for _, v in got.scores)
+    model, windows = tiny(), TOKENS[:96].view(6, 16)
+    start = initial_prompt(model, 6, "text", TOKENS)
+    start = learn(model, start, windows[5:], windows[5:], steps=30, batch_size=1, lr=0.05).prompt
+    got = learn(model, start, windows[:5], windows[5:], steps=4, batch_size=2, lr=1e4)
+    assert torch.equal(got.prompt, start) and math.isclose(got.val_loss, mean_loss(model, start, windows[5:]), rel_tol=1e-6)
+
+
+def test_learning_resumes_to_the_same_prompt(tmp_path):
+    model, windows = tiny(), TOKENS[:96].view(6, 16)
+    start, state = initial_prompt(model, 6, "text", TOKENS), tmp_path / "prompt.state"
+
+    def run(die_at=None, **more):
+        calls = []
+
+        def bar(items, title):
+            for i in items:
+                if len(calls) == die_at:
+                    raise KeyboardInterrupt
+                calls.append(i)
+                yield i
+        return learn(model, start, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, progress=bar, **more)
+    want = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(8, state=state)
+    got = run(state=state)
+    assert torch.equal(got.prompt, want.prompt) and got[1:] == want[1:]
+    with pytest.raises(ValueError, match="text was [0-9a-f]{16}, is"):
+        learn(model, start, windows[:4], windows[5:], 12, 2, 0.05, val_every=5, state=state)
+    with pytest.raises(ValueError, match="prompt was"):
+        learn(model, start + 1, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, state=state)
 
 
 @pytest.mark.parametrize("n, windows", [(0, 6), (4, 0)])
@@ -85,12 +227,12 @@ def test_save_load_and_stitch(tmp_path):
     torch.save({"soft_prompt": p, "lr": 1}, tmp_path / "p.pt")
     assert torch.equal(load_prompt(tmp_path / "p.pt")[0], p) and load_prompt(tmp_path / "p.pt")[1] == {"lr": 1}
     other = tiny(seed=9)                                          # another model of the same width
-    assert with_prompt(other, got, TOKENS[None, :4]).shape == (1, 9, 32)
+    assert text_nll(other, got, TOKENS[None, :4]).shape == (3,)
     save_prompt(tmp_path / "wide.safetensors", torch.randn(5, 48))
-    with pytest.raises(ValueError, match="width 48; this model's are 32 wide"):
+    with pytest.raises(ValueError, match="width 48 does not fit"):
         load_prompt(tmp_path / "wide.safetensors", model)
     with pytest.raises(ValueError, match="width 48 does not fit"):
-        with_prompt(model, torch.randn(5, 48), TOKENS[None, :4])
+        text_nll(model, torch.randn(5, 48), TOKENS[None, :4])
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(FileNotFoundError, match="no prompt file"):
             load_prompt(path)
@@ -101,3 +243,139 @@ def test_save_load_and_stitch(tmp_path):
     (tmp_path / "odd.pt").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="odd.pt cannot be read"):
         load_prompt(tmp_path / "odd.pt")
+
+
+def grouped(family="llama"):
+    return tiny(family, n_kv_head=2) if family == "llama" else tiny(family)
+
+
+def behind(model, prompt, tokens):
+    """Losses as the definition has them: one sequence of prompt and text, all logits."""
+    x = torch.cat([prompt.expand(len(tokens), -1, -1), model.embed(tokens)], 1)
+    logits = model(x)[:, len(prompt):-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_both_kinds_equal_one_sequence_of_prompt_and_text_and_so_do_gradients(family):
+    model, tokens = grouped(family), TOKENS[:48].view(3, 16)
+    prompt = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    want = behind(model, prompt, tokens)
+    slope, = torch.autograd.grad(want.square().mean(), prompt)
+    prefix = as_prefix(model, prompt)
+    assert prefix.shape == (5, 2, 2, 2 if family == "llama" else 4, 8) and kind_of(prefix) == "prefix"
+    assert torch.allclose(text_nll(model, prefix, tokens), want, rtol=1e-4, atol=1e-5)
+    for model.checkpointing in (False, True):
+        got = text_nll(model, prompt, tokens)
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(torch.autograd.grad(got.square().mean(), prompt)[0], slope, rtol=1e-3, atol=1e-6)
+        p = prefix.clone().requires_grad_()
+        slope_p, = torch.autograd.grad(text_nll(model, p, tokens).square().mean(), p)
+        nudge = torch.zeros_like(prefix)
+        nudge[2, 1, 1, 0, 3] = nudge[3, 0, 0, 1, 5] = 1e-2
+        rise = [text_nll(model, prefix + sign * nudge, tokens).square().mean() for sign in (1, -1)]
+        assert math.isclose(float(rise[0] - rise[1]) / 2, float((slope_p * nudge).sum()), rel_tol=2e-2)
+
+
+def test_the_heads_loss_and_gradient_equal_the_plain_ones(monkeypatch):
+    monkeypatch.setattr("prompt.LOGITS", 16000)                   # 16 of 40 rows at a time
+    g = torch.Generator().manual_seed(0)
+    z, teacher = torch.randn(40, 4, generator=g), torch.randn(40, 4, generator=g).half()
+    weight, targets = torch.randn(1000, 4, generator=g), torch.randint(0, 1000, (40,), generator=g)
+    share = torch.rand(40, generator=g)
+    for wanted, mix in ((None, 1.0), (teacher, 1.0), (teacher, 0.3)):
+        z.requires_grad_()
+        logp = (z @ weight.T).log_softmax(-1)
+        want = -logp.gather(1, targets[:, None])[:, 0]
+        if wanted is not None:
+            q = (wanted.float() @ weight.T).log_softmax(-1)
+            want = mix * (q.exp() * (q - logp)).sum(-1) + (1 - mix) * want
+        slope, = torch.autograd.grad(want @ share, z)
+        got = HeadLoss.apply(z, weight, targets, wanted, mix)
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(torch.autograd.grad(got @ share, z)[0], slope, rtol=1e-3, atol=1e-5)
+        with torch.no_grad():
+            assert torch.allclose(HeadLoss.apply(z, weight, targets, wanted, mix), want, rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_states_are_the_heads_input_computed_once(tmp_path):
+    model, windows = tiny(), TOKENS[:48].view(3, 16)
+    states = teacher_states(model, windows, tmp_path, batch_size=2)
+    assert states.dtype == torch.float16 and states.shape == (3, 16, 32) and len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(states, model.final(model.hidden(windows)).half())
+    assert mean_loss(model, None, windows, teacher=states) < 1e-5            # KL of a model to itself
+    hidden = [model.hidden(w) for w in windows.split(2)]
+    model.hidden = None                                                      # a second call computes nothing
+    assert torch.equal(teacher_states(model, windows, tmp_path), states)
+    assert torch.equal(teacher_states(model, windows, tmp_path / "b", hidden=hidden), states)
+    with pytest.raises(ValueError, match="states of 2 windows for 3"):
+        teacher_states(model, windows, tmp_path / "c", hidden=hidden[:1])
+    with pytest.raises(ValueError, match="not finite in half precision"):
+        teacher_states(tiny(), windows, tmp_path / "c", hidden=[h / 0 for h in hidden])
+    assert not list((tmp_path / "c").glob("*.npy"))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "prefix"])
+def test_a_prompt_learned_by_kl_approaches_the_dense_model_on_unseen_text(kind, tmp_path):
+    dense, model = tiny(), tiny()
+    g = torch.Generator().manual_seed(0)
+    for _, m in model.linears():
+        m.weight.data += 0.05 * torch.randn(m.weight.shape, generator=g)
+    text = torch.randint(0, 50, (28, 16), generator=g)
+    windows, val, unseen = text[:16], text[16:20], text[20:]
+    states, val_states, unseen_states = (teacher_states(dense, w, tmp_path) for w in (windows, val, unseen))
+    start = initial_prompt(dense, 8, "vocab", kind=kind)
+    got = learn(model, start, windows, val, steps=60, batch_size=8, lr=0.05, teacher=(states, val_states))
+    before, after = (mean_loss(model, p, unseen, teacher=unseen_states) for p in (start, got.prompt))
+    assert after < 0.9 * before and got.prompt.shape == start.shape
+    assert math.isclose(got.val_loss, mean_loss(model, got.prompt, val, teacher=val_states), rel_tol=1e-5)
+    assert torch.equal(got.prompt[0], start[0]) == (kind == "prefix")        # the first position of a prefix is frozen
+    assert not torch.equal(got.prompt[1:], start[1:])
+
+
+def test_the_default_rate():
+    model = tiny()
+    model.embed_tokens.weight.data /= model.embed_tokens.weight.std()
+    assert math.isclose(default_rate(model, torch.zeros(3, 32)), 0.35, rel_tol=1e-5)
+    p, windows = initial_prompt(model, 3, "text", TOKENS), TOKENS[:48].view(3, 16)
+    one, two = (learn(model, p, windows, steps=2, lr=lr).prompt for lr in (None, default_rate(model, p)))
+    assert torch.equal(one, two)
+
+
+class Reversed(Letters):
+    def encode(self, text, bos=True):
+        return [49 - i for i in super().encode(text)]
+
+
+@pytest.mark.parametrize("kind", ["embedding", "prefix"])
+def test_a_prompt_says_whose_it_is(kind, tmp_path):
+    model, path = tiny(), tmp_path / "p.safetensors"
+    p = initial_prompt(model, 5, "text", TOKENS, kind=kind)
+    save_prompt(path, p, {"lr": 1}, owner(model, Letters()))
+    assert torch.equal(load_prompt(path, tiny(seed=5), Letters())[0], p)
+    assert torch.equal(load_prompt(path, model)[0], p)            # without a tokenizer it is not compared
+    wider = Transformer(dataclasses.replace(model.config, vocab_size=60)).requires_grad_(False)
+    for other, tokenizer, what in ((tiny("opt"), Letters(), "family .llama, not opt"), (model, Reversed(), "tokenizer"),
+                                   (wider, Letters(), "vocab size .50, not 60")):
+        with pytest.raises(ValueError, match=f"p.safetensors was learned for another {what}.* --force"):
+            load_prompt(path, other, tokenizer)
+        assert torch.equal(load_prompt(path, other, tokenizer, force=True)[0], p)
+    save_prompt(path, p)                                          # as files of before, which do not say
+    assert torch.equal(load_prompt(path, tiny("opt"), Reversed())[0], p)
+    if kind == "prefix":
+        deep = Transformer(dataclasses.replace(model.config, n_layer=3)).requires_grad_(False)
+        for force in (False, True):                               # shapes cannot be forced
+            with pytest.raises(ValueError, match="2 layers with 4 heads of 8 does not fit a model of 3 layers"):
+                load_prompt(path, deep, force=force)
+
+
+def test_kinds_and_objectives_that_cannot_be(tmp_path):
+    model, windows = tiny(), TOKENS[:48].view(3, 16)
+    with pytest.raises(ValueError, match="known are embedding and prefix"):
+        initial_prompt(model, 4, "text", TOKENS, kind="suffix")
+    with pytest.raises(ValueError, match="a prefix of one position"):
+        learn(model, initial_prompt(model, 1, "text", TOKENS, kind="prefix"), windows)
+    with pytest.raises(ValueError, match="KL to a teacher needs a model with hidden"):
+        text_loss(Foreign(model), None, windows, torch.zeros(3, 16, 32))
+
+

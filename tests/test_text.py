@@ -119,6 +119,32 @@ def test_harvested_sets_are_loaded_on_demand(monkeypatch):
     assert eval_tokens(Characters(), "docs", "test", 3).tolist() == Characters().encode("docs test\n\nb")
 
 
+def test_only_as_much_is_tokenized_as_is_wanted(tmp_path):
+    """The tokens are those of the whole text, and a long line is not read to its end."""
+    class Counting:
+        def __init__(self, tokenizer):
+            self.tokenizer, self.read = tokenizer, 0
+
+        def encode(self, text):
+            self.read += len(text)
+            return self.tokenizer.encode(text)
+
+    tiny = Path(data.text.__file__).parent / "tiny"
+    words = ["it's", "we'll", "2024", "12,345.6", "\u4e2d\u6587\u00a0x", "...", "_a__b", "\n", "  ", "\t\r\n", "na\u00efve", "\U0001f600"]
+    rng = random.Random(0)
+    text = " ".join(rng.choice(words) for _ in range(60_000))
+    (tmp_path / "line.txt").write_text(text, encoding="utf-8", newline="")
+    for folder in (tiny / "llama", tiny / "opt"):
+        tokenizer = Counting(load_tokenizer(folder))
+        whole = tokenizer.encode(text)
+        for n in (1, 2, 50, 511, 4000, 20_000):
+            tokenizer.read = 0
+            assert eval_tokens(tokenizer, str(tmp_path / "line.txt"), "", 1, n).tolist() == whole[:n]
+            assert n > 4000 or tokenizer.read < len(text) / 2
+    (tmp_path / "one.txt").write_text("ab" * 50_000)                        # no place to cut: all of it
+    assert eval_tokens(Characters(), str(tmp_path / "one.txt"), "", 1, 9).tolist() == Characters().encode("abababab")
+
+
 # ---- calibration
 
 def test_calibration_crops(tmp_path):

@@ -281,6 +281,58 @@ def test_missing_and_broken_files(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def cut_merges(folder):
+    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+    (folder / "merges.txt").write_text("\n".join(lines[:-1]), "utf-8")
+
+
+def edit_vocab(**changes):
+    def change(folder):
+        vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+        (folder / "vocab.json").write_text(json.dumps({t: changes.get(t, i) for t, i in vocab.items()
+                                                       if changes.get(t, i) is not None}))
+    return change
+
+
+@pytest.mark.parametrize("change, message", [
+    (cut_merges, "merges.txt: 1 tokens of the vocabulary, such as 'Ġhell', are made by none of the 3 merges"),
+    (lambda folder: (folder / "merges.txt").write_text(""), "made by none of the 0 merges"),
+    (edit_vocab(a=-1), "vocab.json: token 'a' has id -1"), (edit_vocab(a=1.5), "token 'a' has id 1.5"),
+    (edit_vocab(a=True), "token 'a' has id True"), (edit_vocab(a="7"), "token 'a' has id 7"),
+    (edit_vocab(a=5), "tokens .* have the same id 5"), (edit_vocab(a=2 ** 62), "no whole number from 0 on"),
+    (edit_vocab(a=None), "vocab.json has no token for 'a'"),
+    (edit_vocab(a=264), "its tokenizer has 265 tokens, its model's embedding 264 rows"),
+    (lambda folder: (folder / "vocab.json").write_text('{"</s>": 0, "</s>": 1}'), "'</s>' comes twice"),
+    (lambda folder: (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}'), "does not hold '<end>'"),
+    (lambda folder: (folder / "tokenizer_config.json").write_text('{"eos_token": [2]}'), "eos_token .* wrong kind"),
+    (lambda folder: (folder / "tokenizer_config.json").write_text('{"add_bos_token": "false"}'), "add_bos_token 'false'"),
+    (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 3000}'), "eos_token_id 3000 is none"),
+    (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 2.0}'), "eos_token_id 2.0"),
+    (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": ["2"]}'), "eos_token_id 2 is none"),
+])
+def test_damaged_vocabularies_are_one_line(tmp_path, change, message):
+    tiny_files(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "opt", "vocab_size": 264}')
+    assert load_tokenizer(tmp_path).vocab_size == 264
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_rank_file_cut_at_a_line_shows_beside_its_model(tmp_path):
+    ranks = [base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)] + [base64.b64encode(b"he") + b" 256\n"]
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 257 + len(LLAMA3_SPECIAL)}))
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(ranks))
+    assert load_tokenizer(tmp_path).encode("he")[1:] == [256]
+    for lines, message in ((ranks[:-1], "a file is cut short"), (ranks[:-2] + ranks[-1:], "ranks are not 0 to 255"),
+                           ([b"%s %d\n" % (line.split()[0], i) for i, line in enumerate(ranks[:7] + ranks[8:])], "byte 7"),
+                           (ranks[:-1] + [b"aGU=! 256\n"], "not all lines")):
+        (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path)
+
+
 def test_patterns_cut_every_character():
     for words in (GPT2_WORDS, LLAMA3_WORDS):
         encoding = tiktoken.Encoding("x", pat_str=words, special_tokens={},

@@ -1,8 +1,8 @@
 """Time the packed products on real layer shapes, beside F.linear and torch's own int4, on whatever this machine has.
 
-    python -m kernels.bench                               # a GPU: everything; a CPU: a short list, its own paths
-    python -m kernels.bench --shapes 4096x11008 --batches 1 16 --formats nm --directions forward
-    python -m kernels.bench --generate runs/out/compressed           # whole models, see bench_model.py
+    python -m bench.kernels                               # a GPU: everything; a CPU: a short list, its own paths
+    python -m bench.kernels --shapes 4096x11008 --batches 1 16 --formats nm --directions forward
+    python -m bench.kernels --generate runs/out/compressed           # whole models, see bench/models.py
 
 Shapes are out x in. Calls take copies of the weights in turn, 200 MB of them (at most 64), more than a GPU's cache holds;
 on a GPU they are replayed from a CUDA graph, so that Python's launch time is not counted. Times are medians. `limit` is
@@ -144,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
         torch.cuda.set_device(device)                           # events and graphs belong to the current one
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype or ("fp16" if gpu else "bf16")]
     if args.generate or args.tune:
-        from kernels import bench_model                     # here, because it needs model.py
+        from bench import models as bench_model                     # here, because it needs model.py
         return bench_model.main(args, dtype, device)
     name, memory_rate, compute_rate = machine(device)
     print(f"{name}: {memory_rate / 1e9:.0f} GB/s, {compute_rate / 1e12:.2f} Tflop/s; "

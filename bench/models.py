@@ -1,13 +1,12 @@
-"""Whole models, dense against packed: decoding at batch 1, and a step of prompt tuning. Called by bench.py.
+"""Whole models, dense against packed: decoding at batch 1, and a step of prompt tuning. Called by kernels.py.
 
-    python -m kernels.bench --generate runs/out/compressed                      # a folder that train.py wrote
-    python -m kernels.bench --generate random-llama-7b                          # that shape, random weights, made here
-    python -m kernels.bench --tune runs/out/compressed --batch 4 --tokens 512
+    python -m bench.kernels --generate runs/out/compressed                      # a folder that train.py wrote
+    python -m bench.kernels --generate random-llama-7b                          # that shape, random weights, made here
+    python -m bench.kernels --tune runs/out/compressed --batch 4 --tokens 512
 
 Both models hold the same weights and run in turn, a token or a step each, so that whatever else the machine does slows
 both; times are medians. Memory: what a model holds, and on a GPU the peak while it runs, without the other model and
 without keys and values of earlier tokens.
-This is the one file of the folder that knows model.py.
 """
 import statistics
 import time
@@ -16,7 +15,7 @@ import torch
 import torch.nn as nn
 
 from data.config import PUBLISHED, Config
-from kernels.bench import random_layer
+from bench.kernels import random_layer
 from kernels.linear import PackedLinear
 from kernels.packing import Packed
 from model import Transformer, load_model

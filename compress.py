@@ -1,0 +1,413 @@
+"""Compression as a walk: block after block from the checkpoint's file through the device to a packed shard.
+
+    checkpoint = open_checkpoint("checkpoints/llama-7b")
+    stats = compress(checkpoint, "out/compressed", windows, make_solver(bits=4, sparsity=0.5))
+
+What enters a block comes out of the compressed blocks before it. A block is two steps of the residual stream h,
+attention and MLP, each h + out(mix(norm(h))) (model.Half). For each step, the Linears that read the stream are solved
+first, then the one that writes into it:
+
+    pass 1   x = norm(h)             -> moments of x     -> solve q, k, v     (or gate and up)
+    pass 2   y = mix(norm(h))        -> moments of y     -> solve o           (or down)
+    pass 3   h = h + out(y)          the stream of the next step
+
+A pass goes over all windows batch by batch and keeps sums over tokens (`Moments`). Between passes nothing lives but the
+stream and, where Linears aim at the dense model's outputs (`aim`), its dense twin: half precision, in CPU memory
+(`Stream`). On the device are one block, its copies, one batch and the solver's matrices, whatever the model's size.
+
+A block whose shard is there is not solved again, only run: so a killed walk continues. `compress_block` needs no files.
+Left out: sparsity chosen per Linear, and splitting a block over devices.
+"""
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import parallel
+from data.progress import Progress
+from gptq import Compressed, gptq
+from kernels.linear import PackedLinear
+from kernels.packing import pack_compressed
+from kernels.unpacking import unpack
+from model import Block, Checkpoint, Half, load_block, read_note, save_index, save_shard, shard_path
+from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
+
+RECIPES = {
+    "plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, percdamp=0.01,     # as published
+                  true_sequential=False, correct=0.0),
+    "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, percdamp=0.03,
+                 true_sequential=True, correct=0.5),
+}
+Solve = Callable[[torch.Tensor, torch.Tensor, list[int]], Compressed]
+
+
+def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", groupsize: int = -1, sym: bool = False,
+                blocksize: int = 128, static_groups: bool = False, **steps) -> Solve | None:
+    """solve(W, H, parts) -> Compressed, or None where nothing is to be done.
+
+    W (rows, in) stacks the Linears that read one input, H (in, in) is that input's Hessian, parts has the Linears'
+    rows. bits None prunes only, sparsity 0 quantizes only; steps (mask, refits, grid, act_order, descent, percdamp)
+    replace the recipe's."""
+    s = {**RECIPES[recipe], **steps}
+    fraction, _, m = parse_sparsity(sparsity)
+    if bits is None and not fraction:
+        return None
+    if static_groups and (recipe != "plain" or not s["act_order"] or fraction):
+        raise ValueError("--static-groups belongs to --recipe plain --sparsity 0 --act-order; the searched grids' groups "
+                         "are static anyway")
+    pattern = str(sparsity) if m else fraction
+    common = dict(groupsize=groupsize, sym=sym, percdamp=s["percdamp"], blocksize=blocksize)
+    taken_apart = s["mask"] == "admm" or s["refits"] or s["descent"] or s["grid"] != "minmax"
+    if taken_apart or fraction and s["act_order"]:
+        own = {k: s[k] for k in ("mask", "refits", "grid", "act_order", "descent")}
+        return lambda W, H, parts: prune_and_round(W, H, pattern, bits, **own, **common)
+    if fraction:                                                # one joint pass, as the paper has it
+        return lambda W, H, parts: sparsegpt(W, H, pattern, bits, parts=parts, **common)
+    return lambda W, H, parts: gptq(W, H, bits, act_order=s["act_order"], static_groups=static_groups, **common)
+
+
+@contextmanager
+def fast_products(x: torch.Tensor):
+    """Inside, fp32 matrix products may round their factors to bf16 on a CPU, to TF32 on a GPU, if x's dtype loses
+    nothing by it. Sums stay fp32: in bf16 they would not be exact enough to be inverted."""
+    place, precision = (torch.backends.cuda, "tf32") if x.is_cuda else (torch.backends.mkldnn, "bf16")
+    exact = x.dtype == torch.bfloat16 or x.is_cuda and x.dtype == torch.float16
+    before = place.matmul.fp32_precision
+    place.matmul.fp32_precision = precision if exact else before
+    try:
+        yield
+    finally:
+        place.matmul.fp32_precision = before
+
+
+class Moments:
+    """Sums over tokens, in fp32, of what one group of Linears reads, x (..., in), and of an error e that goes with it.
+
+    H sums x x^T: symmetric, so of a large one only a staircase below the diagonal. E sums e x^T."""
+
+    def __init__(self):
+        self.count = 0
+        self.H = self.E = self.x = self.e = None                # x and e alone summed, for the means
+
+    def add(self, x: torch.Tensor, e: torch.Tensor | None = None) -> None:
+        """Add x (..., in) and, each time or never, e (..., any)."""
+        x32 = x.reshape(-1, x.shape[-1]).float()
+        n = x32.shape[1]
+        self.count += len(x32)
+        if self.H is None:
+            self.H, self.x = x32.new_zeros(n, n), x32.new_zeros(n)
+            if e is not None:
+                self.E, self.e = x32.new_zeros(e.shape[-1], n), x32.new_zeros(e.shape[-1])
+        step = n if n < 1024 else -(-n // 4)
+        with fast_products(x):
+            for s in range(0, n, step):
+                self.H[s:, s:s + step].addmm_(x32[:, s:].T, x32[:, s:s + step])
+            self.x += x32.sum(0)
+            if e is not None:
+                e32 = e.reshape(-1, e.shape[-1]).float()
+                self.E.addmm_(e32.T, x32)
+                self.e += e32.sum(0)
+
+    def finish(self) -> "Moments":
+        """Sums become means over all tokens of all processes, in place, and H becomes whole."""
+        count = parallel.add_numbers(self.count)[0]
+        sums = [t for t in (self.H, self.x, self.E, self.e) if t is not None]
+        parallel.add(*sums)
+        for t in sums:
+            t.div_(count)
+        self.H.tril_().add_(self.H.tril(-1).T)
+        return self
+
+
+class Target(NamedTuple):
+    """What a group of Linears is solved for."""
+    W: torch.Tensor                     # (out, in) fp32 weights to come close to
+    H: torch.Tensor                     # (in, in) in whose measure
+    mean: torch.Tensor | None           # (in,) mean input, and
+    wanted: torch.Tensor | None         # (out,) what W x was to give on average, where a bias can make up for it
+
+    def bias_gain(self, V: torch.Tensor) -> torch.Tensor | None:
+        """(out,) what the bias gains once the weights have become V."""
+        return None if self.wanted is None else self.wanted - V @ self.mean
+
+
+def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_outputs: bool, damp: float = 0.3) -> Target:
+    """Where the Linears W (out, in) should aim: they read x where the dense model reads x', and their output joins r
+    where the dense model has r'. Least squares, damped towards W (QEP 2504.09629, GPTAQ 2504.02692; taking back the
+    residual stream's own error is ours):
+
+        W + strength A (H + damp diag H)^-1,   A = mean of (W (x' - x) + r' - r) x^T.
+
+    The moments (finished) hold x' - x as their errors, or with of_outputs W (x' - x) + r' - r itself. With a bias, H and
+    A are taken around the means, which the bias then meets."""
+    H, mean, E, e = moments.H, moments.x, moments.E, moments.e
+    if not torch.isfinite(H.diagonal().sum()):
+        raise ValueError("the calibration's activations hold NaN or Inf: use --dtype bfloat16 or float32, and check the "
+                         "checkpoint's weights")
+    if E is None or strength == 0:
+        return Target(W, H, None, None)
+    A, a = (E, e) if of_outputs else (W @ E, W @ e)             # e is (out,) or (in,)
+    wanted = None
+    if biased:
+        wanted = W @ mean + strength * a
+        around = H - torch.outer(mean, mean)
+        varies = (around.diagonal() > 1e-5 * H.diagonal()).float()          # a constant input is the bias's alone
+        H = around * varies * varies[:, None]
+        A = (A - torch.outer(a, mean)) * varies
+    damped = H.clone()
+    damped.diagonal().mul_(1 + damp).add_(1e-6 * H.diagonal().mean() + 1e-12)
+    L = torch.linalg.cholesky(damped)
+    return Target(W + strength * torch.cholesky_solve(A.T, L).T, H, mean if biased else None, wanted)
+
+
+class Stream:
+    """The batches of a residual stream, each (b, T, d_model): parked in half precision in CPU memory, and moved to the
+    device, in the dtype of computing, when their turn comes.
+
+    bf16 is parked as it is, all else in fp16, which has three more bits, or, where a batch is beyond it, in bf16.
+    exact parks them as they are."""
+
+    def __init__(self, dtype: torch.dtype, device: str, exact: bool = False):
+        self.dtype, self.device, self.exact, self.parked = dtype, torch.device(device), exact, []
+
+    def __len__(self) -> int:
+        return len(self.parked)
+
+    def __getitem__(self, k: int) -> torch.Tensor:
+        if not 0 <= k < len(self.parked):
+            raise IndexError(k)                                 # ends a for loop
+        return self.parked[k].to(self.device, self.dtype, non_blocking=True)
+
+    def append(self, h: torch.Tensor) -> None:
+        self.parked.append(None)
+        self[len(self) - 1] = h
+
+    def __setitem__(self, k: int, h: torch.Tensor) -> None:
+        if h.dtype == torch.float32 and not self.exact:
+            half = h.half()
+            h = half if torch.isfinite(half).all() else h.bfloat16()
+        if h.is_cuda:
+            room = self.parked[k]
+            if room is None or room.dtype != h.dtype:
+                room = torch.empty(h.shape, dtype=h.dtype, pin_memory=True)
+            h = room.copy_(h)
+        self.parked[k] = h
+
+
+class Walk:
+    """What goes from block to block: the compressed model's stream, the dense model's, and the positions' rotations."""
+
+    def __init__(self, ends: nn.Module, windows: torch.Tensor, twin: bool, batch_size: int, dtype: torch.dtype, device: str,
+                 exact: bool = False):
+        """ends: a Transformer's embedding, in dtype on the device. windows (N, T) int64; of several processes, each walks
+        with its share of the batches. twin: with the dense model alongside."""
+        self.dtype, self.device = dtype, device
+        self.rope = ends.rope(0, windows.shape[1], device)
+        self.stream = Stream(dtype, device, exact)
+        self.dense = Stream(dtype, device, exact) if twin else None
+        for batch in parallel.mine(windows.split(batch_size)):
+            h = ends.stem(ends.embed(batch.to(device))).to(dtype)
+            self.stream.append(h)
+            if twin:
+                self.dense.append(h.clone())
+
+    def advance(self, block: Block, source: Block) -> None:
+        """Through a block that is compressed already, and its dense source."""
+        for stream, through in ((self.stream, block), (self.dense, source)):
+            for k in range(len(stream or ())):
+                stream[k] = through(stream[k], self.rope)
+
+
+class Settings(NamedTuple):
+    """How the walk goes, beside the solver."""
+    true_sequential: bool = True        # each group of Linears solved behind the compressed ones before it, or all from
+    correct: float = 0.5                # the block's dense weights; strength of `aim`, 0: at the dense weights
+
+
+def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Settings = Settings()) -> tuple[Block, list[dict]]:
+    """Compress block i and move the walk's streams behind it.
+
+    source: the dense block, in any dtype, on any device, not changed. Returns the compressed block as it is stored
+    (fp16 and packed, on the CPU) and one dict a Linear: error is of the group that shares its input, relative to
+    `against`; error_dense relative to the dense weights' outputs. Only rank 0 has solved anything and has both right."""
+    if settings.correct and not settings.true_sequential:
+        raise ValueError(f"correct={settings.correct} works group by group: with --no-true-sequential, turn it off by "
+                         f"--correct 0")
+    done = copy_block(source, torch.float16, "cpu")             # what is stored,
+    work = copy_block(source, walk.dtype, walk.device)          # and what runs
+    for name, p in done.named_parameters():
+        if "norm" in name:
+            work.get_parameter(name).data = p.to(walk.device, walk.dtype)
+    stats = []
+
+    def solve_group(names: list[str], moments: Moments, of_outputs: bool) -> None:
+        solve_linears(source, done, work, names, moments, of_outputs, solve, settings.correct, stats, walk)
+
+    if settings.true_sequential:
+        twin = copy_block(source, walk.dtype, walk.device) if walk.dense is not None else None
+        for half, dense_half in zip(work.halves(), twin.halves() if twin else (None, None)):
+            step_sequential(half, dense_half, walk, solve_group)
+    else:
+        moments = {}
+        for h in walk.stream:
+            for half in work.halves():
+                x = half.read(h)
+                moments.setdefault(tuple(half.reads), Moments()).add(x)
+                y = half.part.mix(x, walk.rope)
+                moments.setdefault(tuple(half.writes), Moments()).add(y)
+                h = half.write(h, y)
+        for names in list(moments):
+            solve_group(list(names), moments.pop(names), False)
+        for k, h in enumerate(walk.stream):
+            walk.stream[k] = work(h, walk.rope)
+    for s in stats:
+        s["name"] = f"blocks.{i}.{s['name']}"
+    return done, stats
+
+
+def copy_block(block: Block, dtype: torch.dtype, device: str) -> Block:
+    """A block with parameters of its own, which share memory with block's where dtype and device are the same: they are
+    to be replaced, not written to."""
+    with torch.device("meta"):
+        twin = Block(block.attn.c)
+    state = {name: p.detach().to(device, dtype) for name, p in block.named_parameters()}
+    twin.load_state_dict(state, assign=True)
+    return twin.eval().requires_grad_(False)
+
+
+def step_sequential(half: Half, dense: Half | None, walk: Walk, solve_group) -> None:
+    """The three passes of one half-block, of the compressed model and its dense twin."""
+    stream, twin, rope = walk.stream, walk.dense, walk.rope
+    moments = Moments()
+    for k, h in enumerate(stream):
+        x = half.read(h)
+        moments.add(x, None if twin is None else dense.read(twin[k]) - x)
+    solve_group(half.reads, moments, False)
+
+    moments = Moments()
+    for k, h in enumerate(stream):
+        y = half.mix(h, rope)
+        if twin is None:
+            moments.add(y)
+            continue
+        dense_h = twin[k]
+        dense_y = dense.mix(dense_h, rope)
+        last = dense.part.get_submodule(dense.part.writes)
+        moments.add(y, F.linear(dense_y - y, last.weight) + (dense_h - h))
+        twin[k] = dense.write(dense_h, dense_y)
+    solve_group(half.writes, moments, True)
+
+    for k, h in enumerate(stream):
+        stream[k] = half.write(h, half.mix(h, rope))
+
+
+def solve_linears(source: Block, done: Block, work: Block, names: list[str], moments: Moments, of_outputs: bool, solve: Solve,
+                  strength: float, stats: list[dict], walk: Walk) -> None:
+    """Solve the Linears that share an input as one stacked matrix, and put the result where it is stored (done) and
+    where it runs (work)."""
+    linears = [source.get_submodule(name) for name in names]
+    parts = [linear.out_features for linear in linears]
+    W = torch.cat([linear.weight.to(walk.device, torch.float32) for linear in linears])
+    moments.finish()
+    if parallel.rank() == 0:
+        target = aim(W, moments, linears[0].bias is not None, strength, of_outputs)
+        out = solve(target.W, target.H, parts)
+        corrected = target.W is not W
+        error_dense = errors(W, out.weight, target.H, parts)
+        gain = target.bias_gain(out.weight)
+        gains = [None] * len(parts) if gain is None else gain.split(parts)
+        fields = [t.split(parts) if torch.is_tensor(t) else [None] * len(parts) for t in
+                  (out.weight, out.mask, out.codes, out.scale, out.zero)]
+        for k, (name, linear) in enumerate(zip(names, linears)):
+            weight, mask, codes, scale, zero = (field[k] for field in fields)
+            one = out._replace(weight=weight, mask=mask, codes=codes, scale=scale, zero=zero)
+            store(done, work, name, one, gains[k])
+            stats.append({"name": name, "error": out.error, "against": "corrected weights" if corrected else "dense weights",
+                          "error_dense": error_dense[k], "sparsity": float(mask.float().mean())})
+    if parallel.world() > 1:                                    # all run what the first process has found
+        for p in (p for name in names for p in work.get_submodule(name).parameters()):
+            p.data = p.data.clone()                             # it may share memory with the source
+            parallel.copy_first(p.data)
+
+
+def store(done: Block, work: Block, name: str, out: Compressed, bias_gain: torch.Tensor | None) -> None:
+    """One solved Linear: packed, or fp16 where it was only pruned, in `done`; the very same numbers in `work`."""
+    kept, runs = done.get_submodule(name), work.get_submodule(name)
+    if bias_gain is not None:
+        kept.bias.data = (kept.bias.float() + bias_gain.cpu()).half()
+        runs.bias.data = kept.bias.to(runs.bias)
+    if out.codes is None:
+        kept.weight.data = out.weight.half().cpu()
+        weight = kept.weight
+    else:
+        packed = pack_compressed(out)
+        done.set_submodule(name, PackedLinear(packed, kept.bias))
+        weight = unpack(packed, runs.weight.dtype)
+    runs.weight.data = weight.to(runs.weight)
+
+
+def errors(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor, parts: list[int]) -> list[float]:
+    """trace((W-V) H (W-V)^T) / trace(W H W^T) of each of the Linears that are stacked in W."""
+    D = W - V
+    lost = ((D @ H) * D).sum(1)
+    del D
+    held = ((W @ H) * W).sum(1)
+    return [float(a.sum() / b.sum().clamp(min=1e-30)) for a, b in zip(lost.split(parts), held.split(parts))]
+
+
+@torch.no_grad()
+def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, solve: Solve, settings: Settings = Settings(),
+             batch_size: int = 4, dtype: torch.dtype = torch.float32, device: str = "cpu", exact: bool = False,
+             after_block: Callable[[int], None] = lambda i: None) -> list[dict]:
+    """Compress a checkpoint block by block into `folder`, a shard a block, each written when it is done; load_model
+    reads the folder once config.json is there, which is last. Shards that are there are kept, and only run.
+
+    windows (N, T) int64: the calibration text. dtype: of activations; solvers work in fp32. exact: see Stream. Returns
+    one dict a Linear (compress_block)."""
+    folder, config = Path(folder), checkpoint.config
+    first = parallel.rank() == 0
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not shard_path(folder, 0, config.n_layer).exists():
+            save_shard(folder, checkpoint.ends(), 0, config)
+    walk = Walk(checkpoint.ends(dtype, device), windows, bool(settings.correct), batch_size, dtype, device, exact)
+    stats = []
+    bar = Progress(range(config.n_layer), "compressing blocks")
+    for i in bar:
+        path, source = shard_path(folder, i + 1, config.n_layer), checkpoint.block(i)
+        parallel.wait()                                         # all see the same shards
+        if path.exists():
+            twin = checkpoint.block(i, dtype, device) if walk.dense is not None else None
+            walk.advance(load_block(path, i, config, dtype, device), twin)
+            found = read_note(path)["note"]["layers"]
+        else:
+            done, found = compress_block(i, source, walk, solve, settings)
+            parallel.wait()
+            if first:
+                save_shard(folder, done, i + 1, config, {"layers": found})
+        stats += found
+        if stats:
+            bar.note(f"mean error {sum(s['error'] for s in stats) / len(stats):.4f}")
+        after_block(i)
+    if first:
+        save_index(folder, config)
+    parallel.wait()
+    return stats
+
+
+@torch.no_grad()
+def compress_model(model: nn.Module, windows: torch.Tensor, solve: Solve, settings: Settings = Settings(), batch_size: int = 4,
+                   dtype: torch.dtype | None = None, exact: bool = False) -> list[dict]:
+    """The same walk over a Transformer that is in memory, in place; returns one dict a Linear."""
+    weight = model.embed_tokens.weight
+    dtype = dtype or weight.dtype
+    walk = Walk(model, windows, bool(settings.correct), batch_size, dtype, str(weight.device), exact)
+    stats = []
+    for i, block in enumerate(Progress(list(model.blocks), "compressing blocks")):
+        done, found = compress_block(i, block, walk, solve, settings)
+        model.blocks[i] = done.to(weight.device, weight.dtype)
+        stats += found
+    return stats

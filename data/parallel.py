@@ -1,0 +1,71 @@
+"""Several processes as one: who I am, and sums and copies across all of them. One process needs none of it.
+
+    torchrun --nproc-per-node 2 train.py ...            # start() finds the variables that torchrun sets
+
+Every process holds a share of the windows (`mine`); what is summed over windows is summed over processes (`add`); the
+first process decides and the others copy it (`copy_first`). gloo connects CPUs, nccl GPUs. Left out: splitting a model.
+"""
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def start(device: str = "cpu") -> str:
+    """Join the processes that torchrun started; returns this process's own device. Without torchrun: device, unchanged."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def stop() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """0 for the process that prints, solves and writes."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def mine(items: Sequence) -> Sequence:
+    """This process's share of items: every world-th one."""
+    return items[rank()::world()]
+
+
+def add(*tensors: torch.Tensor) -> None:
+    """Sum each tensor over all processes, in place."""
+    if world() > 1:
+        for t in tensors:
+            dist.all_reduce(t)
+
+
+def add_numbers(*numbers: float) -> list[float]:
+    """Each number summed over all processes, in fp64."""
+    held = torch.tensor(numbers, dtype=torch.float64)
+    if world() > 1 and dist.get_backend() == "nccl":
+        held = held.cuda()
+    add(held)
+    return held.tolist()
+
+
+def copy_first(*tensors: torch.Tensor) -> None:
+    """Overwrite each tensor by the first process's."""
+    if world() > 1:
+        for t in tensors:
+            dist.broadcast(t, 0)
+
+
+def wait() -> None:
+    """Until every process has come here: what the first has written, the others may read."""
+    if world() > 1:
+        dist.barrier()

@@ -1,0 +1,161 @@
+"""Heal a packed model: tune what it stores beside its codes, so that it predicts what the dense model predicts.
+
+A packed weight is a grid over integers, W = scale * (A + zero T) in every row or group, with A what the codes say (0 where
+pruned), and T the sign of an offset grid or -1 on a uniform one (0 where pruned). Codes and mask stay; scales, zeros, norms
+and biases, 0.3% of a model's numbers and stored in any case, are tuned end to end by KL(dense || packed) on text: the second
+stage of EfficientQAT (2407.11062) and PERP (2312.15230) on weights that are pruned and packed at once. Nothing is added: the
+healed model has the same bytes and the same speed.
+
+    teacher = teacher_states(dense, windows, folder), teacher_states(dense, val, folder)
+    heal(packed_model, windows, val, teacher, steps=64)             # in place; save_model writes it as it is
+
+The grid moves relative to itself: scale = scale_0 (1 + u), zero = zero_0 + v; a norm's weight = weight_0 (1 + u). With
+dW = dy^T x, du_row = sum dW W / (1 + u) and dv_row = scale sum dW T. Left out: moving codes, and tuning embeddings or head.
+"""
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels.linear import PackedLinear, triton_reads
+from kernels.packing import Packed, groups_of
+from kernels.reference import dequantize
+from kernels.unpacking import unpack
+from prompt import Fit, fingerprint, fit, mean_loss, text_loss
+
+FAR = 1024.0                                                    # a zero beyond all codes, exact in fp32
+
+
+def planes(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, T), fp32 (out, in) integers with W = scale * (A + zero * T)."""
+    grid = torch.ones_like(packed.tensors["scale"], dtype=torch.float32)
+    sign = 1.0 if packed.meta["grid"] == "offset" else -1.0
+    shifted = {**packed.tensors, "scale": grid, "zero": sign * FAR * grid}
+    unpacker = unpack if grid.device.type == "cpu" else dequantize
+    far = unpacker(Packed(shifted, packed.meta), torch.float32)                 # +-(k + FAR), code + FAR, 0 where pruned
+    T = sign * far.sign()
+    return far.sub_(T, alpha=sign * FAR), T
+
+
+class GridLinear(torch.autograd.Function):
+    """y = x W^T with gradients for x and for the grid. Unpacks anew in the backward pass: only x is kept."""
+
+    @staticmethod
+    def weight(A, T, scale, zero, group):
+        """scale * (A + zero * T), in A's memory."""
+        return A.addcmul_(zero[:, group], T).mul_(scale[:, group])
+
+    @staticmethod
+    def forward(ctx, x, scale, zero, layer, group):
+        ctx.save_for_backward(x, scale, zero)
+        ctx.layer, ctx.group = layer, group
+        W = GridLinear.weight(*planes(layer.packed), scale, zero, group)
+        return F.linear(x, W.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, scale, zero = ctx.saved_tensors
+        A, T = planes(ctx.layer.packed)
+        dW = (dy.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        index = ctx.group.expand(len(dW), -1)
+        over_T = torch.zeros_like(scale).scatter_add_(1, index, dW * T)         # sums over each group's columns
+        over_A = torch.zeros_like(scale).scatter_add_(1, index, dW.mul_(A))
+        dx = dy @ GridLinear.weight(A, T, scale, zero, ctx.group).to(dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, over_A + zero * over_T, scale * over_T, None, None
+
+
+class Tuned(nn.Module):
+    """Stands in for a PackedLinear or a norm while it is tuned."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        bias = getattr(base, "bias", None)
+        packed = isinstance(base, PackedLinear)
+        numbers = base.scale if packed else base.weight
+        self.u = nn.Parameter(torch.zeros(numbers.shape, device=numbers.device))
+        self.v = nn.Parameter(torch.zeros(numbers.shape, device=numbers.device)) if packed else None
+        self.b = None if bias is None else nn.Parameter(torch.zeros(bias.shape, device=bias.device))
+        self.unit = None if bias is None else max(float(bias.float().std(correction=0)), 1e-3)
+        if packed:
+            groups = groups_of(base.in_features, base.meta["groupsize"], base.packed.tensors.get("g_idx"))
+            self.group = torch.from_numpy(groups).to(numbers.device)
+
+    def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.base.scale.float() * (1 + self.u), self.base.zero.float() + self.v
+
+    def bias(self) -> torch.Tensor | None:
+        return None if self.b is None else self.base.bias.float() + self.unit * self.b
+
+    def forward(self, x):
+        bias = self.bias()
+        if self.v is not None:
+            y = GridLinear.apply(x, *self.grid(), self.base, self.group)
+            return y if bias is None else y + bias.to(y.dtype)
+        y = self.base(x)                                        # a norm: weight * normed + bias
+        if bias is None:
+            return y * (1 + self.u).to(y.dtype)
+        return ((y - self.base.bias) * (1 + self.u) + bias).to(y.dtype)
+
+    @torch.no_grad()
+    def settle(self) -> nn.Module:
+        """The base with its tuned numbers in it, rounded to fp16: what is stored is what runs."""
+        base, bias = self.base, self.bias()
+        if bias is not None:
+            base.bias.data = bias.half().to(base.bias.dtype)
+        if self.v is None:
+            base.weight.data = (base.weight.float() * (1 + self.u)).half().to(base.weight.dtype)
+            return base
+        base.scale, base.zero = (t.half() for t in self.grid())
+        base.decoder, base.in_triton = (None, None), triton_reads(base.packed)      # what was made of the old grid
+        return base
+
+
+@contextmanager
+def tuned(model):
+    """Inside, every packed Linear and every norm is a Tuned; after, all are themselves again. Yields {name: Tuned}."""
+    found = {name: Tuned(m) for name, m in list(model.named_modules())
+             if isinstance(m, PackedLinear) or isinstance(m, nn.LayerNorm) or type(m).__name__ == "RMSNorm"}
+    for name, m in found.items():
+        model.set_submodule(name, m)
+    try:
+        yield found
+    finally:
+        for name, m in found.items():
+            model.set_submodule(name, m.base)
+
+
+def heal(model, windows: torch.Tensor, val: torch.Tensor, teacher: tuple[torch.Tensor, torch.Tensor], steps: int = 64,
+         batch_size: int = 4, lr: float = 2e-3, val_every: int | None = None, seed: int = 0,
+         state: str | Path | None = None, settings: dict | None = None,
+         progress=lambda items, title: items) -> Fit:
+    """Tune grids, norms and biases of a packed model in place by KL to the dense model; `fit` says how.
+
+    windows (N, T) int64, val (M, T) held out: what has the lowest KL there is kept, so that a model never gets worse on
+    val. teacher: `teacher_states` of windows and of val. model.checkpointing = True saves memory for a third more time.
+    Raises ValueError where nothing is packed, or on a loss that is not finite; the model is then as it was."""
+    if not any(isinstance(m, PackedLinear) for _, m in model.linears()):
+        raise ValueError("nothing to heal: no Linear of this model is packed (quantized)")
+    if not len(windows) or not len(val):
+        raise ValueError(f"healing needs text and held-out text: got {len(windows)} and {len(val)} windows")
+    device = model.embed_tokens.weight.device
+    states, val_states = teacher
+
+    def loss_of_batch(index):
+        return text_loss(model, None, windows[index].to(device), states[index]).mean()
+
+    def score():
+        return mean_loss(model, None, val, batch_size, val_states)
+
+    marks = {"text": fingerprint(windows), "val": fingerprint(val), "model": fingerprint(*model.state_dict().values())}
+    with tuned(model) as parts:
+        params = {f"{name}.{n}": p for name, part in parts.items() for n, p in part.named_parameters(recurse=False)}
+        got = fit(params, loss_of_batch, len(windows), score, steps, batch_size, lr, val_every=val_every,
+                  betas=(0.9, 0.99), seed=seed, state=state, settings={**(settings or {}), **marks}, title="healing",
+                  progress=progress)
+        for part in parts.values():
+            part.settle()
+    return got

@@ -1,0 +1,162 @@
+"""heal.py: planes and gradients against dense autograd, what is stored after it, and that it wins on held-out text."""
+import copy
+
+import pytest
+import torch
+
+from data.config import Config
+from heal import GridLinear, Tuned, heal, planes, tuned
+from kernels.linear import PackedLinear
+from kernels.packing import pack
+from kernels.unpacking import unpack
+from model import Transformer, load_model, save_model
+from prompt import mean_loss, teacher_states
+
+
+def packed_linear(grid="offset", bits=4, groupsize=-1, share=0.5, rows=6, cols=48, bias=False, order=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (rows, cols), generator=g, dtype=torch.uint8)
+    mask = torch.rand(rows, cols, generator=g) < share if share else None
+    groups = 1 if groupsize == -1 else -(-cols // groupsize)
+    scale = (torch.rand(rows, groups, generator=g) * 0.02 + 0.01).half()
+    low = 0.4 if grid == "offset" else 7.0
+    zero = (torch.rand(rows, groups, generator=g) * 0.3 + low).half()
+    g_idx = torch.randperm(cols, generator=g) * groups // cols if order else None
+    held = pack(codes, mask, scale, zero, bits, grid, groupsize, g_idx=g_idx)
+    return PackedLinear(held, torch.randn(rows, generator=g).half().float() if bias else None)
+
+
+KINDS = [("offset", 4, -1, 0.5, False), ("offset", 4, 16, 0.5, False), ("uniform", 4, -1, 0.5, False),
+         ("uniform", 3, -1, 0, False), ("offset", 2, 16, 0.4, True), ("uniform", 8, 16, 0, True)]
+
+
+@pytest.mark.parametrize("grid, bits, groupsize, share, order", KINDS)
+def test_grid_linear_equals_autograd_through_the_formula(grid, bits, groupsize, share, order):
+    layer = packed_linear(grid, bits, groupsize, share, order=order)
+    part = Tuned(layer)
+    A, T = planes(layer.packed)
+    expand = lambda t: t.double()[:, part.group]
+    scale, zero = (t.float().requires_grad_() for t in part.grid())
+    W = expand(scale) * (A.double() + expand(zero) * T.double())
+    assert torch.equal(W.float(), unpack(layer.packed, torch.float32)) or torch.allclose(
+        W.float(), unpack(layer.packed, torch.float32), rtol=1e-6)
+    assert torch.equal(A, A.round()) and set(T.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    x = torch.randn(2, 5, 48, requires_grad=True)
+    dy = torch.randn(2, 5, 6)
+    want = torch.autograd.grad((x.double() @ W.T * dy.double()).sum(), (x, scale, zero))
+    y = GridLinear.apply(x, scale, zero, layer, part.group)
+    got = torch.autograd.grad((y * dy).sum(), (x, scale, zero))
+    assert torch.allclose(y, layer(x), atol=1e-5)
+    for a, b in zip(got, want):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def model_pair(family="llama", bias=False):
+    """A dense model and itself with every Linear rounded to 2 bits and packed."""
+    torch.manual_seed(0)
+    c = Config(family, vocab_size=50, d_model=32, n_layer=2, n_head=4, d_ff=64, max_positions=64, tied=family == "opt",
+               **({"attention_bias": True, "mlp_bias": True} if family == "opt" else {}))
+    dense = Transformer(c).requires_grad_(False).eval()
+    for name, p in dense.named_parameters():
+        p.data = torch.randn_like(p) * 0.2 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        p.data = p.half().float()                                # as files hold them
+    model = copy.deepcopy(dense)
+    for name, m in model.linears():
+        scale = (m.weight.abs().amax(1, keepdim=True) / 1.5).half()
+        codes = (m.weight / scale.float() + 1.5).round().clamp(0, 3).to(torch.uint8)
+        held = pack(codes, torch.rand(m.weight.shape) < 0.2, scale, torch.full_like(scale, 1.5), 2, "uniform")
+        model.set_submodule(name, PackedLinear(held, m.bias))
+    return dense, model
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_healing_wins_on_held_out_text_and_changes_only_grids_norms_and_biases(family, tmp_path):
+    dense, model = model_pair(family)
+    text = torch.randint(0, 50, (24, 16), generator=torch.Generator().manual_seed(1))
+    windows, val, unseen = text[:16], text[16:20], text[20:]
+    teacher = teacher_states(dense, windows, tmp_path), teacher_states(dense, val, tmp_path)
+    test = teacher_states(dense, unseen, tmp_path)
+    model(unseen[:1, :2])                                         # makes decode caches, of the old grids
+    before, gap = copy.deepcopy(model.state_dict()), mean_loss(model, None, unseen, teacher=test)
+    got = heal(model, windows, val, teacher, steps=40, batch_size=4, lr=1e-2)
+    after = model.state_dict()
+    assert got.scores[0][1] > got.val_loss and mean_loss(model, None, unseen, teacher=test) < 0.8 * gap
+    changed = {n.rpartition(".")[2] for n in before if not torch.equal(before[n], after[n])}
+    norms = {n for n in before if "norm" in n}
+    assert changed == {"scale", "zero", "weight"} | ({"bias"} if family == "opt" else set())
+    assert {n for n in before if n.endswith("weight") and not torch.equal(before[n], after[n])} <= norms
+    assert all(after[n].dtype == before[n].dtype and after[n].shape == before[n].shape for n in before)
+    assert abs(got.val_loss - mean_loss(model, None, val, teacher=teacher[1])) < 0.02 * got.val_loss    # fp16 grids
+    assert not any(isinstance(m, Tuned) for m in model.modules())
+    save_model(model, tmp_path / "healed")                        # what is stored is what runs
+    again = load_model(tmp_path / "healed")
+    assert torch.equal(again(unseen), model(unseen)) and torch.equal(again(unseen[:1, :2]), model(unseen[:1, :2]))
+
+
+def test_norm_stand_ins_equal_the_norms_with_tuned_numbers():
+    for family in ("llama", "opt"):
+        _, model = model_pair(family)
+        norm, x = model.blocks[0].norm1, torch.randn(3, 32)
+        part = Tuned(norm)
+        assert torch.allclose(part(x), norm(x), atol=1e-6)
+        with torch.no_grad():
+            part.u.normal_().mul_(0.1)
+            if part.b is not None:
+                part.b.normal_()
+        want = part(x)
+        assert torch.allclose(part.settle()(x), want, atol=3e-3)
+
+
+def test_a_run_that_fails_leaves_the_model_as_it_was(tmp_path):
+    dense, model = model_pair()
+    text = torch.randint(0, 50, (8, 16), generator=torch.Generator().manual_seed(1))
+    teacher = teacher_states(dense, text[:4], tmp_path), teacher_states(dense, text[4:], tmp_path)
+    before = copy.deepcopy(model.state_dict())
+
+    def bar(items, title):
+        for i in items:
+            if i == 3:
+                raise KeyboardInterrupt
+            yield i
+    with pytest.raises(KeyboardInterrupt):
+        heal(model, text[:4], text[4:], teacher, steps=8, batch_size=2, val_every=2, progress=bar, state=tmp_path / "heal.pt")
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    one, two = copy.deepcopy(model), copy.deepcopy(model)
+    got = heal(one, text[:4], text[4:], teacher, steps=8, batch_size=2, val_every=2, state=tmp_path / "heal.pt")
+    whole = heal(two, text[:4], text[4:], teacher, steps=8, batch_size=2, val_every=2)
+    assert got == whole and all(torch.equal(t, one.state_dict()[n]) for n, t in two.state_dict().items())
+    with pytest.raises(ValueError, match="model was"):            # healed already: another model
+        heal(one, text[:4], text[4:], teacher, steps=8, batch_size=2, val_every=2, state=tmp_path / "heal.pt")
+
+
+def test_a_rate_that_ruins_returns_the_start(tmp_path):
+    dense, model = model_pair()
+    text = torch.randint(0, 50, (8, 16), generator=torch.Generator().manual_seed(1))
+    teacher = teacher_states(dense, text[:4], tmp_path), teacher_states(dense, text[4:], tmp_path)
+    before = copy.deepcopy(model.state_dict())
+    got = heal(model, text[:4], text[4:], teacher, steps=4, batch_size=2, lr=5.0)
+    assert got.val_loss == got.scores[0][1]
+    assert all(torch.allclose(t.float(), before[n].float(), rtol=1e-3) for n, t in model.state_dict().items())
+
+
+def test_what_cannot_be_healed_is_said(tmp_path):
+    dense, model = model_pair()
+    text = torch.randint(0, 50, (4, 16))
+    states = teacher_states(dense, text, tmp_path)
+    with pytest.raises(ValueError, match="no Linear of this model is packed"):
+        heal(dense, text, text, (states, states), steps=1)
+    with pytest.raises(ValueError, match="got 4 and 0 windows"):
+        heal(model, text, text[:0], (states, states[:0]), steps=1)
+
+
+def test_checkpointing_gives_the_same_gradients(tmp_path):
+    from prompt import text_loss
+    dense, model = model_pair()
+    text = torch.randint(0, 50, (2, 16))
+    states = teacher_states(dense, text, tmp_path)
+    grads = []
+    for model.checkpointing in (False, True):
+        with tuned(model) as parts:
+            text_loss(model, None, text, states).mean().backward()
+            grads.append([p.grad for m in parts.values() for p in (m.u, m.v, m.b) if p is not None])
+    assert len(grads[0]) > 20 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))

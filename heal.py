@@ -23,7 +23,7 @@ from kernels.linear import PackedLinear, triton_reads
 from kernels.packing import Packed, groups_of
 from kernels.reference import dequantize
 from kernels.unpacking import unpack
-from prompt import Fit, fingerprint, fit, mean_loss, text_loss
+from prompt import Fit, fingerprint, fit, mean_loss, text_loss, windows_at_once
 
 FAR = 1024.0                                                    # a zero beyond all codes, exact in fp32
 
@@ -144,11 +144,19 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor, teacher: tuple[torch.T
     device = model.embed_tokens.weight.device
     states, val_states = teacher
 
+    at_once = windows_at_once(windows, device)
+
     def loss_of_batch(index):
-        return text_loss(model, None, windows[index].to(device), states[index]).mean()
+        total = 0.0
+        for part in index.split(at_once):                       # gradients add up, activations do not
+            losses = text_loss(model, None, windows[part].to(device), states[part])
+            loss = losses.mean() * (len(part) / len(index))
+            loss.backward()
+            total += loss.item()
+        return total
 
     def score():
-        return mean_loss(model, None, val, batch_size, val_states)
+        return mean_loss(model, None, val, at_once, val_states)
 
     marks = {"text": fingerprint(windows), "val": fingerprint(val), "model": fingerprint(*model.state_dict().values())}
     with tuned(model) as parts:

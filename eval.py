@@ -30,6 +30,7 @@ def flags() -> Flags:
     a = p.add_argument
     a("model", help="a checkpoint folder, the --out folder of a run of train.py, or a name such as llama-7b")
     a("--prompt", metavar="FILE", help="a learned prompt, as train.py leaves it in --out")
+    a("--force", action="store_true", help="put --prompt in front even if another family or tokenizer learned it")
     a("--hard-prompt", metavar="TEXT", nargs="?", const=True, help="a prompt in words; alone: the paper's own")
     a("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     a("--dtype", choices=PRECISIONS,
@@ -213,7 +214,7 @@ def zero_shot(model, tokenizer, items: list[Item], prompt: torch.Tensor | None =
         for r, row in enumerate(batch):
             tokens[r, :len(row)] = torch.tensor(row)
             scored[r, len(row) - longest[r]:len(row)] = True
-        h = read(model, prompt, tokens.to(device))                     # (B, T, d_model)
+        h = model.hidden(*with_prompt(model, prompt, tokens.to(device)))               # (B, T, d_model)
         logits = model.head(h[scored.to(device)]).float()              # (scored positions, vocab)
         norms = logits.logsumexp(-1)
         likeliest = logits.argmax(-1)
@@ -251,11 +252,6 @@ def summarize(task: str, results: list[dict]) -> dict:
     return out
 
 
-def read(model, prompt: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-    """The last block's output (B, T, d_model) at the positions of tokens (B, T) behind the prompt."""
-    return model.hidden(with_prompt(model, prompt, tokens))[:, -tokens.shape[1]:]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Generation
 
@@ -269,11 +265,6 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, u: torch.Tensor
     mass = (p * kept).cumsum(-1)
     drawn = torch.searchsorted(mass, (u.to(mass) * mass[:, -1])[:, None], right=True)
     return ids.gather(1, drawn.minimum(kept.sum(-1, keepdim=True) - 1))[:, 0]
-
-
-def begin(model, prompt: torch.Tensor | None, tokens: torch.Tensor, room: int) -> tuple:
-    """(input, cache) to read tokens (B, T) behind the prompt and then `room` more positions."""
-    return with_prompt(model, prompt, tokens, room)
 
 
 @torch.no_grad()
@@ -297,7 +288,7 @@ def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float 
     draws = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * len(rows)]
     ends = [min(len(row) + max_new, positions) for row in rows]
     first = torch.tensor([row[:shortest] for row in rows], device=device)
-    x, cache = begin(model, prompt, first, room=max(ends) - shortest)
+    x, cache = with_prompt(model, prompt, first, room=max(ends) - shortest)
     running = set(range(len(rows)))
     for at in range(shortest, max(ends)):
         logits = model.head(model.hidden(x, cache)[:, -1])                             # (B, vocab)
@@ -460,8 +451,8 @@ def locate(name: str) -> tuple[Path, dict, str]:
     if not holds_model and (path / "report.json").is_file():
         if not (path / "compressed").is_dir():
             model = run_settings(path / "report.json").get("model", "MODEL")
-            raise FileNotFoundError(f"{path} holds a run of train.py but no compressed/: for its dense model, "
-                                    f"python eval.py {model}")
+            raise FileNotFoundError(f"{path} holds a run of train.py but no compressed/: finish the run, or measure its "
+                                    f"dense model, python eval.py {model}")
         path = path / "compressed"
     report = path.resolve().parent / "report.json"
     if path.resolve().name == "compressed" and report.is_file():
@@ -528,6 +519,8 @@ def check_flags(args) -> None:
             raise ValueError(f"{flag(name)} does nothing at temperature 0: leave it out, or add --temperature 1")
     if args.prompt and args.hard_prompt:
         raise ValueError("--prompt and --hard-prompt exclude each other: leave one out")
+    if args.force and not args.prompt:
+        raise ValueError("--force does nothing without --prompt: leave it out")
     if args.json and args.mode == "chat":
         raise ValueError("--json does nothing with --chat: leave it out")
     if args.data is not None:
@@ -542,7 +535,7 @@ def check_flags(args) -> None:
 def find_prompt(args, model, tokenizer) -> torch.Tensor | None:
     """The soft prompt of --prompt, the embedded text of --hard-prompt, or None."""
     if args.prompt:
-        return load_prompt(args.prompt, model, tokenizer)[0]
+        return load_prompt(args.prompt, model, tokenizer, args.force)[0]
     if args.hard_prompt is None:
         return None
     text = HARD_PROMPT if args.hard_prompt is True else args.hard_prompt

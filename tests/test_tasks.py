@@ -17,6 +17,7 @@ from data.config import SHIPPED
 from data.tasks import TASKS, Item, find_task, load_items
 from data.tokenizer import load_tokenizer
 from model import load_model
+from prompt import as_prefix
 from test_eval import last, run_program
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/zeroshot"
@@ -148,6 +149,8 @@ def test_behind_a_prompt(opt):
     front = tokenizer.encode("The docs say so. ")
     prompt = model.embed(torch.tensor(front)).float()
     records = evaluation.zero_shot(model, tokenizer, ITEMS[:3], prompt)
+    as_keys = evaluation.zero_shot(model, tokenizer, ITEMS[:3], as_prefix(model, prompt))
+    assert [r["logprobs"] for r in as_keys] == [pytest.approx(r["logprobs"], abs=1e-4) for r in records]
     for item, record in zip(ITEMS, records):
         for (context, continuation), ours in zip(item.pairs, record["logprobs"]):
             given, scored = evaluation.encode_pair(tokenizer, context, continuation)

@@ -215,11 +215,15 @@ class Walk:
             if twin:
                 self.dense.append(h.clone())
 
-    def advance(self, block: Block, source: Block) -> None:
-        """Through a block that is compressed already, and its dense source."""
+    def advance(self, block: Block, source: Block | None, true_sequential: bool) -> None:
+        """Through a block that is compressed already, and its dense source; parked where the walk parks."""
         for stream, through in ((self.stream, block), (self.dense, source)):
             for k in range(len(stream or ())):
-                stream[k] = through(stream[k], self.rope)
+                if not true_sequential:
+                    stream[k] = through(stream[k], self.rope)
+                    continue
+                for half in through.halves():
+                    stream[k] = half.write(stream[k], half.mix(stream[k], self.rope))
 
 
 class Settings(NamedTuple):
@@ -339,6 +343,7 @@ def store(done: Block, work: Block, name: str, out: Compressed, bias_gain: torch
     kept, runs = done.get_submodule(name), work.get_submodule(name)
     if bias_gain is not None:
         kept.bias.data = (kept.bias.float() + bias_gain.cpu()).half()
+    if kept.bias is not None:
         runs.bias.data = kept.bias.to(runs.bias)
     if out.codes is None:
         kept.weight.data = out.weight.half().cpu()
@@ -382,7 +387,7 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
         parallel.wait()                                         # all see the same shards
         if path.exists():
             twin = checkpoint.block(i, dtype, device) if walk.dense is not None else None
-            walk.advance(load_block(path, i, config, dtype, device), twin)
+            walk.advance(load_block(path, i, config, dtype, device), twin, settings.true_sequential)
             found = read_note(path)["note"]["layers"]
         else:
             done, found = compress_block(i, source, walk, solve, settings)

@@ -41,6 +41,7 @@ RECIPES = {
     "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, percdamp=0.03,
                  true_sequential=True, correct=0.5),
 }
+SOLVER_ROWS, SOLVER_SQUARES = 8, 4      # matrices of W's and of H's size that a solver holds at its peak, W and H among them
 Solve = Callable[[torch.Tensor, torch.Tensor, list[int]], Compressed]
 
 
@@ -396,6 +397,42 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
         save_index(folder, config)
     parallel.wait()
     return stats
+
+
+class Plan(NamedTuple):
+    """What compressing will take, in bytes, counted from shapes; `__str__` says it in a line."""
+    blocks: int
+    device: int                         # at the peak: a block's copies, and a batch or the solver's matrices
+    host: int                           # streams, embedding and head, beside mapped files
+    disk: int                           # of the compressed model, about
+
+    def __str__(self) -> str:
+        gb = [f"{n / 1e9:.2f} GB" for n in (self.device, self.host, self.disk)]
+        return (f"plan: {self.blocks} blocks one by one, at most about {gb[0]} on the device and {gb[1]} of host memory beside "
+                f"mapped files, {gb[2]} on disk; the time is told from the first block on")
+
+
+def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype, settings: Settings,
+         bits: int | None, sparsity: float | str) -> Plan:
+    """tokens: of all calibration windows; batch_tokens: of one batch. On a CPU, device and host memory are one: add them."""
+    c = checkpoint.config
+    size = dtype.itemsize
+    with torch.device("meta"):
+        block = Block(c)
+        ends = sum(p.numel() for p in checkpoint.skeleton().parameters())
+    weights = sum(p.numel() for p in block.parameters())
+    ends -= c.n_layer * weights
+    groups = [(sum(block.get_submodule(n).out_features for n in names), block.get_submodule(names[0]).in_features)
+              for half in block.halves() for names in (half.reads, half.writes)]
+    twin = bool(settings.correct)
+    solving = max(4 * (SOLVER_ROWS * rows * n + SOLVER_SQUARES * n * n) for rows, n in groups)
+    summing = batch_tokens * (2 + twin) * (2 * c.d_ff * size + 4 * c.d_ff) + 4 * 3 * max(n for _, n in groups) ** 2
+    copies = (1 + twin) * weights * size
+    kept = 1 - parse_sparsity(sparsity)[0]
+    width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + 0.05
+    disk = c.n_layer * weights * width / 8 + 2 * ends
+    host = (1 + twin) * tokens * c.d_model * 2 + ends * size + 2 * weights
+    return Plan(c.n_layer, int(copies + max(solving, summing)), int(host), int(disk))
 
 
 @torch.no_grad()

@@ -1,18 +1,24 @@
-"""Measure a model, with or without a prompt in front: perplexity, generation. The second program.
+"""Measure a model, with or without a prompt in front: perplexity, zero-shot tasks, generation. The second program.
 
     python eval.py runs/out --prompt runs/out/prompt.safetensors      # on the text that the run was measured on
     python eval.py llama-7b --data c4 --seqlen 2048
+    python eval.py llama-7b --tasks piqa,arc_easy --data-dir zeroshot/
     python eval.py llama-7b --generate "The castle was built in"
 
 Perplexity = exp(sum of token losses / number of scored tokens), fp32, over consecutive windows of `seqlen` tokens that
 do not overlap; each window scores seqlen - 1 targets. Behind a prompt of n tokens the same targets are scored and
 nothing else. The code released with the paper divides by the prompt's positions too, and so prints
 true^((L-1)/(L-1+n)): too good.
+
+A zero-shot item is answered by the choice with the highest summed log-probability (acc), or with the highest one a
+character (acc_norm), as in lm-evaluation-harness: data/tasks.py has the texts. lambada_openai: is every token of the
+last word the likeliest one?
 """
 from data.flags import PRECISIONS, Flags, fail, flag, read_flags, real, run_program, say, whole
 
 MODES = {                                                # flags that belong to one kind of work, and to no other
     "perplexity": ("data", "data_dir", "split", "seqlen", "max_tokens", "batch_size"),
+    "tasks": ("data_dir", "limit", "items", "batch_size"),
     "generate": ("max_new", "temperature", "top_p", "seed", "batch_size"),
     "generate_from": ("max_new", "temperature", "top_p", "seed", "batch_size"),
     "chat": ("max_new", "temperature", "top_p", "seed")}
@@ -20,26 +26,33 @@ MODES = {                                                # flags that belong to 
 
 def flags() -> Flags:
     """What can be asked for. A flag that was not given is None; what it means then, `fill_in` says."""
-    p = Flags(description="Perplexity of a model, or its continuations of a text.")
+    p = Flags(description="Perplexity of a model, its answers to zero-shot tasks, or its continuations of a text.")
     a = p.add_argument
     a("model", help="a checkpoint folder, the --out folder of a run of train.py, or a name such as llama-7b")
     a("--prompt", metavar="FILE", help="a learned prompt, as train.py leaves it in --out")
+    a("--force", action="store_true", help="put --prompt in front even if another family or tokenizer learned it")
     a("--hard-prompt", metavar="TEXT", nargs="?", const=True, help="a prompt in words; alone: the paper's own")
     a("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     a("--dtype", choices=PRECISIONS,
       help="of weights and activations (default: the run's, else 16 bits where the device multiplies them fast)")
     a("--fused", default="on", choices=["on", "off"], help="off: unpack packed weights once, run ordinary Linears")
-    a("--batch-size", type=whole(1, 4096), help="windows or texts at a time (default 4)")
+    a("--batch-size", type=whole(1, 4096), help="windows, choices or texts at a time (default 4; tasks 16)")
     a("--json", action="store_true", help="print one JSON object as the last line")
 
     a = p.add_argument_group("perplexity, of a text").add_argument
     a("--data", help="wikitext2, ptb, c4, docs, docstrings, code, headers, or a path "
                      "(default: the run's, else wikitext2)")
-    a("--data-dir", metavar="FOLDER", help="folder that holds the text sets (default: the run's)")
+    a("--data-dir", metavar="FOLDER", help="folder that holds the text sets (default: the run's), or the tasks' files")
     a("--split", choices=["train", "validation", "test"], help="(default: test; validation of c4)")
     a("--seqlen", type=whole(2, 1 << 20), help="tokens a window (default: the run's, else 2048 or what the model has)")
     a("--max-tokens", type=whole(2, 1 << 40),
       help="use only the first so many tokens (default: all, or as the run did if --data is the run's too)")
+
+    a = p.add_argument_group("zero-shot tasks, instead").add_argument
+    a("--tasks", metavar="NAME,NAME=FILE,...", help="piqa, hellaswag, arc_easy, arc_challenge, winogrande, openbookqa, "
+                                                    "boolq, lambada_openai; files are looked for in --data-dir")
+    a("--limit", type=whole(1, 1 << 30), help="only the first so many items of each task")
+    a("--items", metavar="FILE", help="write what every item got, one JSON object a line")
 
     a = p.add_argument_group("generation, instead").add_argument
     a("--generate", metavar="TEXT", action="append", help="continue TEXT; may be given several times")
@@ -57,20 +70,24 @@ if __name__ == "__main__":
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from compress import Stream
+from data import parallel
 from data.chat import ChatTemplate
-from data.checkpoint import read_json
+from data.checkpoint import read_json, write_atomic
 from data.config import SHIPPED, read_config, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
+from data.tasks import TASKS, Item, find_task, load_items
 from data.text import FILES as TEXT_SETS, documents, eval_tokens, lines_of
 from data.tokenizer import load_tokenizer
-from model import load_model
+from model import Checkpoint, load_model
 from prompt import HARD_PROMPT, load_prompt, text_nll, with_prompt
 
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
@@ -94,19 +111,145 @@ def perplexity(model, tokens: torch.Tensor, seqlen: int, prompt: torch.Tensor | 
     windows = tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
     device = model.embed_tokens.weight.device
     total, count = 0.0, 0
-    for batch in Progress(windows.split(batch_size), title):
+    for batch in Progress(parallel.mine(windows.split(batch_size)), title):
         nll = text_nll(model, prompt, batch.to(device))
         total += nll.double().sum().item()
         count += nll.numel()
         if not math.isfinite(total):
             raise not_finite(title, f"the loss of tokens {count - nll.numel()} to {count}", total, model)
-    return math.exp(min(total / count, 700.0)), count
+    total, count = parallel.add_numbers(total, count)
+    return math.exp(min(total / count, 700.0)), int(count)
+
+
+@torch.no_grad()
+def streamed_perplexity(checkpoint: Checkpoint, tokens: torch.Tensor, seqlen: int, batch_size: int = 4,
+                        dtype: torch.dtype = torch.float32, device: str = "cpu",
+                        title: str = "perplexity") -> tuple[float, int]:
+    """The same of a model that does not fit the device: block by block over all windows, one block there at a time."""
+    if len(tokens) < seqlen:
+        raise ValueError(f"{len(tokens)} tokens cannot fill one window of seqlen {seqlen}: use more text or shorter windows")
+    windows = tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    batches = parallel.mine(windows.split(batch_size))
+    ends = checkpoint.ends(dtype, device)
+    rope = ends.rope(0, seqlen, device)
+    stream = Stream(dtype, device, exact=True)
+    for batch in batches:
+        stream.append(ends.stem(ends.embed(batch.to(device))))
+    for i in Progress(range(checkpoint.config.n_layer), title):
+        block = checkpoint.block(i, dtype, device)
+        for k, h in enumerate(stream):
+            stream[k] = block(h, rope)
+    total, count = 0.0, 0
+    for h, batch in zip(stream, batches):
+        targets = batch[:, 1:].flatten().to(device)
+        for h_part, t in zip(h[:, :-1].flatten(0, 1).split(512), targets.split(512)):
+            nll = torch.nn.functional.cross_entropy(ends.head(h_part).float(), t, reduction="none")
+            total, count = total + nll.double().sum().item(), count + len(t)
+    total, count = parallel.add_numbers(total, count)
+    if not math.isfinite(total):
+        raise not_finite(title, "the loss", total, ends)
+    return math.exp(min(total / count, 700.0)), int(count)
+
+
+def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> bool:
+    """Is there room on the device for all weights in dtype, and a fifth more?"""
+    need = 1.2 * dtype.itemsize * sum(p.numel() for p in checkpoint.skeleton().parameters())
+    if torch.device(device).type == "cuda":
+        return need < torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):                     # not Linux: let the operating system page
+        return True
+    return need < free
 
 
 def not_finite(title: str, what: str, value: float, model) -> ValueError:
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     return ValueError(f"{title}: {what} is {value}: weights are damaged, or activations overflow {dtype}; "
                       f"try --dtype {'float32' if dtype != 'float16' else 'bfloat16 or float32'}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Zero-shot tasks
+
+def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of both, as they are when the text is encoded as one; spaces at the context's end go to the continuation."""
+    kept = context.rstrip()
+    continuation = context[len(kept):] + continuation
+    if not context:                                      # something has to come before the first token that is scored
+        ids = tokenizer.encode(continuation, bos=False)
+        first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+        return (ids[:1], ids[1:]) if first is None or ids[:1] == [first] else ([first], ids)
+    ids = tokenizer.encode(kept + continuation)
+    n = len(tokenizer.encode(kept))
+    return ids[:n], ids[n:]
+
+
+@torch.no_grad()
+def zero_shot(model, tokenizer, items: list[Item], prompt: torch.Tensor | None = None, batch_size: int = 16,
+              title: str = "zero-shot") -> list[dict]:
+    """What each item got, in order: {"gold", "acc" (bool), "acc_norm" (bool), "logprobs" (nats, summed over the tokens
+    of each choice), "tokens" and "lengths" (in tokens and characters)}.
+
+    Longest first, padded at the right, where a causal model does not look. Choices that read the same and differ in
+    their last token only, such as yes and no, are read once. A text beyond the positions loses its beginning."""
+    positions = model.config.max_positions - (0 if prompt is None else len(prompt))
+    rows = {}                                            # tokens read -> [(item, choice, tokens scored, last of them)]
+    for i, item in enumerate(items):
+        for j, (context, continuation) in enumerate(item.pairs):
+            given, scored = encode_pair(tokenizer, context, continuation)
+            if not given or not 0 < len(scored) <= positions:
+                raise ValueError(f"{title}: item {i + 1}, choice {j + 1}: {len(given)} tokens of context and {len(scored)} "
+                                 f"to score; needed are at least one of each, and at most {positions} to score")
+            ids = (given + scored)[-(positions + 1):]
+            rows.setdefault(tuple(ids[:-1]), []).append((i, j, len(scored), ids[-1]))
+    order = sorted(rows, key=lambda row: (-len(row), row))
+    found = [[None] * len(item.pairs) for item in items]               # (log-probability, all likeliest, tokens)
+    device = model.embed_tokens.weight.device
+    for batch in Progress([order[k:k + batch_size] for k in range(0, len(order), batch_size)], title):
+        tokens = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
+        scored = torch.zeros(tokens.shape, dtype=torch.bool)
+        longest = [max(n for _, _, n, _ in rows[row]) for row in batch]
+        for r, row in enumerate(batch):
+            tokens[r, :len(row)] = torch.tensor(row)
+            scored[r, len(row) - longest[r]:len(row)] = True
+        h = model.hidden(*with_prompt(model, prompt, tokens.to(device)))               # (B, T, d_model)
+        logits = model.head(h[scored.to(device)]).float()              # (scored positions, vocab)
+        norms = logits.logsumexp(-1)
+        likeliest = logits.argmax(-1)
+        if not norms.isfinite().all():
+            raise not_finite(title, "a log-probability", math.nan, model)
+        for row, part, norm, best in zip(batch, logits.split(longest), norms.split(longest), likeliest.split(longest)):
+            for i, j, n, last in rows[row]:
+                targets = torch.tensor([*row[len(row) - n + 1:], last], device=device)
+                logprobs = part[-n:].gather(1, targets[:, None])[:, 0] - norm[-n:]
+                found[i][j] = float(logprobs.double().sum()), bool((best[-n:] == targets).all()), n
+    return [judge(item, *zip(*choices)) for item, choices in zip(items, found)]
+
+
+def judge(item: Item, logprobs: tuple[float, ...], greedy: tuple[bool, ...], tokens: tuple[int, ...]) -> dict:
+    """The record of one item. With a single choice, acc asks whether greedy decoding gives it."""
+    a_character = [p / n if n else -math.inf for p, n in zip(logprobs, item.lengths)]
+    best, best_norm = (values.index(max(values)) for values in (logprobs, a_character))
+    right = greedy[0] if len(logprobs) == 1 else best == item.gold
+    return {"gold": item.gold, "acc": right, "acc_norm": best_norm == item.gold, "logprobs": list(logprobs),
+            "tokens": list(tokens), "lengths": item.lengths}
+
+
+def summarize(task: str, results: list[dict]) -> dict:
+    """{"items", and each metric of the task with its standard error (None for a single item)}. Errors are the sample
+    deviation over the root of the number; a perplexity's is carried over from the mean of its logarithms."""
+    out = {"items": len(results)}
+    for metric in TASKS[task].metrics:
+        values = [-r["logprobs"][0] if metric == "perplexity" else float(r[metric]) for r in results]
+        mean = statistics.fmean(values)
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        if metric == "perplexity":                       # of a whole word, as the harness counts
+            mean = math.exp(min(mean, 700.0))
+            error = None if error is None else error * mean
+        out[metric], out[f"{metric}_stderr"] = mean, error
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -122,11 +265,6 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, u: torch.Tensor
     mass = (p * kept).cumsum(-1)
     drawn = torch.searchsorted(mass, (u.to(mass) * mass[:, -1])[:, None], right=True)
     return ids.gather(1, drawn.minimum(kept.sum(-1, keepdim=True) - 1))[:, 0]
-
-
-def begin(model, prompt: torch.Tensor | None, tokens: torch.Tensor, room: int) -> tuple:
-    """(input, cache) to read tokens (B, T) behind the prompt and then `room` more positions."""
-    return with_prompt(model, prompt, tokens, room)
 
 
 @torch.no_grad()
@@ -150,7 +288,7 @@ def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float 
     draws = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * len(rows)]
     ends = [min(len(row) + max_new, positions) for row in rows]
     first = torch.tensor([row[:shortest] for row in rows], device=device)
-    x, cache = begin(model, prompt, first, room=max(ends) - shortest)
+    x, cache = with_prompt(model, prompt, first, room=max(ends) - shortest)
     running = set(range(len(rows)))
     for at in range(shortest, max(ends)):
         logits = model.head(model.hidden(x, cache)[:, -1])                             # (B, vocab)
@@ -313,8 +451,8 @@ def locate(name: str) -> tuple[Path, dict, str]:
     if not holds_model and (path / "report.json").is_file():
         if not (path / "compressed").is_dir():
             model = run_settings(path / "report.json").get("model", "MODEL")
-            raise FileNotFoundError(f"{path} holds a run of train.py but no compressed/: for its dense model, "
-                                    f"python eval.py {model}")
+            raise FileNotFoundError(f"{path} holds a run of train.py but no compressed/: finish the run, or measure its "
+                                    f"dense model, python eval.py {model}")
         path = path / "compressed"
     report = path.resolve().parent / "report.json"
     if path.resolve().name == "compressed" and report.is_file():
@@ -358,7 +496,7 @@ def fill_in(args, folder: Path, run: dict, source: str, positions: int) -> str:
         if run.get("seqlen"):
             choose("seqlen", run["seqlen"], source)
         choose("seqlen", min(2048, positions), "no run")
-    defaults = {"batch_size": 4, "max_new": 100, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    defaults = {"batch_size": 16 if args.mode == "tasks" else 4, "max_new": 100, "temperature": 0.0, "top_p": 1.0, "seed": 0}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -367,7 +505,7 @@ def fill_in(args, folder: Path, run: dict, source: str, positions: int) -> str:
 
 def check_flags(args) -> None:
     """Sets args.mode; ValueError for flags that would do nothing."""
-    asked = [name for name in ("generate", "generate_from", "chat") if getattr(args, name) is not None]
+    asked = [name for name in MODES if name != "perplexity" and getattr(args, name) is not None]
     if len(asked) > 1:
         raise ValueError(f"{flag(asked[0])} and {flag(asked[1])} exclude each other: run them one after the other")
     args.mode = asked[0] if asked else "perplexity"
@@ -381,6 +519,8 @@ def check_flags(args) -> None:
             raise ValueError(f"{flag(name)} does nothing at temperature 0: leave it out, or add --temperature 1")
     if args.prompt and args.hard_prompt:
         raise ValueError("--prompt and --hard-prompt exclude each other: leave one out")
+    if args.force and not args.prompt:
+        raise ValueError("--force does nothing without --prompt: leave it out")
     if args.json and args.mode == "chat":
         raise ValueError("--json does nothing with --chat: leave it out")
     if args.data is not None:
@@ -395,7 +535,7 @@ def check_flags(args) -> None:
 def find_prompt(args, model, tokenizer) -> torch.Tensor | None:
     """The soft prompt of --prompt, the embedded text of --hard-prompt, or None."""
     if args.prompt:
-        return load_prompt(args.prompt, model, tokenizer)[0]
+        return load_prompt(args.prompt, model, tokenizer, args.force)[0]
     if args.hard_prompt is None:
         return None
     text = HARD_PROMPT if args.hard_prompt is True else args.hard_prompt
@@ -435,10 +575,29 @@ def measure(args, model, tokenizer, prompt) -> dict:
             "source": source, "split": split}
 
 
+def answer(args, model, tokenizer, prompt, tasks: dict[str, list[Item]]) -> dict:
+    n = 0 if prompt is None else len(prompt)
+    results, summaries = [], {}
+    print(f"{'':16s} {'items':>6s}  {n} prompt tokens, {args.dtype}, {args.model}")
+    for task, items in tasks.items():
+        got = zero_shot(model, tokenizer, items, prompt, args.batch_size, task)
+        results += [{"task": task, "item": i, **r} for i, r in enumerate(got)]
+        summaries[task] = summary = summarize(task, got)
+        numbers = [f"{metric} {summary[metric]:.4f}" + (f" +- {error:.4f}" if (error := summary[f"{metric}_stderr"]) else "")
+                   for metric in TASKS[task].metrics]
+        print(f"{task:16s} {summary['items']:6d}  {'  '.join(numbers)}", flush=True)
+    if args.items:
+        text = "".join(json.dumps(r, allow_nan=False) + "\n" for r in results)
+        write_atomic(Path(args.items), lambda f: f.write(text.encode()))
+    return {"tasks": summaries, "prompt_tokens": n}
+
+
 def main(args) -> None:
     check_flags(args)
     folder, run, source = locate(args.model)
     texts = args.generate or (read_texts(args.generate_from) if args.generate_from else [])
+    names = args.tasks.split(",") if args.tasks is not None else []
+    tasks = {find_task(name, args.data_dir)[0]: load_items(name, args.data_dir, args.limit) for name in names}
     tokenizer = load_tokenizer(folder)
     template = ChatTemplate.of(folder) if args.chat else None
     chosen = fill_in(args, folder, run, source, read_config(folder).max_positions)
@@ -453,6 +612,8 @@ def main(args) -> None:
         return
     if args.mode == "perplexity":
         result = measure(args, model, tokenizer, prompt)
+    elif args.mode == "tasks":
+        result = answer(args, model, tokenizer, prompt, tasks)
     else:
         made = print_in_order(texts, generate(model, tokenizer, texts, seed=args.seed, batch_size=args.batch_size, **how))
         result = {"generations": [{"text": text, "generated": new} for text, new in zip(texts, made)]}

@@ -10,7 +10,7 @@ healed model has the same bytes and the same speed.
     heal(packed_model, windows, val, teacher, steps=64)             # in place; save_model writes it as it is
 
 The grid moves relative to itself: scale = scale_0 (1 + u), zero = zero_0 + v; a norm's weight = weight_0 (1 + u). With
-dW = dy^T x, du_row = sum dW W / (1 + u) and dv_row = scale sum dW T. Left out: moving codes, and tuning embeddings or head.
+dW = dy^T x, dscale = sum dW (A + zero T) and dzero = scale sum dW T, over each group's columns. Left out: moving codes, and tuning embeddings or head.
 """
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,18 +23,22 @@ from kernels.linear import PackedLinear, triton_reads
 from kernels.packing import Packed, groups_of
 from kernels.reference import dequantize
 from kernels.unpacking import unpack
-from prompt import Fit, fingerprint, fit, mean_loss, text_loss
+from prompt import Fit, fingerprint, fit, mean_loss, text_loss, windows_at_once
 
 FAR = 1024.0                                                    # a zero beyond all codes, exact in fp32
 
 
+def regrid(packed: Packed, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(out, in) in dtype: the codes and the mask of `packed` on another grid, scale and zero (out, groups) fp32."""
+    other = Packed({**packed.tensors, "scale": scale, "zero": zero}, packed.meta)
+    return unpack(other, dtype) if scale.device.type == "cpu" else dequantize(other, dtype)
+
+
 def planes(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, T), fp32 (out, in) integers with W = scale * (A + zero * T)."""
-    grid = torch.ones_like(packed.tensors["scale"], dtype=torch.float32)
+    one = torch.ones_like(packed.tensors["scale"], dtype=torch.float32)
     sign = 1.0 if packed.meta["grid"] == "offset" else -1.0
-    shifted = {**packed.tensors, "scale": grid, "zero": sign * FAR * grid}
-    unpacker = unpack if grid.device.type == "cpu" else dequantize
-    far = unpacker(Packed(shifted, packed.meta), torch.float32)                 # +-(k + FAR), code + FAR, 0 where pruned
+    far = regrid(packed, one, sign * FAR * one, torch.float32)  # +-(k + FAR), code + FAR, 0 where pruned
     T = sign * far.sign()
     return far.sub_(T, alpha=sign * FAR), T
 
@@ -43,28 +47,27 @@ class GridLinear(torch.autograd.Function):
     """y = x W^T with gradients for x and for the grid. Unpacks anew in the backward pass: only x is kept."""
 
     @staticmethod
-    def weight(A, T, scale, zero, group):
-        """scale * (A + zero * T), in A's memory."""
-        return A.addcmul_(zero[:, group], T).mul_(scale[:, group])
-
-    @staticmethod
-    def forward(ctx, x, scale, zero, layer, group):
+    def forward(ctx, x, scale, zero, packed, group):
         ctx.save_for_backward(x, scale, zero)
-        ctx.layer, ctx.group = layer, group
-        W = GridLinear.weight(*planes(layer.packed), scale, zero, group)
-        return F.linear(x, W.to(x.dtype))
+        ctx.packed, ctx.group = packed, group
+        return F.linear(x, regrid(packed, scale, zero, x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, scale, zero = ctx.saved_tensors
-        A, T = planes(ctx.layer.packed)
         dW = (dy.flatten(0, -2).T @ x.flatten(0, -2)).float()
-        index = ctx.group.expand(len(dW), -1)
-        over_T = torch.zeros_like(scale).scatter_add_(1, index, dW * T)         # sums over each group's columns
-        over_A = torch.zeros_like(scale).scatter_add_(1, index, dW.mul_(A))
-        dx = dy @ GridLinear.weight(A, T, scale, zero, ctx.group).to(dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = dy @ regrid(ctx.packed, scale, zero, dy.dtype) if ctx.needs_input_grad[0] else None
+        A, T = planes(ctx.packed)
+        over_A, over_T = (sum_groups(plane.mul_(dW), ctx.group, scale.shape) for plane in (A, T))
         return dx, over_A + zero * over_T, scale * over_T, None, None
+
+
+def sum_groups(t: torch.Tensor, group: torch.Tensor, shape: tuple) -> torch.Tensor:
+    """(out, in) -> (out, groups): sums over each group's columns, group (in,) says whose they are."""
+    if shape[1] == 1:
+        return t.sum(1, keepdim=True)
+    return t.new_zeros(shape).index_add_(1, group, t)
 
 
 class Tuned(nn.Module):
@@ -93,7 +96,7 @@ class Tuned(nn.Module):
     def forward(self, x):
         bias = self.bias()
         if self.v is not None:
-            y = GridLinear.apply(x, *self.grid(), self.base, self.group)
+            y = GridLinear.apply(x, *self.grid(), self.base.packed, self.group)
             return y if bias is None else y + bias.to(y.dtype)
         y = self.base(x)                                        # a norm: weight * normed + bias
         if bias is None:
@@ -144,11 +147,19 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor, teacher: tuple[torch.T
     device = model.embed_tokens.weight.device
     states, val_states = teacher
 
+    at_once = windows_at_once(windows, device)
+
     def loss_of_batch(index):
-        return text_loss(model, None, windows[index].to(device), states[index]).mean()
+        total = 0.0
+        for part in index.split(at_once):                       # gradients add up, activations do not
+            losses = text_loss(model, None, windows[part].to(device), states[part])
+            loss = losses.mean() * (len(part) / len(index))
+            loss.backward()
+            total += loss.item()
+        return total
 
     def score():
-        return mean_loss(model, None, val, batch_size, val_states)
+        return mean_loss(model, None, val, at_once, val_states)
 
     marks = {"text": fingerprint(windows), "val": fingerprint(val), "model": fingerprint(*model.state_dict().values())}
     with tuned(model) as parts:

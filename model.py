@@ -363,6 +363,11 @@ class Checkpoint:
             raise ValueError(f"{self.place} packs {next(iter(layers))}, which is no Linear of this model")
         return packed
 
+    def skeleton(self) -> "Transformer":
+        """The model on the meta device: names and shapes without weights."""
+        with torch.device("meta"):
+            return Transformer(self.config)
+
     def tensor(self, name: str) -> torch.Tensor:
         """One weight in its stored dtype, a view of the file where the layout allows it."""
         w = self.files[self.keys[name]]
@@ -399,15 +404,12 @@ class Checkpoint:
 
     def ends(self, dtype: torch.dtype | None = None, device="cpu") -> "Transformer":
         """The model without its blocks: embedding, last norm and head."""
-        with torch.device("meta"):
-            model = Transformer(self.config)
+        model = self.skeleton()
         model.blocks = nn.ModuleList()
         return self.fill(model, "", dtype, device)
 
     def model(self, dtype: torch.dtype | None = torch.float32, device="cpu", packed: bool = True) -> "Transformer":
-        with torch.device("meta"):
-            model = Transformer(self.config)
-        return self.fill(model, "", dtype, device, packed)
+        return self.fill(self.skeleton(), "", dtype, device, packed)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -539,7 +541,8 @@ def storage(model: Transformer, stored: int | None = None) -> dict:
         if isinstance(m, PackedLinear):
             used, needed = used + nbytes(m.packed), needed + m.meta["bits"] * count_kept(m.packed)
         else:
-            used, needed, dense = used + 2 * n, needed + 16 * int(m.weight.count_nonzero()), dense + n
+            kept = n if m.weight.is_meta else int(m.weight.count_nonzero())
+            used, needed, dense = used + 2 * n, needed + 16 * kept, dense + n
     others = sum(p.numel() for p in model.parameters()) - dense
     stored = used + 2 * others if stored is None else stored
     return {"megabytes": stored / 1e6, "bits_per_weight": 8 * stored / (weights + others),

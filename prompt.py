@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import parallel
 from data.checkpoint import check_tensor, parse_json, read_safetensors, read_torch, write_atomic, write_safetensors
 
 HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary "
@@ -102,7 +103,13 @@ def check_fits(model, prompt: torch.Tensor, where: str = "a prompt") -> None:
 
 
 def read_prompt(model, prompt: torch.Tensor):
-    """A full Cache of batch 1 with the keys and values of the prompt; gradients reach the prompt."""
+    """A full Cache of batch 1 with the keys and values of the prompt, gradients reach the prompt; None where there is none.
+
+    It can stand for the prompt wherever one is asked for, so that a prompt is read once for many windows."""
+    if not torch.is_tensor(prompt):
+        return prompt                                           # read already, or None
+    if len(prompt) == 0:
+        return None
     check_fits(model, prompt)
     dtype, device = model.embed_tokens.weight.dtype, model.embed_tokens.weight.device
     prompt = prompt.to(device, dtype)
@@ -117,22 +124,21 @@ def read_prompt(model, prompt: torch.Tensor):
     return cache
 
 
-def with_prompt(model, prompt: torch.Tensor | None, tokens: torch.Tensor, room: int = 0) -> tuple:
+def with_prompt(model, prompt, tokens: torch.Tensor, room: int = 0) -> tuple:
     """What model(...), model.hidden(...) take to read tokens (B, T) behind a prompt of either kind: (embeddings
     (B, T, width), cache or None). room: positions that may follow, for generation; the cache then belongs to this batch.
 
     Other projects' models, without `hidden`, get ((B, n + T, width), None): their logits begin with the prompt's."""
     x = model.embed(tokens)
-    empty = prompt is None or len(prompt) == 0
     if not hasattr(model, "hidden"):
-        if empty:
+        if prompt is None or len(prompt) == 0:
             return x, None
         check_fits(model, prompt)
         return torch.cat([prompt.to(x.device, x.dtype).expand(len(x), -1, -1), x], 1), None
-    full = None if empty else read_prompt(model, prompt)
+    full = read_prompt(model, prompt)
     if not room:
         return x, full
-    n = 0 if empty else len(prompt)
+    n = full.start if full else 0
     cache = model.new_cache(len(x), n + tokens.shape[1] + room)
     for mine, held in zip(cache.kv, full.kv if full else ()):
         mine[0][:, :, :n], mine[1][:, :, :n] = held
@@ -183,7 +189,7 @@ class HeadLoss(torch.autograd.Function):
         return ctx.gradient * g[:, None].to(ctx.gradient.dtype), None, None, None, None
 
 
-def text_loss(model, prompt: torch.Tensor | None, tokens: torch.Tensor, teacher: torch.Tensor | None = None,
+def text_loss(model, prompt, tokens: torch.Tensor, teacher: torch.Tensor | None = None,
               mix: float = 1.0) -> torch.Tensor:
     """Loss of text tokens 2 ... T of every window (B, T), in order, behind the prompt: fp32 (B * (T - 1),) in nats.
 
@@ -200,7 +206,7 @@ def text_loss(model, prompt: torch.Tensor | None, tokens: torch.Tensor, teacher:
     return HeadLoss.apply(z, model.unembed, tokens[:, 1:].flatten(), wanted, mix)
 
 
-def text_nll(model, prompt: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+def text_nll(model, prompt, tokens: torch.Tensor) -> torch.Tensor:
     """text_loss without a teacher: negative log-likelihoods."""
     return text_loss(model, prompt, tokens)
 
@@ -210,6 +216,7 @@ def mean_loss(model, prompt, windows: torch.Tensor, batch_size: int = 4, teacher
               mix: float = 1.0) -> float:
     """Mean text_loss a text token over windows (N, T), nats."""
     device, total, count = model.embed_tokens.weight.device, 0.0, 0
+    prompt = read_prompt(model, prompt) if hasattr(model, "hidden") else prompt
     for start in range(0, len(windows), batch_size):
         part = slice(start, start + batch_size)
         losses = text_loss(model, prompt, windows[part].to(device), None if teacher is None else teacher[part], mix)
@@ -262,6 +269,7 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int, sc
         progress=lambda items, title: items) -> Fit:
     """Minimize loss_of_batch(index (batch,) int64 of windows 0 ... count - 1) over params, fp32 leaves, in place.
 
+    It returns the loss; or its value, a float, having run backward itself, part by part.
     AdamW without decay; linear warm-up, then linear decay; gradients clipped; windows reshuffled (seeded) every epoch.
     score() is the validation loss; the start counts, and the parameters end as the best seen. With `state`, a path, all
     that is needed to go on is written at every validation, and a second call continues to the same bits. `settings`
@@ -295,7 +303,7 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int, sc
                 raise ValueError(f"the start's loss is {scores[0][1]}: the model or its precision is at fault, use float32")
         if score is None or scores[-1][1] == min(v for _, v in scores):
             best = copy_of_params()
-        if state is not None:
+        if state is not None and parallel.rank() == 0:
             held = {"settings": run, "done": done, "losses": losses, "scores": scores, "params": copy_of_params(),
                     "best": best, "optimizer": opt.state_dict()}
             write_atomic(Path(state), lambda f: torch.save(held, f))
@@ -314,15 +322,22 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int, sc
     bar = progress(range(done, steps), title)
     for step in bar:
         opt.param_groups[0]["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-        loss = loss_of_batch(order[step * batch_size:(step + 1) * batch_size])
-        loss.backward()
+        loss = loss_of_batch(parallel.mine(order[step * batch_size:(step + 1) * batch_size]))
+        if torch.is_tensor(loss):
+            loss.backward()
+            loss = loss.item()
+        if parallel.world() > 1:                                # the mean over the processes' equal shares
+            parallel.add(*(p.grad for p in params.values()))
+            for p in params.values():
+                p.grad.div_(parallel.world())
+            loss = parallel.add_numbers(loss)[0] / parallel.world()
         norm = torch.nn.utils.clip_grad_norm_(params.values(), clip)
         if not torch.isfinite(norm):
-            raise ValueError(f"the loss or its gradient is not finite at step {step + 1} (loss {loss.item():g}): lower --lr "
+            raise ValueError(f"the loss or its gradient is not finite at step {step + 1} (loss {loss:g}): lower --lr "
                              f"or use bfloat16 or float32")
         opt.step()
         opt.zero_grad()
-        losses.append(loss.item())
+        losses.append(loss)
         done = step + 1
         if hasattr(bar, "note"):
             bar.note(f"loss {sum(losses[-10:]) / len(losses[-10:]):.3f}")
@@ -363,6 +378,11 @@ def default_rate(model, prompt: torch.Tensor) -> float:
     return 0.05 if prompt.dim() == 5 else 0.35 * float(model.embed_tokens.weight.float().std())
 
 
+def windows_at_once(windows: torch.Tensor, device) -> int:
+    """Windows (N, T) whose activations are kept at a time: on a CPU those of a thousand tokens, more is no faster there."""
+    return len(windows) if torch.device(device).type == "cuda" else max(1, 1024 // windows.shape[1])
+
+
 def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor | None = None, steps: int = 200,
           batch_size: int = 4, lr: float | None = None, warmup: int | None = None, clip: float = 1.0,
           val_every: int | None = None, seed: int = 0, teacher: tuple[torch.Tensor, torch.Tensor | None] | None = None,
@@ -383,16 +403,30 @@ def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor 
     moved = torch.nn.Parameter(torch.zeros_like(free))
     states, val_states = teacher or (None, None)
     val = None if val is None or not len(val) else val
+    at_once = windows_at_once(windows, device)
 
     def now() -> torch.Tensor:
         return torch.cat([kept, free + unit * moved])
 
     def loss_of_batch(index):
-        wanted = None if states is None else states[index]
-        return text_loss(model, now(), windows[index].to(device), wanted, mix).mean()
+        """The prompt is read once, the windows behind it a few at a time: their gradients gather in its keys and values."""
+        if not hasattr(model, "hidden"):
+            return text_loss(model, now(), windows[index].to(device)).mean()
+        full, total = read_prompt(model, now()), 0.0
+        ends = [t for pair in full.kv for t in pair]
+        leaves = [t.detach().requires_grad_() for t in ends]
+        full.kv = list(zip(leaves[::2], leaves[1::2]))
+        for part in index.split(at_once):
+            wanted = None if states is None else states[part]
+            losses = text_loss(model, full, windows[part].to(device), wanted, mix)
+            loss = losses.mean() * (len(part) / len(index))
+            loss.backward()
+            total += loss.item()
+        torch.autograd.backward(ends, [t.grad for t in leaves])
+        return total
 
     def score():
-        return mean_loss(model, now(), val, batch_size, val_states, mix)
+        return mean_loss(model, now(), val, at_once, val_states, mix)
 
     told = {"prompt": fingerprint(start), "text": fingerprint(windows), "val": None if val is None else fingerprint(val), "kind": kind_of(prompt),
             "kl": 0.0 if teacher is None else mix}

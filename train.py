@@ -1,355 +1,377 @@
-"""Compress, then prompt (arXiv 2305.11186): load -> compress -> prompt -> evaluate -> save, as a program.
+"""Compress, then prompt (arXiv 2305.11186): measure -> compress -> measure -> prompt -> measure, as a program.
 
     python train.py --model llama-7b --bits 4 --sparsity 0.5
 
-measures a LLaMA or OPT checkpoint, prunes half of its weights and quantizes the rest to 4 bits block by block (sparsegpt.py,
-gptq.py), saves the compressed model, learns a soft prompt on it (prompt.py), measures again and prints one table.
-Everything lands in --out: compressed/ (load_model reads it), prompt.safetensors, report.json. Every stage is saved before the
-next begins. Left out: training on several GPUs.
+prunes half of the weights of a LLaMA or OPT checkpoint and quantizes the rest to 4 bits, block by block (compress.py),
+learns a soft prompt on the compressed model (prompt.py), measures each step and prints one table. Everything lands in
+--out: compressed/ (load_model reads it), prompt.safetensors, report.json. What is done is written when it is done;
+after a kill or Ctrl-C the same command with --resume goes on. `torchrun --nproc-per-node N train.py ...` splits the
+windows over N processes. Left out: splitting one model over several devices.
 """
-import argparse
-import copy
-import json
+from data.flags import PRECISIONS, Flags, fail, flag, read_flags, real, run_program, say, whole
+
+SCALES = {                                               # what the flags of these names default to, by the model's size
+    "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048, max_tokens=None, batch_size=4,
+                  prompt_tokens=100, steps=200, control=False),
+    "tiny": dict(calib="docs", data="headers", train_data="headers", nsamples=128, seqlen=256, max_tokens=32768,
+                 batch_size=8, prompt_tokens=50, steps=200, control=True),
+}
+COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid", "act_order", "static_groups",
+               "descent", "true_sequential", "correct", "percdamp", "blocksize", "calib", "nsamples")
+NO_SETTINGS = ("out", "resume", "overwrite", "plan")     # what does not change the numbers
+
+
+def flags() -> Flags:
+    """What can be asked for. A flag that was not given is None; what it means then, `settle` says."""
+    p = Flags(description="Compress a LLaMA or OPT checkpoint, learn a soft prompt on it, and print one table.")
+    a = p.add_argument
+    a("--model", default="tiny-llama", help="a checkpoint folder or a name such as llama-7b, opt-1.3b; a folder that is "
+      "compressed already only gets a prompt")
+    a("--dense", metavar="FOLDER", help="with a compressed --model: its dense model, for the table's first row")
+    a("--out", help="folder for the compressed model, the prompt and the report (default runs/MODEL-BITS-SPARSITY)")
+    a("--resume", action="store_true", help="continue a run of the same settings that was cut off")
+    a("--overwrite", action="store_true", help="clear what another run has left in --out")
+    a("--plan", action="store_true", help="say what would be done, its memory and disk, and stop")
+    a("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    a("--dtype", choices=PRECISIONS,
+      help="of activations (default: 16 bits where the device multiplies them fast, else float32)")
+    a("--seed", type=whole(0, 2**62), default=0, help="of the windows drawn and of the prompt's learning (default 0)")
+
+    a = p.add_argument_group("compression").add_argument
+    a("--bits", type=int, choices=[2, 3, 4, 8, 16], help="bits a weight kept; 16 does not quantize (default 4)")
+    a("--sparsity", help="0, a fraction of weights to prune, or n:m such as 2:4 (default 0.5)")
+    a("--groupsize", type=groups, help="columns that share a grid; -1, the default: a whole row")
+    a("--sym", action="store_true", default=None, help="grids symmetric around zero; offset grids always are")
+    a("--recipe", choices=["plain", "best"],
+      help="plain: SparseGPT and GPTQ as published; flags below change single steps (default best)")
+    a("--mask", choices=["admm", "sparsegpt"], help="how weights to prune are found")
+    a("--refits", type=whole(0, 1000), help="conjugate gradient iterations on the weights kept")
+    a("--grid", choices=["minmax", "uniform", "offset", "auto"],
+      help="auto: offset (no level on zero) if pruned, else uniform")
+    a("--act-order", action=flag_pair(), help="quantize columns in order of falling Hessian diagonal")
+    a("--static-groups", action="store_true", default=None,
+      help="plain GPTQ with --act-order: groups stay neighbouring columns")
+    a("--descent", type=whole(0, 1000), help="passes over the codes afterwards")
+    a("--true-sequential", action=flag_pair(), help="groups of Linears inside a block one after the other")
+    a("--correct", type=real(0, 1), help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
+    a("--percdamp", type=real(0, 100), help="damping, as a share of the Hessian's diagonal")
+    a("--blocksize", type=whole(1, 1 << 20), help="columns whose errors travel together (default 128)")
+    a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path (default c4; "
+                      "tiny models docs)")
+    a("--nsamples", type=whole(1, 1 << 24), help="calibration windows (default 128)")
+
+    a = p.add_argument_group("measuring").add_argument
+    a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models headers)")
+    a("--data-dir", metavar="FOLDER", help="folder that holds the text sets")
+    a("--seqlen", type=whole(2, 1 << 20), help="tokens a window, everywhere (default 2048; tiny models 256)")
+    a("--max-tokens", type=whole(2, 1 << 40), help="measure on the first so many tokens (default all; tiny models 32768)")
+    a("--batch-size", type=whole(1, 4096), help="windows at a time, and a step of learning (default 4; tiny models 8)")
+    a("--fused", default="on", choices=["on", "off"],
+      help="off: unpack the compressed weights once, run ordinary Linears")
+
+    a = p.add_argument_group("the prompt").add_argument
+    a("--steps", type=whole(0, 10**7), help="learning steps (default 200); 0 skips the prompt")
+    a("--lr", type=real(0, 1e3, above=True), help="peak learning rate (default: 0.35 x the embeddings' deviation)")
+    a("--train-data", help="text the prompt is learned on (default: --calib; tiny models headers)")
+    a("--val-windows", type=whole(0, 10**6), default=8, help="windows of it held out to choose the best prompt (default 8)")
+    a("--prompt-tokens", type=whole(1, 1 << 20), help="length of the prompt (default 100; tiny models 50)")
+    a("--prompt-init", default="text", choices=["text", "vocab", "random"],
+      help="start from the text's first tokens, from tokens drawn at random, or from random numbers")
+    a("--control", action=flag_pair(), help="learn a prompt on the dense model too (default: tiny models)")
+    a("--checkpointing", action="store_true", help="recompute activations to save memory")
+    return p
+
+
+def flag_pair():
+    import argparse
+    return argparse.BooleanOptionalAction
+
+
+def groups(text: str) -> int:
+    """A type for argparse: -1 or a width."""
+    return -1 if text == "-1" else whole(1, 1 << 20)(text)
+
+
+if __name__ == "__main__":
+    args = read_flags(flags())                           # before torch is loaded: --help and wrong flags answer at once
+
+import os
 import platform
+import re
 import shutil
+import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from compress import RECIPES, Settings, compress, make_solver, plan
+from data import parallel
 from data.checkpoint import write_atomic
-from data.config import SHIPPED, resolve
+from data.config import SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
+from data.report import Report, identity
 from data.text import calibration, eval_tokens
 from data.tokenizer import load_tokenizer
-from eval import DTYPES, fail, perplexity
-from gptq import gptq
-from kernels.linear import PackedLinear
-from kernels.packing import pack_compressed
-from model import Transformer, load_model, save_model, storage
-from prompt import initial_prompt, learn, save_prompt
-from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
+from eval import DTYPES, default_device, default_dtype, fits, perplexity, stored_dtype, streamed_perplexity, usable
+from model import Checkpoint, load_model, open_checkpoint, storage
+from prompt import default_rate, initial_prompt, learn, owner, save_prompt
+
+TOKENIZER_FILES = ("tokenizer", "vocab.", "merges.", "special_tokens", "generation_config")
 
 
-RECIPES = {                                                       # what the flags of these names default to
-    "plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, true_sequential=False, correct=0.0,
-                  percdamp=0.01),
-    "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, true_sequential=True, correct=0.5,
-                 percdamp=0.03)}
-SCALES = {                                                        # likewise, by the size of the model
-    "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048, max_tokens=None, batch_size=4,
-                  prompt_tokens=100, steps=200, lr=5e-3, control=False),
-    "tiny": dict(calib="docs", data="headers", train_data="headers", nsamples=128, seqlen=256, max_tokens=32768, batch_size=8,
-                 prompt_tokens=50, steps=200, lr=5e-2, control=True)}
-
-
-def make_solver(args):
-    """solve(W, H, parts) -> Compressed, for the settings in args; W stacks the Linears that read one input, parts has their
-    rows. None where there is nothing to do."""
-    fraction, _, m = parse_sparsity(args.sparsity)
-    if args.bits == 16 and not fraction:
-        return None
-    bits, pattern = None if args.bits == 16 else args.bits, str(args.sparsity) if m else fraction
-    if args.static_groups and (args.recipe != "plain" or not args.act_order or fraction):
-        raise ValueError("--static-groups belongs to --recipe plain --sparsity 0 --act-order; the searched grids' groups are "
-                         "static anyway")
+def settle(args) -> None:
+    """Set what no flag has set, and refuse what does not go together: before any work."""
+    folder = resolve(args.model)
+    args.packed = bool(packed_layers(folder))
+    if args.resume and args.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: the one continues what the other clears")
+    if args.packed:
+        given = [flag(name) for name in COMPRESSION if getattr(args, name) is not None and name not in ("calib", "nsamples")]
+        if given:
+            raise ValueError(f"--model {args.model} is compressed already, so {', '.join(given)} cannot be applied: give the "
+                             f"dense checkpoint, or leave them out to learn a prompt")
+    elif args.dense:
+        raise ValueError(f"--dense goes with a compressed --model, and {args.model} is dense: leave it out")
+    size = SCALES["tiny" if args.model in SHIPPED else "large"]
+    general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best", static_groups=False, blocksize=128)
+    for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.train_data = args.train_data or args.calib
+    args.device = usable(args.device or default_device())
+    args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
     if args.correct and not args.true_sequential:
         raise ValueError("--correct works group by group: add --true-sequential, or turn it off with --correct 0")
-    common = dict(groupsize=args.groupsize, sym=args.sym, percdamp=args.percdamp, blocksize=args.blocksize)
-    if args.mask == "admm" or args.refits or args.descent or args.grid != "minmax" or fraction and args.act_order:
-        return lambda W, H, parts: prune_and_round(W, H, pattern, bits, mask=args.mask, refits=args.refits, grid=args.grid,
-                                                   act_order=args.act_order, descent=args.descent, **common)
-    if fraction:                                                 # one joint pass, as the paper has it
-        return lambda W, H, parts: sparsegpt(W, H, pattern, bits, parts=parts, **common)
-    return lambda W, H, parts: gptq(W, H, bits, act_order=args.act_order, static_groups=args.static_groups, **common)
+    if args.sym and (args.grid == "offset" or args.grid == "auto" and str(args.sparsity) not in ("0", "0.0")):
+        raise ValueError("--sym does nothing for offset grids, which are symmetric: leave it out, or use --grid uniform")
+    if args.out is None:
+        setting = "prompt" if args.packed else f"{args.bits}bit-{str(args.sparsity).replace(':', 'of')}"
+        setting += "" if args.recipe == "best" else f"-{args.recipe}"
+        args.out = f"runs/{re.sub(r'[^A-Za-z0-9.-]+', '-', str(args.model)).strip('-')}-{setting}"
+    inside, source = Path(args.out).resolve(), folder.resolve()
+    if inside == source or inside in source.parents:
+        raise ValueError(f"--model {args.model} lies inside --out {args.out}, which a run clears and writes: name another "
+                         f"--out")
+    if parallel.world() > 1 and args.batch_size % parallel.world():
+        raise ValueError(f"--batch-size {args.batch_size} cannot be split over {parallel.world()} processes: use a multiple")
 
 
-@contextmanager
-def fast_products(x: torch.Tensor):
-    """Inside, fp32 matrix products may round their factors to bf16 on a CPU, to TF32 on a GPU, if x's dtype loses nothing by
-    it. Sums stay fp32: in bf16 they would not be exact enough to be inverted."""
-    place, precision = (torch.backends.cuda, "tf32") if x.is_cuda else (torch.backends.mkldnn, "bf16")
-    exact = x.dtype == torch.bfloat16 or x.is_cuda and x.dtype == torch.float16
-    before = place.matmul.fp32_precision
-    place.matmul.fp32_precision = precision if exact else before
-    try:
-        yield
-    finally:
-        place.matmul.fp32_precision = before
+def check_positions(args, checkpoint: Checkpoint) -> None:
+    """Prompt and window must fit the model."""
+    most, prompt = checkpoint.config.max_positions, args.prompt_tokens if args.steps else 0
+    if args.seqlen + prompt > most:
+        behind = f" behind a prompt of --prompt-tokens {prompt}" if prompt else ""
+        raise ValueError(f"--seqlen {args.seqlen}{behind} needs {args.seqlen + prompt} positions, and {args.model} has "
+                         f"{most}: use shorter ones")
 
 
-class Gram:
-    """The mean of x x^T over all x (..., n) added, in fp32; H is symmetric, so only a staircase of a large one is computed."""
-
-    def __init__(self):
-        self.H, self.count = None, 0
-
-    def add(self, x: torch.Tensor) -> None:
-        x32 = x.reshape(-1, x.shape[-1]).float()
-        n, self.count = x32.shape[1], self.count + len(x32)
-        self.H = x32.new_zeros(n, n) if self.H is None else self.H
-        step = n if n < 1024 else -(-n // 4)
-        with fast_products(x):
-            for s in range(0, n, step):
-                self.H[s:, s:s + step].addmm_(x32[:, s:].T, x32[:, s:s + step])
-
-    def mean(self) -> torch.Tensor:
-        return (self.H.tril() + self.H.tril(-1).T) / self.count
-
-
-def corrected(W, biased: bool, H, inputs, dense_inputs, residuals, dense_residuals, strength: float, damp: float = 0.3):
-    """The weights that a compressed Linear should aim at, given that it reads x where the dense model reads x', and that its
-    output joins r where the dense model has r': least squares, damped towards W (QEP 2504.09629, GPTAQ 2504.02692; the
-    residual stream's own error is ours),
-
-        W + strength (W C + R) (H + damp diag H)^-1,   C = mean (x' - x) x^T,   R = mean (r' - r) x^T.
-
-    With a bias, H, C and R are taken around the means, which the bias then meets. Returns (W, H, shift), shift (V) being
-    what the bias gains once the Linear's weights have become V."""
-    count = sum(x.shape[0] * x.shape[1] for x in inputs)
-    flat = lambda t: t.reshape(-1, t.shape[-1])
-    C = R = torch.zeros((), device=W.device)
-    mean = gain = drift = 0
-    for k, x in enumerate(inputs):
-        dx, x = flat(dense_inputs[k] - x), flat(x)
-        dr = None if residuals[k] is None else flat(dense_residuals[k] - residuals[k])
-        C = C + (dx.T @ x).float()                               # a difference may be summed in half precision
-        R = R if dr is None else R + (dr.T @ x).float()
-        if biased:
-            mean, gain = mean + x.sum(0, dtype=torch.float32), gain + dx.sum(0, dtype=torch.float32)
-            drift = drift if dr is None else drift + dr.sum(0, dtype=torch.float32)
-    C, R = C / count, R / count
-    shift = None
-    if biased:
-        mean, gain, drift = mean / count, gain / count, drift / count
-        around, C = H - torch.outer(mean, mean), C - torch.outer(gain, mean)
-        R = R - torch.outer(drift, mean) if torch.is_tensor(drift) else R
-        varies = (around.diagonal() > 1e-5 * H.diagonal()).float()           # a constant input is the bias's alone
-        H, C, R = around * varies * varies[:, None], C * varies, R * varies
-        wanted = W @ (mean + strength * gain) + strength * drift
-        shift = lambda V: wanted - V @ mean
-    damped = H + torch.diag(damp * H.diagonal() + 1e-6 * H.diagonal().mean() + 1e-12)
-    step = torch.linalg.solve(damped, (W @ C + R).T).T
-    return W + strength * step, H, shift
-
-
-@torch.no_grad()
-def compress(model: Transformer, windows: torch.Tensor, solve, true_sequential: bool = True, correct: float = 0.5,
-             batch_size: int = 4, dtype: torch.dtype | None = None, bits: int | None = None) -> list[dict]:
-    """Compress every Linear of every block in place; windows (N, T) int64 are the calibration text. Returns one dict a Linear,
-    its error being that of the Linears it shares an input with.
-
-    Block by block; what enters a block comes out of the compressed blocks before it. Linears that share an input share one
-    Hessian and are solved as one stacked matrix. Plain: all four Hessians of a block come from its dense weights, then it
-    runs once more, compressed. true_sequential: all windows go through the block together, group by group, and each group of
-    Linears is compressed just before it is used, so that every Linear runs once and later groups see the earlier ones'
-    errors. correct > 0, with it: the dense model runs alongside and every Linear aims at its outputs (`corrected`).
-    dtype: of activations and of the two copies of the block that run; solvers work in fp32.
-    bits: a quantized Linear becomes a PackedLinear of that width when its block is done; None leaves it dense."""
-    device, kept = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
-    dtype = dtype or kept
-    hs = [model.stem(model.embed(w.to(device))).to(dtype) for w in windows.split(batch_size)]        # (batch, T, d_model) each
-    dense_hs, rope, stats, packed = hs if correct else (), model.rope(0, windows.shape[1], device), [], {}
-
-    def solve_group(i, block, work, names, H, seen=None):
-        linears = [block.get_submodule(name) for name in names]
-        parts, W = [m.out_features for m in linears], torch.cat([m.weight.float() for m in linears])
-        shift = None
-        if seen is not None:
-            W, H, shift = corrected(W, linears[0].bias is not None, H, *seen, correct)
-        out = solve(W, H, parts)
-        shifts = [None] * len(parts) if shift is None else shift(out.weight).split(parts)
-        rows = [t.split(parts) if torch.is_tensor(t) else [None] * len(parts) for t in out[:5]]
-        for name, linear, moved, weight, mask, codes, scale, zero in zip(names, linears, shifts, *rows):
-            quantized = bits is not None and codes is not None
-            linear.weight.data = (weight if quantized else weight.half()).to(kept)      # what is stored is what is measured
-            if moved is not None:
-                linear.bias.data = (linear.bias.float() + moved).half().to(kept)
-            if quantized:
-                one = out._replace(weight=weight, mask=mask, codes=codes, scale=scale, zero=zero)
-                packed[name] = PackedLinear(pack_compressed(one, bits), linear.bias).to(device)
-            work.get_submodule(name).load_state_dict(linear.state_dict())
-            stats.append({"name": f"blocks.{i}.{name}", "error": out.error, "sparsity": float(mask.float().mean())})
-
-    bar = Progress(model.blocks, "compressing blocks")
-    for i, block in enumerate(bar):
-        work = copy.deepcopy(block).to(dtype)
-        if true_sequential:
-            runs = [work.steps(h, rope) for h in hs]
-            dense = copy.deepcopy(work) if correct else None
-            twins = [dense.steps(h, rope) for h in dense_hs] if correct else []
-            while True:
-                names, hs, residuals = zip(*(next(run) for run in runs))
-                seen = None
-                if correct:
-                    _, dense_hs, dense_residuals = zip(*(next(twin) for twin in twins))
-                    seen = hs, dense_hs, residuals, dense_residuals
-                if not names[0]:
-                    break
-                gram = Gram()
-                for x in hs:
-                    gram.add(x)
-                solve_group(i, block, work, names[0], gram.mean(), seen)
-        else:
-            grams = {}
-            for h in hs:
-                for names, x, _ in work.steps(h, rope):
-                    if names:
-                        grams.setdefault(names, Gram()).add(x)
-                    if "mlp.down" in names:
-                        break                                    # its output is not needed yet
-            for names, gram in grams.items():
-                solve_group(i, block, work, names, gram.mean())
-            hs = [work(h, rope) for h in hs]
-        for name in list(packed):
-            block.set_submodule(name, packed.pop(name))
-        bar.note(f"mean error {sum(s['error'] for s in stats) / len(stats):.4f}")
-    return stats
-
-
-def table(rows: list[dict]) -> str:
-    head = (f"{'':30s} {'perplexity':>12s} {'MB':>9s} {'bits/weight':>12s} {'bits/weight, Linears':>21s} {'nominal':>8s} "
-            f"{'seconds':>9s}")
-    return "\n".join([head] + [f"{r['name']:30s} {r['perplexity']:12.3f} {r['megabytes']:9.1f} {r['bits_per_weight']:12.2f} "
-                               f"{r['linear_bits_per_weight']:21.2f} {r['nominal']:7.1f}x {r['seconds']:9.1f}" for r in rows]
-                     + ["nominal: 16 bits over bits x share kept, as papers count; files also hold masks, grids and all that is "
-                        "no Linear"])
+def check_weights(checkpoint: Checkpoint) -> None:
+    """ValueError for a weight that fp16, in which they are saved, cannot hold; reading finds NaN and Inf."""
+    for name in Progress(list(checkpoint.keys), "looking at the weights"):
+        w = checkpoint.tensor(name)
+        largest = float(w.abs().max()) if w.numel() else 0.0
+        if not largest <= 65504:
+            raise ValueError(f"{checkpoint.place}: {name} holds {largest:g}, beyond float16, in which the compressed model is "
+                             f"saved: this checkpoint cannot be compressed")
 
 
 def describe_machine(device: str) -> str:
-    if str(device).startswith("cuda"):
+    if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
+
+
+class Run:
+    """The stages of one run; each finds in the report what is done already."""
+
+    def __init__(self, args):
+        self.args = args
+        self.dtype = DTYPES[args.dtype]
+        self.folder, self.out = resolve(args.model), Path(args.out)
+        self.tokenizer = load_tokenizer(self.folder)
+        self.checkpoint = open_checkpoint(self.folder)
+        check_positions(args, self.checkpoint)
+        bits = None if args.bits == 16 else args.bits
+        steps = {name: getattr(args, name) for name in ("mask", "refits", "grid", "act_order", "descent", "percdamp")}
+        self.solve = None if args.packed else make_solver(bits, args.sparsity, args.recipe, args.groupsize, args.sym,
+                                                          args.blocksize, args.static_groups, **steps)
+        self.read_texts()
+        self.made = self.out / "compressed" if self.solve else self.folder       # what the prompt is learned on
+        self.name = "compressed" if self.solve or args.packed else "dense"
+
+    def read_texts(self) -> None:
+        """Tokens to measure on, calibration windows, and windows to learn from and to choose by."""
+        a = self.args
+        split = "validation" if a.data == "c4" else "test"                       # C4 publishes no test split
+        self.test = eval_tokens(self.tokenizer, a.data, split, a.seqlen, a.max_tokens, folder=a.data_dir)
+        if self.solve:
+            self.windows = calibration(self.tokenizer, a.calib, "train", a.nsamples, a.seqlen, a.seed, folder=a.data_dir)
+        if a.steps:
+            text = eval_tokens(self.tokenizer, a.train_data, "train", a.seqlen, folder=a.data_dir)
+            pool = text[:len(text) // a.seqlen * a.seqlen].view(-1, a.seqlen)    # windows that do not overlap
+            pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(a.seed))]
+            self.text, self.val, self.pool = text, pool[:a.val_windows], pool[a.val_windows:]
+            if not len(self.pool):
+                raise ValueError(f"{a.train_data} gives {len(pool)} windows of seqlen {a.seqlen}, and --val-windows "
+                                 f"{a.val_windows} takes them all: use more text or shorter windows")
+
+    def plan(self) -> str:
+        a = self.args
+        if not self.solve:
+            return "plan: nothing to compress"
+        settings = Settings(a.true_sequential, a.correct)
+        bits = None if a.bits == 16 else a.bits
+        return str(plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen, self.dtype, settings, bits, a.sparsity))
+
+    def identity(self) -> dict:
+        """What tells this run from others: its settings, the checkpoint's files, versions and texts."""
+        settings = {k: v for k, v in vars(self.args).items() if k not in NO_SETTINGS}
+        names = {self.args.calib, self.args.data, self.args.train_data}
+        texts = {name: harvest_name(name) for name in sorted(names & set(HARVESTED))}
+        texts |= {name: Path(name).stat().st_size for name in sorted(names) if Path(name).is_file()}
+        return {"settings": settings, "texts": texts, "checkpoint": identity(self.folder),
+                "versions": {"torch": torch.__version__, "python": platform.python_version()}}
+
+    def measure(self, name: str, model, size: dict, prompt=None, making: float = 0.0) -> None:
+        """One row of the table. model: a Transformer, or a Checkpoint to be run block by block."""
+        start, a = time.monotonic(), self.args
+        title = f"measuring: {name}"
+        if isinstance(model, Checkpoint):
+            ppl, count = streamed_perplexity(model, self.test, a.seqlen, a.batch_size, self.dtype, a.device, title)
+        else:
+            ppl, count = perplexity(model, self.test, a.seqlen, prompt, a.batch_size, title)
+        self.report.add(name, making, time.monotonic() - start, perplexity=ppl, scored_tokens=count,
+                        prompt_tokens=0 if prompt is None else len(prompt), **size)
+
+    def load(self, folder: Path):
+        return load_model(folder, self.dtype, self.args.device, packed=self.args.fused == "on")
+
+    def measure_dense(self, folder: Path) -> None:
+        if self.report.has("dense"):
+            return
+        checkpoint = open_checkpoint(folder)
+        whole_model = fits(checkpoint, self.dtype, self.args.device)
+        model = checkpoint.model(self.dtype, self.args.device) if whole_model else checkpoint
+        self.measure("dense", model, dense_storage(checkpoint))
+
+    def compress(self) -> None:
+        if self.report.has("compressed"):
+            return
+        a, start = self.args, time.monotonic()
+        if parallel.rank() == 0:
+            copy_tokenizer(self.folder, self.made)
+        check_weights(self.checkpoint)
+        settings = Settings(a.true_sequential, a.correct)
+        stats = compress(self.checkpoint, self.made, self.windows, self.solve, settings, a.batch_size, self.dtype, a.device)
+        making = time.monotonic() - start
+        self.report.layers = stats
+        self.report.save()
+        self.measure("compressed", self.load(self.made), folder_storage(self.made), making=making)
+
+    def learn(self, folder: Path, name: str, size: dict, file: str) -> None:
+        """Rows for the start of a prompt and for the learned one; the prompt is saved before it is measured."""
+        a, path = self.args, self.out / file
+        rows = f"{name} + initial prompt", f"{name} + learned prompt"
+        if all(self.report.has(row) for row in rows):
+            return
+        model = self.load(folder)
+        start = initial_prompt(model, a.prompt_tokens, a.prompt_init, self.text, a.seed)
+        if not self.report.has(rows[0]):
+            self.measure(rows[0], model, size, start)
+        began = time.monotonic()
+        model.checkpointing = a.checkpointing
+        lr = a.lr or default_rate(model, start)
+        state = path.with_suffix(".state")
+        got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, seed=a.seed, state=state, progress=Progress)
+        settings = {k: v for k, v in vars(a).items() if k not in NO_SETTINGS}
+        if parallel.rank() == 0:
+            save_prompt(path, got.prompt, {**settings, "lr": lr, "val_loss": got.val_loss}, owner(model, self.tokenizer))
+        self.report.losses[file] = {"lr": lr, "training": got.losses, "validation": got.scores}
+        self.measure(rows[1], model, size, got.prompt, making=time.monotonic() - began)
+        if parallel.rank() == 0:
+            state.unlink(missing_ok=True)
+
+    def run(self) -> None:
+        a = self.args
+        self.report = Report(self.out, self.identity(), a.resume, a.overwrite) if parallel.rank() == 0 else Quiet()
+        parallel.wait()
+        if not a.packed:
+            self.measure_dense(self.folder)
+        elif a.dense:
+            self.measure_dense(resolve(a.dense))
+        if self.solve:
+            self.compress()
+        elif a.packed and not self.report.has("compressed"):
+            self.measure("compressed", self.load(self.folder), folder_storage(self.folder))
+        if a.steps:
+            dense = self.name == "dense"
+            size = dense_storage(self.checkpoint) if dense else folder_storage(self.made)
+            self.learn(self.made, self.name, size, "prompt.safetensors")
+            other = resolve(a.dense) if a.dense else self.folder
+            if a.control and not dense and (a.dense or not a.packed):            # how much of it is adaptation
+                self.learn(other, "dense", dense_storage(open_checkpoint(other)), "prompt-dense.safetensors")
+
+
+class Quiet(Report):
+    """The report of a process that is not the first: it keeps rows, and writes nothing."""
+
+    def __init__(self):
+        self.rows, self.layers, self.losses, self.seconds = [], [], {}, {}
+
+    def save(self) -> None:
+        pass
+
+
+def dense_storage(checkpoint: Checkpoint) -> dict:
+    with torch.device("meta"):
+        return storage(checkpoint.skeleton())
+
+
+def folder_storage(folder: Path) -> dict:
+    """Sizes of a model folder, its files as they are."""
+    stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    return storage(load_model(folder), stored)
+
+
+def copy_tokenizer(source: Path, to: Path) -> None:
+    """The tokenizer goes with the model, each file atomically."""
+    to.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name.startswith(TOKENIZER_FILES):
+            write_atomic(to / file.name, lambda f: f.write(file.read_bytes()))
+
+
+def how_to_continue(args) -> str:
+    """What is printed when a run is stopped."""
+    words = [w for w in sys.argv[1:] if w not in ("--resume", "--overwrite")]
+    return f"stopped; what is done is in {args.out}; to continue: python train.py {' '.join(words)} --resume"
 
 
 def main(args) -> dict:
     torch.manual_seed(args.seed)
-    scale = SCALES["tiny" if str(args.model) in SHIPPED else "large"]
-    for name, value in {**RECIPES[args.recipe], **scale}.items():                        # what no flag has set
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    folder, out, dtype = resolve(args.model), Path(args.out), DTYPES[args.dtype]
-    solve = make_solver(args)                                    # bad settings fail before any work
-    for name, least in (("steps", 0), ("batch_size", 1), ("prompt_tokens", 1), ("val_windows", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
-    calib, data, train_data, seqlen = args.calib, args.data, args.train_data or args.calib, args.seqlen
-    made_of = "".join(f"{harvest_name(name)}\n" for name in sorted({calib, data, train_data} & set(HARVESTED)))
-    tokenizer = load_tokenizer(folder)
-    test = eval_tokens(tokenizer, data, "validation" if data == "c4" else "test", seqlen, args.max_tokens, folder=args.data_dir)
-    calib_windows = calibration(tokenizer, calib, "train", args.nsamples, seqlen, args.seed, folder=args.data_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "train_data": train_data,
-                "texts": made_of.splitlines(),
-                "hardware": describe_machine(args.device), "python": platform.python_version(), "torch": torch.__version__,
-                "calibration_tokens": calib_windows.numel()}
-    rows = []
-
-    def measure(name, model, prompt=None, size=None, since=None):
-        t = time.monotonic()
-        ppl, settings["scored_tokens"] = perplexity(model, test, seqlen, prompt, args.batch_size, f"measuring: {name}")
-        extra = {"seconds": t - since if since else time.monotonic() - t, "prompt_tokens": 0 if prompt is None else len(prompt)}
-        rows.append({"name": name, "perplexity": ppl, **(size or storage(model)), **extra})
-        text = json.dumps({"rows": rows, "settings": settings}, indent=1)
-        write_atomic(out / "report.json", lambda f: f.write(text.encode()))
-
-    model = load_model(folder, dtype, args.device)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.model}: {size:.1f} million weights, {settings['hardware']}, {args.dtype}")
-    if args.steps:
-        text = eval_tokens(tokenizer, train_data, "train", seqlen, folder=args.data_dir)
-        pool = text[:len(text) // seqlen * seqlen].view(-1, seqlen)                       # windows that do not overlap
-        pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))]
-        val, pool = pool[:args.val_windows], pool[args.val_windows:]
-        if not len(pool):
-            raise ValueError(f"{train_data} gives {len(text) // seqlen} windows of seqlen {seqlen}, and --val-windows "
-                             f"{args.val_windows} takes them all: use more text or shorter windows")
-    measure("dense", model)
-    if solve:
-        start = time.monotonic()
-        stats = compress(model, calib_windows, solve, args.true_sequential, args.correct, args.batch_size,
-                         DTYPES[args.calib_dtype], args.bits)
-        save_model(model, out / "compressed")
-        for f in folder.iterdir():                               # the tokenizer goes with the model
-            if f.name.startswith(("tokenizer", "vocab.", "merges.", "special_tokens", "generation_config")):
-                shutil.copyfile(f, out / "compressed" / f.name)
-        settings["layers"] = stats
-        kept = storage(model, (out / "compressed/model.safetensors").stat().st_size)
-        if args.fused == "off":
-            model = load_model(out / "compressed", dtype, args.device, packed=False)
-        measure("compressed", model, size=kept, since=start)
-    if args.steps:
-        tune, fused = DTYPES[args.tune_dtype], args.fused == "on"
-
-        def learn_on(source, model, name, file, size=None):
-            """A prompt for the model in folder source, measured in front of `model`, the same in full precision."""
-            start = time.monotonic()
-            work = model if tune == dtype else load_model(source, tune, args.device, fused)
-            work.checkpointing = args.checkpointing
-            got = learn(work, p0, pool, val, args.steps, args.batch_size, args.lr, seed=args.seed, progress=Progress)
-            save_prompt(out / file, got.prompt, {**settings, "val_loss": got.val_loss, "layers": None})
-            settings[f"losses of {file}"] = got.losses
-            measure(name, model, got.prompt, size, since=start)
-
-        p0 = initial_prompt(model, args.prompt_tokens, args.prompt_init, text, args.seed)   # the text's start
-        if solve:
-            measure("compressed + initial prompt", model, p0, kept)
-            learn_on(out / "compressed", model, "compressed + learned prompt", "prompt.safetensors", kept)
-        if args.control or not solve:                            # how much of it is adaptation to the text
-            model = load_model(folder, dtype, args.device)
-            measure("dense + initial prompt", model, p0)
-            learn_on(folder, model, "dense + learned prompt", "prompt-dense.safetensors" if solve else "prompt.safetensors")
-    print(f"\n{args.model}, {data}, {settings['scored_tokens']} scored tokens, seqlen {seqlen}, {args.bits} bits, sparsity "
-          f"{args.sparsity}, seed {args.seed}\n{table(rows)}\n{made_of}\nsaved in {out}: "
-          + ", ".join(sorted(f.name for f in out.iterdir())))
-    return {"rows": rows, "settings": settings}
+    args.device = parallel.start(args.device or default_device())
+    settle(args)
+    run = Run(args)
+    plan = run.plan()
+    size = sum(p.numel() for p in run.checkpoint.skeleton().parameters()) / 1e6
+    if parallel.rank() == 0:
+        print(f"{args.model}: {size:.1f} million weights, {describe_machine(args.device)}, {args.dtype}\n{plan}", flush=True)
+    if args.plan:
+        return {}
+    run.run()
+    report = run.report
+    if parallel.rank() == 0:
+        texts = "".join(f"{text}\n" for text in report.run["texts"].values() if isinstance(text, str))
+        what = "compressed before" if args.packed else f"{args.bits} bits, sparsity {args.sparsity}"
+        print(f"\n{args.model}, {args.data}, {report.rows[0]['scored_tokens']} scored tokens, seqlen {args.seqlen}, {what}, "
+              f"seed {args.seed}\n{report.table()}\n{texts}\nsaved in {run.out}: "
+              + ", ".join(sorted(f.name for f in run.out.iterdir() if not f.name.startswith("."))))
+    parallel.stop()
+    return {"rows": report.rows}
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    a = p.add_argument
-    a("--model", default="tiny-llama", help="a checkpoint folder or a name such as llama-7b, opt-1.3b")
-    a("--bits", type=int, default=4, choices=[2, 3, 4, 8, 16], help="bits a weight kept; 16 does not quantize")
-    a("--sparsity", default="0.5", help="0, a fraction of weights to prune, or n:m such as 2:4")
-    a("--groupsize", type=int, default=-1, help="columns that share a grid; -1: a whole row")
-    a("--sym", action="store_true", help="grids symmetric around zero; offset grids always are")
-    a("--recipe", default="best", choices=RECIPES, help="plain: SparseGPT and GPTQ as published; flags below: single steps")
-    a("--mask", choices=["admm", "sparsegpt"], help="how weights to prune are found")
-    a("--refits", type=int, help="conjugate gradient iterations on the weights kept")
-    a("--grid", choices=["minmax", "uniform", "offset", "auto"], help="auto: offset (no level on zero) if pruned, else uniform")
-    a("--act-order", action=argparse.BooleanOptionalAction, help="quantize columns in order of falling Hessian diagonal")
-    a("--static-groups", action="store_true", help="plain GPTQ with --act-order: groups stay neighbouring columns")
-    a("--descent", type=int, help="passes over the codes afterwards")
-    a("--true-sequential", action=argparse.BooleanOptionalAction, help="groups of Linears inside a block one after the other")
-    a("--correct", type=float, help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
-    a("--calib-dtype", default="bfloat16", choices=DTYPES, help="precision of the calibration's forward passes")
-    a("--percdamp", type=float, help="damping, as a share of the Hessian's diagonal")
-    a("--blocksize", type=int, default=128, help="columns whose errors travel together")
-    a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path (default c4; "
-                      "tiny models docs)")
-    a("--nsamples", type=int, help="calibration windows (default 128)")
-    a("--seqlen", type=int, help="tokens a window, everywhere (default 2048; tiny models 256)")
-    a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models headers)")
-    a("--data-dir", type=Path, help="folder that holds the text sets")
-    a("--max-tokens", type=int, help="measure on the first so many tokens only (default all; tiny models 32768)")
-    a("--train-data", help="text the prompt is learned on (default: --calib; tiny models headers)")
-    a("--val-windows", type=int, default=8, help="windows of it held out to choose the best prompt")
-    a("--prompt-tokens", type=int, help="length of the soft prompt (default 100; tiny models 50)")
-    a("--prompt-init", default="text", choices=["text", "vocab", "random"])
-    a("--steps", type=int, help="prompt learning steps (default 200); 0 skips the prompt")
-    a("--batch-size", type=int, help="windows a step, and at a time when measuring (default 4; tiny models 8)")
-    a("--lr", type=float, help="peak learning rate (default 5e-3; tiny models 5e-2; the paper: 1e-3, for 30,000 steps)")
-    a("--control", action=argparse.BooleanOptionalAction, help="learn a prompt on the dense model too (default: tiny models)")
-    a("--tune-dtype", default="bfloat16", choices=DTYPES, help="precision of the frozen model while the prompt is learned")
-    a("--checkpointing", action="store_true", help="recompute activations to save memory")
-    a("--seed", type=int, default=0)
-    a("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    a("--fused", default="on", choices=["on", "off"], help="off: unpack the compressed weights once, run ordinary Linears")
-    a("--dtype", default="float32" if not torch.cuda.is_available() else "float16", choices=DTYPES)
-    a("--out", default="runs/out", help="folder for the compressed model, the prompt and report.json")
-    try:
-        main(p.parse_args())
-    except (ValueError, OSError) as e:
-        fail(e)
+    run_program(main, args, after_interrupt=lambda: how_to_continue(args))

@@ -132,17 +132,23 @@ def strip_around(parts: list[str]) -> None:
     """White space around tags, in place: `-` takes all of it; a block or comment takes the indent before it, where it
     begins a line, and one newline after it."""
     for i in range(1, len(parts), 2):
-        tag = parts[i]
-        if tag[2] == "-":
+        if parts[i][2] == "-":
             parts[i - 1] = parts[i - 1].rstrip()
-        elif tag[1] != "{":
-            line = parts[i - 1].rpartition("\n")
-            if not line[2].strip(" \t") and (line[1] or i == 1):
-                parts[i - 1] = line[0] + line[1]
-        if tag[-3] == "-":
+        elif parts[i][1] != "{":
+            before, newline, indent = parts[i - 1].rpartition("\n")
+            if not indent.strip(" \t") and (newline or i == 1):
+                parts[i - 1] = before + newline
+    for i in range(1, len(parts), 2):                                  # newlines had to be there until now
+        if parts[i][-3] == "-":
             parts[i + 1] = parts[i + 1].lstrip()
-        elif tag[1] != "{":
+        elif parts[i][1] != "{":
             parts[i + 1] = parts[i + 1].removeprefix("\n")
+
+
+def split_tag(tag: str) -> tuple[str, str]:
+    """"{%- if x %}" -> ("if", "x")."""
+    word, *rest = tag[2:-2].strip("-").split(None, 1) or [""]
+    return word, rest[0].rstrip() if rest else ""
 
 
 def parse(parts: list[str], at: int, until: tuple[str, ...]) -> tuple[list[tuple], int]:
@@ -157,10 +163,9 @@ def parse(parts: list[str], at: int, until: tuple[str, ...]) -> tuple[list[tuple
                 raise ValueError(f"{until[-1]} is missing")
             return nodes, at
         tag = parts[at]
-        inner = tag[2:-2].strip("-").strip()
-        word, _, rest = inner.partition(" ")
+        word, rest = split_tag(tag)
         if tag.startswith("{{"):
-            nodes.append(("out", inner))
+            nodes.append(("out", tag[2:-2].strip("-")))
         elif tag.startswith("{%") and word in until:
             return nodes, at
         elif tag.startswith("{%") and word == "set" and "=" in rest:
@@ -175,7 +180,7 @@ def parse(parts: list[str], at: int, until: tuple[str, ...]) -> tuple[list[tuple
             while word != "endif":
                 body, at = parse(parts, at + 1, ("elif", "else", "endif"))
                 branches.append((condition, body))
-                word, _, condition = parts[at][2:-2].strip("-").strip().partition(" ")
+                word, condition = split_tag(parts[at])
                 condition = "true" if word == "else" else condition
             nodes.append(("if", branches))
         elif tag.startswith("{%"):
@@ -213,10 +218,12 @@ def run(nodes: list[tuple], scope: dict, out: list[str]) -> None:
 
 
 def evaluate(text: str, scope: dict):
-    """The value of an expression. `|`, which binds tightest in Jinja, is read as `**`, and `~` as `@`."""
-    pieces = re.split(f"({QUOTED})", text)
+    """The value of an expression. `|`, which binds tightest in Jinja, is read as `**`, and `~` as `@`; strings may hold
+    newlines."""
+    pieces = re.split(f"({QUOTED})", text, flags=re.S)
     pieces[::2] = [piece.replace("|", "**").replace("~", "@") for piece in pieces[::2]]
-    return value_of(ast.parse("".join(pieces).strip(), mode="eval").body, scope)
+    pieces[1::2] = [piece.replace("\n", "\\n") for piece in pieces[1::2]]
+    return value_of(ast.parse(f"({''.join(pieces)})", mode="eval").body, scope)
 
 
 def value_of(node: ast.expr, scope: dict):

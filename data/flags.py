@@ -70,14 +70,14 @@ def read_flags(parser: Flags) -> argparse.Namespace:
     return args
 
 
-def run_program(main, args, after_interrupt: str = "stopped") -> None:
-    """main(args) with its errors turned into one line and an exit code. after_interrupt: what Ctrl-C prints."""
+def run_program(main, args, after_interrupt=lambda: "stopped") -> None:
+    """main(args) with its errors turned into one line and an exit code. after_interrupt(): what Ctrl-C prints."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        say(after_interrupt)
+        say(after_interrupt())
         sys.exit(INTERRUPTED)
     except BrokenPipeError:                              # the reader of our output, such as head, has gone
         os._exit(128 + signal.SIGPIPE)

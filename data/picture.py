@@ -1,21 +1,25 @@
-"""Draws the table of one or more runs of train.py as an SVG: a bar of perplexity for each row, a panel for each run.
+"""Draws the tables of runs of train.py as an SVG: a bar of perplexity for each row, a panel for each model and text.
 
     python -m data.picture runs/out/report.json > data/picture.svg
-    python -m data.picture runs/a/report.json runs/b/report.json > two.svg       # panels below each other
+    python -m data.picture runs/a/report.json runs/b/report.json > two.svg
 
-Bars start at zero, each panel has its own scale, and the dashed line goes through the dense model's value: a bar that
-ends left of it is better than dense. Colours are of middle brightness on no background, so that the picture reads on a
-light and on a dark page. Needs nothing but the standard library. Left out: anything but perplexity.
+A panel has a column for the compressed model and one for the dense model, and in both the same rows: no prompt, the
+prompt's start, the learned prompt. So what a prompt does to the compressed model stands beside what it does to the dense
+one. Runs that were measured on the same windows of the same text share a panel. All bars of a picture start at zero and
+have one scale; the dense model's value without a prompt is marked in the gaps between the bars, so that no number is
+crossed. Needs nothing but the standard library. Left out: anything but perplexity.
 """
 import argparse
 import json
+import math
 import sys
-from html import escape
 from pathlib import Path
 
-WIDTH, NAMES, END = 720, 232, 640          # picture; where bars begin; where the longest one ends, its number after it
-BAR, STEP, HEAD = 16, 26, 54               # height of a bar, from bar to bar, and of a panel's title
-TEXT, DENSE, HURT, HEALED = "#768390", "#8b949e", "#d9703c", "#2f9e75"
+from data.svg import DENSE, HEALED, HURT, Drawing
+
+WIDTH, NAMES, ROOM = 720, 150, 44          # picture; where the columns begin; what a number takes behind its bar
+BAR, STEP, HEAD, PANEL = 16, 26, 52, 74    # height of a bar, from bar to bar, of the legend, of a panel's titles
+PROMPTS = {"": "no prompt", "initial prompt": "prompt, not learned", "learned prompt": "prompt, learned"}
 
 
 def read_report(path: str | Path) -> dict:
@@ -25,7 +29,7 @@ def read_report(path: str | Path) -> dict:
         raise FileNotFoundError(f"no report {path}: train.py writes report.json into its --out folder")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        if not report["rows"] or not all(row["perplexity"] > 0 and row["name"] for row in report["rows"]):
+        if not report["rows"] or not all(0 < row["perplexity"] < math.inf and row["name"] for row in report["rows"]):
             raise ValueError("no rows")
         report["settings"]["model"]
     except (ValueError, KeyError, TypeError):
@@ -34,57 +38,92 @@ def read_report(path: str | Path) -> dict:
     return report
 
 
-def color(name: str) -> str:
-    """Grey for the dense model, green behind a learned prompt, orange for what compression did."""
-    return HEALED if "learned" in name else DENSE if name.startswith("dense") else HURT
+def made_how(s: dict) -> str:
+    """What was done to the model, from the settings of a run."""
+    sparsity = str(s.get("sparsity", 0))
+    done = []
+    if sparsity != "0":
+        done.append(f"{sparsity} pruned" if ":" in sparsity else f"{100 * float(sparsity):g}% pruned")
+    if s.get("bits", 16) != 16:
+        done.append(f"{s['bits']}-bit")
+    return " + ".join(done)
 
 
-def describe(s: dict) -> tuple[str, str]:
-    """Title and subtitle of a panel from the settings of its run; a setting that the report lacks is left out."""
-    pruned = [f"{100 * float(s['sparsity']):g}% pruned" if ":" not in str(s["sparsity"]) else f"{s['sparsity']} pruned"
-              ] if s.get("sparsity") not in (None, "0", 0) else []
-    rounded = [f"{s['bits']}-bit"] if s.get("bits") not in (None, 16) else []
-    details = [f"perplexity on {Path(s['data']).name}" if s.get("data") else "perplexity"]
-    details += [f"windows of {s['seqlen']}"] * bool(s.get("seqlen"))
-    details += [f"{s['prompt_tokens']} prompt tokens, {s['steps']} steps"] * bool(s.get("steps") and s.get("prompt_tokens"))
-    details += [f"seed {s['seed']}"] * (s.get("seed") is not None)
-    return ", ".join([Path(s["model"]).name, " + ".join(pruned + rounded) or "not compressed"]), ", ".join(details)
+def measured_how(s: dict) -> str:
+    """On what; a setting that the report lacks is left out."""
+    parts = [f"perplexity on {Path(s['data']).name}" if s.get("data") else "perplexity"]
+    if s.get("seqlen"):
+        parts.append(f"windows of {s['seqlen']}")
+    if s.get("steps") and s.get("prompt_tokens"):
+        parts.append(f"{s['prompt_tokens']} prompt tokens, {s['steps']} steps")
+    if s.get("seed") is not None:
+        parts.append(f"seed {s['seed']}")
+    return ", ".join(parts)
 
 
-def panel(report: dict, top: int) -> tuple[list[str], int]:
-    """SVG elements of one run from height `top` on, and the height where the next may begin."""
-    rows, (title, details) = report["rows"], describe(report["settings"])
-    scale = (END - NAMES) / max(row["perplexity"] for row in rows)
-    parts = [f'<text x="8" y="{top + 22}" class="title">{escape(title)}</text>',
-             f'<text x="8" y="{top + 40}" class="small">{escape(details)}</text>']
-    first = y = top + HEAD
-    for row in rows:
-        width, middle = row["perplexity"] * scale, y + BAR / 2 + 4.5
-        parts += [f'<text x="{NAMES - 8}" y="{middle}" text-anchor="end">{escape(row["name"])}</text>',
-                  f'<rect x="{NAMES}" y="{y}" width="{width:.1f}" height="{BAR}" rx="2" fill="{color(row["name"])}"'
-                  + (' fill-opacity="0.45"' if row["name"].startswith("dense +") else "") + "/>",
-                  f'<text x="{NAMES + width + 6:.1f}" y="{middle}">{row["perplexity"]:.1f}</text>']
-        y += STEP
-    dense = next((row["perplexity"] for row in rows if row["name"] == "dense"), None)
-    if dense:
-        x = f"{NAMES + dense * scale:.1f}"
-        parts.append(f'<line x1="{x}" x2="{x}" y1="{first - 5}" y2="{y - STEP + BAR + 5}"/>')
-    return parts, y + 8
+def panels(reports: list[dict]) -> list[dict]:
+    """{"title", "details", "values": {(model, prompt): perplexity}, "made": {model: how}} for each model and text."""
+    found = {}
+    for report in reports:
+        s = report["settings"]
+        same = tuple(str(s.get(name)) for name in ("model", "data", "seqlen", "max_tokens", "scored_tokens"))
+        panel = found.setdefault(same, {"title": Path(s["model"]).name, "details": "", "values": {}, "made": {}})
+        panel["details"] = max(panel["details"], measured_how(s), key=len)
+        for row in report["rows"]:
+            model, _, prompt = row["name"].partition(" + ")
+            panel["values"].setdefault((model, prompt), row["perplexity"])
+            if model != "dense":
+                panel["made"].setdefault(model, made_how(s))
+    return list(found.values())
+
+
+def draw(d: Drawing, panel: dict, top: float, largest: float, columns: int) -> float:
+    """One panel from height `top` on, `largest` being the longest bar of the picture and `columns` the most of a panel;
+    returns where the next may begin."""
+    values = panel["values"]
+    models = sorted({model for model, _ in values}, key=lambda model: model == "dense")        # the control comes last
+    prompts = [p for p in dict.fromkeys([*PROMPTS, *(p for _, p in values)]) if any((m, p) in values for m in models)]
+    column = (WIDTH - NAMES) / columns                   # even where this panel has fewer: one scale
+    scale = (column - ROOM) / largest
+    d.text(8, top + 22, panel["title"], kind="title")
+    d.text(8, top + 40, panel["details"], kind="small")
+    first = top + PANEL
+    for i, prompt in enumerate(prompts):
+        d.text(NAMES - 8, first + i * STEP + BAR - 3.5, PROMPTS.get(prompt, prompt), anchor="end")
+    for j, model in enumerate(models):
+        left = NAMES + j * column
+        made = "the control" if model == "dense" and len(models) > 1 else panel["made"].get(model)
+        d.text(left, first - 14, f"{model}: {made}" if made else model, kind="small bold")
+        for i, prompt in enumerate(prompts):
+            if (model, prompt) not in values:
+                continue
+            value, y = values[model, prompt], first + i * STEP
+            color = HEALED if prompt.startswith("learned") else DENSE if model == "dense" else HURT
+            d.bar(left, y, value * scale, BAR, color, 0.45 if model == "dense" and prompt else 1.0)
+            d.text(left + value * scale + 6, y + BAR - 3.5, f"{value:.1f}")
+        if ("dense", "") in values:
+            x = left + values["dense", ""] * scale
+            for i in range(len(prompts) + 1):            # in the gaps, where neither bars nor numbers are
+                d.line(x, first + i * STEP - (STEP - BAR) + 2, x, first + i * STEP - 2)
+    return first + len(prompts) * STEP
 
 
 def picture(reports: list[dict]) -> str:
     """The whole SVG file."""
-    parts, height = [], 0
-    for report in reports:
-        drawn, height = panel(report, height)
-        parts += drawn
-    about = "; ".join(f"{describe(r['settings'])[0]}: " + ", ".join(f"{row['name']} {row['perplexity']:.1f}" for row in r["rows"])
-                      for r in reports)
-    style = (f'text {{ font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: {TEXT}; }} '
-             f'.title {{ font-size: 15px; font-weight: 600; }} .small {{ font-size: 12px; }} '
-             f'line {{ stroke: {TEXT}; stroke-width: 1.5; stroke-dasharray: 4 3; }}')
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
-                      f'role="img">', f"<title>{escape(about)}</title>", f"<style>{style}</style>", *parts, "</svg>", ""])
+    shown = panels(reports)
+    widest = max(len({model for model, _ in panel["values"]}) for panel in shown)
+    largest = max(value for panel in shown for value in panel["values"].values())
+    d = Drawing()
+    d.text(8, 20, "Perplexity: lower is better. All bars start at 0 and share one scale.")
+    for y in (28, 36):
+        d.line(14, y, 14, y + 5)
+    d.text(24, 39, "the dense model without a prompt: a bar that ends left of this mark is better than it", kind="small")
+    height = HEAD
+    for panel in shown:
+        height = draw(d, panel, height, largest, widest)
+    about = "; ".join(panel["title"] + ": " + ", ".join(f"{' + '.join(filter(None, key))} {value:.1f}"
+                      for key, value in panel["values"].items()) for panel in shown)
+    return d.svg(WIDTH, round(height + 4), about)
 
 
 if __name__ == "__main__":
@@ -94,4 +133,4 @@ if __name__ == "__main__":
         print(picture([read_report(path) for path in parser.parse_args().reports]), end="")
     except (ValueError, FileNotFoundError) as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2)

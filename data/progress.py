@@ -1,4 +1,5 @@
 """A progress bar in a few lines: share done, time spent, time left, and a note. One line on a terminal, a few in a log."""
+import os
 import shutil
 import sys
 import time
@@ -40,6 +41,8 @@ class Progress:
                 self.draw(done, total, spent, live)
 
     def draw(self, done: int, total: int, spent: float, live: bool) -> None:
+        if os.environ.get("RANK", "0") != "0":           # of several processes, the first one shows
+            return
         left = spent / done * (total - done)
         numbers = f"{done}/{total}  {duration(spent)}, {duration(left)} left  {self.text}".rstrip()
         bar = "#" * (20 * done // total) + "-" * (20 - 20 * done // total)

@@ -22,7 +22,7 @@ from data.flags import BAD_INPUT, INTERRUPTED
 from data.progress import Progress, duration
 from data.tokenizer import load_tokenizer
 from model import load_model, save_model
-from prompt import with_prompt
+from prompt import as_prefix, save_prompt
 from test_prompt import TOKENS, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,6 +145,11 @@ def test_generation_behind_a_prompt_equals_full_forward_passes():
         out.append(int(model(x)[0, -1].argmax()))
         x = torch.cat([x, model.embed(torch.tensor([[out[-1]]]))], 1)
     assert continued(model, "hello", prompt=prompt) == Letters().decode(out)
+
+
+def test_a_prefix_continues_as_the_prompt_it_was_made_of():
+    model, prompt = tiny(), torch.randn(4, 32)
+    assert continued(model, "hello", prompt=as_prefix(model, prompt)) == continued(model, "hello", prompt=prompt)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -272,7 +277,7 @@ def test_shipped_models_have_their_defaults(monkeypatch):
 
 def test_a_run_without_a_compressed_model_says_where_to_look(tmp_path):
     (tmp_path / "report.json").write_text('{"rows": [], "settings": {"model": "tiny-opt"}}')
-    with pytest.raises(FileNotFoundError, match="no compressed/: for its dense model, python eval.py tiny-opt"):
+    with pytest.raises(FileNotFoundError, match="no compressed/: finish the run, or measure its dense model, python eval.py tiny-opt"):
         evaluation.locate(str(tmp_path))
     (tmp_path / "report.json").write_text('{"rows": [], "settings": {"model": "m", "seqlen": "many"}}')
     (tmp_path / "compressed").mkdir()
@@ -295,6 +300,15 @@ def test_program_prints_numbers_and_text(monkeypatch, capsys, tmp_path):
     [made] = last(out)["generations"]
     assert status == 0 and out.startswith(made["text"] + made["generated"])
     assert re.match(r"The name of the \w", out)                                # sentencepiece alone would leave out the space
+
+
+def test_a_prompt_of_another_family_is_refused_unless_forced(monkeypatch, capsys, tmp_path):
+    width = load_model("tiny-llama").embed_tokens.weight.shape[1]
+    save_prompt(tmp_path / "p.safetensors", torch.zeros(3, width), {}, {"family": "opt"})
+    asked = "tiny-llama", "--prompt", tmp_path / "p.safetensors", "--generate", "def f(", "--max-new", 3
+    status, _, err = run_program(monkeypatch, capsys, *asked)
+    assert status == BAD_INPUT and "another family" in err
+    assert run_program(monkeypatch, capsys, *asked, "--force")[0] == 0
 
 
 def test_texts_from_files_and_stdin(monkeypatch, capsys, tmp_path):
@@ -324,6 +338,7 @@ NO_WORK = [
     (["tiny-llama", "--prompt", "TMP/a.txt"], "a.txt"),
     (["tiny-llama", "--prompt", "TMP/a.txt", "--hard-prompt"], "exclude each other"),
     (["tiny-llama", "--hard-prompt", ""], "has no tokens"),
+    (["tiny-llama", "--force"], "--force does nothing without --prompt"),
     (["tiny-llama", "--device", "abacus"], "--device abacus cannot be used here"),
     (["tiny-llama", "--device", "meta"], "--device meta cannot be used here"),
     (["tiny-llama", "--generate-from", "TMP/none.txt"], "no file"),

@@ -44,7 +44,7 @@ def test_grid_linear_equals_autograd_through_the_formula(grid, bits, groupsize, 
     x = torch.randn(2, 5, 48, requires_grad=True)
     dy = torch.randn(2, 5, 6)
     want = torch.autograd.grad((x.double() @ W.T * dy.double()).sum(), (x, scale, zero))
-    y = GridLinear.apply(x, scale, zero, layer, part.group)
+    y = GridLinear.apply(x, scale, zero, layer.packed, part.group)
     got = torch.autograd.grad((y * dy).sum(), (x, scale, zero))
     assert torch.allclose(y, layer(x), atol=1e-5)
     for a, b in zip(got, want):

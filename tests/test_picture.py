@@ -1,4 +1,8 @@
-"""data/picture.py: bars as long as their numbers, nothing lost or unescaped, one clear line for what is no report."""
+"""data/picture.py: bars as long as their numbers on one scale, nothing crossed, nothing lost or unescaped, one clear line for
+what is no report.
+
+    python -m pytest -q tests/test_picture.py
+"""
 import json
 import subprocess
 import sys
@@ -7,46 +11,103 @@ from pathlib import Path
 
 import pytest
 
-from data.picture import DENSE, HEALED, HURT, END, NAMES, WIDTH, picture, read_report
+from data.picture import BAR, STEP, WIDTH, picture, read_report
+from data.svg import DENSE, HEALED, HURT, Drawing
 
 ROOT, SVG = Path(__file__).resolve().parents[1], "{http://www.w3.org/2000/svg}"
 ROWS = {"dense": 30.0, "compressed": 48.0, "compressed + initial prompt": 50.0, "compressed + learned prompt": 32.5,
-        "dense + learned prompt": 22.0}
+        "dense + initial prompt": 29.0, "dense + learned prompt": 22.0}
 SETTINGS = {"model": "models/a<b&c", "bits": 4, "sparsity": "0.5", "data": "wiki.test.raw", "seqlen": 512, "seed": 0,
             "steps": 200, "prompt_tokens": 100}
 
 
-def report(**settings):
-    return {"rows": [{"name": n, "perplexity": p} for n, p in ROWS.items()], "settings": {**SETTINGS, **settings}}
+def report(rows=ROWS, **settings):
+    return {"rows": [{"name": n, "perplexity": p} for n, p in rows.items()], "settings": {**SETTINGS, **settings}}
 
 
-def test_bars_are_proportional_and_inside():
-    root = ET.fromstring(picture([report()]))
-    bars = root.findall(f"{SVG}rect")
-    widths = [float(bar.get("width")) for bar in bars]
-    assert [bar.get("fill") for bar in bars] == [DENSE, HURT, HURT, HEALED, HEALED]
-    for width, value in zip(widths, ROWS.values()):
-        assert width == pytest.approx(value / max(ROWS.values()) * (END - NAMES), abs=0.06)
-    line = root.find(f"{SVG}line")
-    assert float(line.get("x1")) == pytest.approx(NAMES + widths[0], abs=0.2)
-    assert all(NAMES <= float(bar.get("x")) and float(bar.get("x")) + w < WIDTH for bar, w in zip(bars, widths))
+class Drawn:
+    """The parts of a picture, as numbers."""
+
+    def __init__(self, *reports):
+        root = ET.fromstring(picture(list(reports)))
+        self.height = float(root.get("height"))
+        self.texts = [(float(t.get("x")), float(t.get("y")), t.text) for t in root.findall(f"{SVG}text")]
+        self.bars = [(float(r.get("x")), float(r.get("y")), float(r.get("width")), r.get("fill")) for r in root.findall(f"{SVG}rect")]
+        self.lines = [tuple(float(line.get(k)) for k in ("x1", "y1", "y2")) for line in root.findall(f"{SVG}line")]
+        self.words = [text for _, _, text in self.texts]
+
+    def value(self, bar):
+        """The number behind a bar."""
+        x, y, width, _ = bar
+        [number] = [text for tx, ty, text in self.texts if abs(tx - x - width - 6) < 0.2 and 0 < ty - y < BAR]
+        return float(number)
 
 
-def test_every_row_and_setting_is_written():
-    texts = [t.text for t in ET.fromstring(picture([report()])).findall(f"{SVG}text")]
-    assert texts[0] == "a<b&c, 50% pruned + 4-bit"
-    assert texts[1] == "perplexity on wiki.test.raw, windows of 512, 100 prompt tokens, 200 steps, seed 0"
-    assert set(ROWS) <= set(texts) and {f"{p:.1f}" for p in ROWS.values()} <= set(texts)
-    title = ET.fromstring(picture([report(sparsity="2:4", bits=16, steps=0)])).findall(f"{SVG}text")
-    assert title[0].text == "a<b&c, 2:4 pruned" and "steps" not in title[1].text
-    assert "not compressed" in picture([report(sparsity="0", bits=16)])
+def test_all_bars_have_one_scale_and_stay_inside():
+    drawn = Drawn(report(), report({"dense": 80.0, "compressed": 100.0}, model="other"), report({"dense": 9.0}, model="third"))
+    scales = [width / drawn.value((x, y, width, c)) for x, y, width, c in drawn.bars]
+    assert len(drawn.bars) == 9 and max(scales) == pytest.approx(min(scales), rel=2e-3)
+    assert all(x + width + 30 < WIDTH for x, _, width, _ in drawn.bars)
+    columns = sorted({x for x, *_ in drawn.bars})
+    assert all(x + width + 30 < columns[1] for x, _, width, _ in drawn.bars if x == columns[0])
 
 
-def test_panels_below_each_other():
-    one, two = (ET.fromstring(picture([report(seed=i) for i in range(n)])) for n in (1, 2))
-    assert float(two.get("height")) == 2 * float(one.get("height"))
-    ys = [float(bar.get("y")) for bar in two.findall(f"{SVG}rect")]
-    assert ys == sorted(ys) and len(set(ys)) == 10
+def test_the_control_stands_beside_the_claim():
+    drawn = Drawn(report())
+    of = {drawn.value(bar): bar for bar in drawn.bars}
+    assert set(of) == set(ROWS.values())
+    for claim, control in ((48.0, 30.0), (50.0, 29.0), (32.5, 22.0)):
+        assert of[claim][1] == of[control][1] and of[claim][0] < of[control][0]
+    assert [of[v][3] for v in (48.0, 50.0, 32.5, 30.0, 29.0, 22.0)] == [HURT, HURT, HEALED, DENSE, DENSE, HEALED]
+
+
+@pytest.mark.parametrize("dense", [20.0, 30.0, 47.0, 49.9])
+def test_the_mark_of_the_dense_model_crosses_nothing(dense):
+    drawn = Drawn(report({**ROWS, "dense": dense}))
+    columns = sorted({x for x, *_ in drawn.bars})
+    longest = max(drawn.bars, key=lambda bar: bar[2])
+    scale = longest[2] / 50.0
+    marks = [line for line in drawn.lines if line[0] > columns[0]]
+    assert sorted({x for x, _, _ in marks}) == pytest.approx([left + dense * scale for left in columns], abs=0.15)
+    for x, low, high in drawn.lines:
+        assert high - low < STEP - BAR
+        for left, y, width, _ in drawn.bars:
+            assert high <= y or low >= y + BAR or x < left or x > left + width + 40
+        for tx, ty, text in drawn.texts:                     # a text reaches from 11 above its baseline to 4 below
+            assert high < ty - 11 or low > ty + 4 or x < tx or x > tx + 8 * len(text)
+
+
+def test_what_it_means_is_written_in_it():
+    words = Drawn(report()).words
+    assert "lower is better" in words[0] and "one scale" in words[0] and "dense model without a prompt" in words[1]
+    assert "a<b&c" in words and "compressed: 50% pruned + 4-bit" in words and "dense: the control" in words
+    assert "perplexity on wiki.test.raw, windows of 512, 100 prompt tokens, 200 steps, seed 0" in words
+    assert {f"{p:.1f}" for p in ROWS.values()} <= set(words)
+    words = Drawn(report(sparsity="2:4", bits=16, steps=0)).words
+    assert "compressed: 2:4 pruned" in words and not any("steps" in word for word in words)
+
+
+def test_runs_on_the_same_windows_share_a_panel():
+    dense = {name: value for name, value in ROWS.items() if name.startswith("dense")}
+    rest = {name: value for name, value in ROWS.items() if name not in dense or name == "dense"}
+    both = picture([report(rest), report(dense, bits=16, sparsity="0")])
+    assert both == picture([report({**rest, **dense})])
+    assert Drawn(report(), report(data="other")).height > Drawn(report()).height
+
+
+def test_a_heal_has_a_column_of_its_own():
+    drawn = Drawn(report({**ROWS, "healed": 40.0, "healed + learned prompt": 25.0}))
+    assert len({x for x, *_ in drawn.bars}) == 3 and drawn.words.count("prompt, learned") == 1
+
+
+def test_drawing_escapes_and_places():
+    d = Drawing()
+    d.text(1, 2, "a<b", kind="bold", anchor="end")
+    d.dot(3, 4, 2, HURT)
+    d.line(0, 0, 5, 5, dashed=True)
+    root = ET.fromstring(d.svg(10, 20, "x & y"))
+    assert root.find(f"{SVG}text").text == "a<b" and root.find(f"{SVG}title").text == "x & y"
+    assert root.find(f"{SVG}circle").get("fill") == HURT and root.find(f"{SVG}line").get("stroke-dasharray")
 
 
 def test_program(tmp_path):
@@ -55,12 +116,13 @@ def test_program(tmp_path):
     drawn = subprocess.run([*run, str(tmp_path / "report.json")], cwd=ROOT, capture_output=True, text=True, check=True)
     assert drawn.stdout == picture([report()])
     wrong = subprocess.run([*run, str(tmp_path / "none.json")], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 1 and wrong.stderr.startswith("error: no report") and wrong.stderr.count("\n") == 1
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: no report") and wrong.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows": [], "settings": {"model": "m"}}',
                                      '{"rows": [{"name": "dense"}], "settings": {"model": "m"}}',
-                                     '{"rows": [{"name": "dense", "perplexity": 3}]}'])
+                                     '{"rows": [{"name": "dense", "perplexity": 3}]}',
+                                     '{"rows": [{"name": "dense", "perplexity": NaN}], "settings": {"model": "m"}}'])
 def test_not_a_report(tmp_path, content):
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(ValueError, match="not a report of train.py"):

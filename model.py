@@ -335,8 +335,8 @@ class Checkpoint:
                 missing.append(theirs)
                 continue
             if files.shape(key) != p.shape:                      # reads nothing
-                raise ValueError(f"{place}: {key} has shape {tuple(files.shape(key))}, but the configuration wants "
-                                 f"{tuple(p.shape)}")
+                raise ValueError(f"{files.files[key]}: {key} has shape {tuple(files.shape(key))}, but the configuration "
+                                 f"wants {tuple(p.shape)}")
             self.keys[prefix + name] = key
         if config.tied:
             stored.pop("lm_head.weight", None)                   # a stored copy of the tied head

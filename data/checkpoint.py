@@ -316,6 +316,7 @@ def read_torch(path: Path):
         check_held(held)
     except Exception as e:                                      # torch raises a dozen kinds for a damaged file
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
+        why = "it is cut short, damaged, or holds more than tensors" if why.startswith("Weights only load failed") else why
         raise ValueError(f"{path} cannot be read ({why}): download it again") from None
     return held
 

@@ -30,7 +30,7 @@ def in_range(field: str, value, name: str = ""):
     kind, least, most = RANGES[field]
     fits = type(value) is kind or kind is float and type(value) is int
     if not fits or not least <= value <= most:                  # NaN is in no range
-        wanted = "true or false" if kind is bool else f"{'a whole' if kind is int else 'a'} number from {least:g} to {most:g}"
+        wanted = "true or false" if kind is bool else f"a {'whole ' * (kind is int)}number from {least} to {most}"
         raise ValueError(f"{name or field} {str(repr(value))[:60]} is not {wanted}")
     return value
 

@@ -1,4 +1,5 @@
-"""eval.py: perplexity by hand; generation against transformers; what is chosen where no flag says; the program.
+"""eval.py: perplexity by hand; generation against transformers; what is chosen where no flag says;
+the program.
 
     python -m pytest -q tests/test_eval.py
 """
@@ -61,8 +62,9 @@ def test_perplexity_equals_a_count_by_hand(family, n):
 
 
 def test_a_prompt_that_changes_nothing_leaves_the_perplexity():
-    """Rotary attention sees only distances; with the values set to zero nothing flows between positions, so a prompt in front
-    changes no logit. Counting the prompt's positions, as the paper's code does, would report a smaller number."""
+    """Rotary attention sees only distances; with the values set to zero nothing flows between
+    positions, so a prompt in front changes no logit. Counting the prompt's positions, as the
+    paper's code does, would report a smaller number."""
     model = tiny()
     for block in model.blocks:
         block.attn.v.weight.zero_()
@@ -85,11 +87,13 @@ def test_too_little_text_is_an_error():
 def test_a_perplexity_that_is_no_number_is_an_error(value):
     model = tiny()
     model.blocks[1].mlp.down.weight[3, 5] = value
-    with pytest.raises(ValueError, match="perplexity of it: the loss of tokens 0 to 30 is nan.*try --dtype float32"):
+    with pytest.raises(ValueError, match="perplexity of it: the loss of tokens 0 to 30 is nan: weights or prompt are damaged"):
         evaluation.perplexity(model, TOKENS, 16, batch_size=2, title="perplexity of it")
+    with pytest.raises(ValueError, match="try --dtype float32"):
+        evaluation.perplexity(model.bfloat16(), TOKENS, 16)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generation
 
 def test_picking():
@@ -174,7 +178,8 @@ def test_generation_ends_at_the_end_of_text_token():
 
 
 def test_characters_are_shown_whole(monkeypatch):
-    """A character of several tokens appears when its last one is there; what was shown is never taken back."""
+    """A character of several tokens appears when its last one is there; what was shown is never
+    taken back."""
     tokenizer = load_tokenizer(SHIPPED["tiny-opt"])
     ids = tokenizer.encode("caf\u00e9 \u4e2d\u6587 \U0001f600 ok", bos=False)
     monkeypatch.setattr(evaluation, "decode", lambda model, rows, **how: iter([*((0, i) for i in ids[1:]), (0, None)]))
@@ -196,7 +201,7 @@ def test_nan_logits_end_the_generation():
         continued(model, "hello")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is chosen where no flag says
 
 @pytest.mark.parametrize("has, stored, want", [
@@ -285,7 +290,7 @@ def test_a_run_without_a_compressed_model_says_where_to_look(tmp_path):
         evaluation.locate(str(tmp_path))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
 
 def test_program_prints_numbers_and_text(monkeypatch, capsys, tmp_path):
@@ -401,7 +406,7 @@ def test_a_reader_that_goes_away_is_no_error():
     assert done.stdout.splitlines() == ["def141"] and "error" not in done.stderr.lower(), done
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The progress bar
 
 class Terminal:

@@ -1,5 +1,6 @@
-"""data/tasks.py and eval.py's zero-shot part: the texts of every task in every form, and the scores of a scorer of its own
-over transformers, one choice at a time. tests/harness.py compares with lm-evaluation-harness itself.
+"""data/tasks.py and eval.py's zero-shot part: the texts of every task in every form, and the scores
+of a scorer of its own over transformers, one choice at a time. tests/harness.py compares with
+lm-evaluation-harness itself.
 
     python -m pytest -q tests/test_tasks.py
 """
@@ -144,7 +145,8 @@ def test_the_batch_changes_nothing(opt):
 
 
 def test_behind_a_prompt(opt):
-    """A prompt of a text's embeddings gives what that text in front gives; the room is what it leaves."""
+    """A prompt of a text's embeddings gives what that text in front gives; the room is what it
+    leaves."""
     model, tokenizer = opt
     front = tokenizer.encode("The docs say so. ")
     prompt = model.embed(torch.tensor(front)).float()

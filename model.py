@@ -82,22 +82,20 @@ class Attention(nn.Module):
         q, k, v = (f(x).view(B, T, -1, self.c.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        start, mask, empty = 0, None, 0
-        if kv is not None and kv[0].shape[2] == kv[2]:                       # full: a prefix, read and never written
-            K, V, empty = kv
-            k = torch.cat([K.expand(B, -1, -1, -1), k], 2)
-            v = torch.cat([V.expand(B, -1, -1, -1), v], 2)
-            q = F.pad(q, (0, 0, empty, 0))                                   # square: causal without a mask, twice as fast
-        elif kv is not None:                                                 # kv: (K, V, start), K and V preallocated
-            K, V, start = kv
-            K[:, :, start:start + T], V[:, :, start:start + T] = k, v
-            k, v = K[:, :, :start + T], V[:, :, :start + T]                  # (B, n_kv_head, start + T, head_dim)
-            if start and T > 1:
-                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-        if self.c.n_kv_head < self.c.n_head:
-            k, v = (t.repeat_interleave(self.c.n_head // self.c.n_kv_head, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and empty + T > 1)
-        y = y[:, :, empty:]
+        past = 0 if kv is None else kv[2]                                    # kv: (K, V, positions held)
+        if kv is not None and past == kv[0].shape[2]:                        # full: a prefix, read and never written
+            k, v = (torch.cat([t.expand(B, -1, -1, -1), new], 2) for t, new in zip(kv, (k, v)))
+        elif kv is not None:
+            for t, new in zip(kv, (k, v)):
+                t[:, :, past:past + T] = new
+            k, v = (t[:, :, :past + T] for t in kv[:2])                      # (B, n_kv_head, past + T, head_dim)
+        square, mask = T > 1 and 4 * past <= T, None                         # few: with empty queries in front the causal
+        if square:                                                           # kernel needs no mask and skips half
+            q = F.pad(q, (0, 0, past, 0))
+        elif T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=True)
+        y = y[:, :, past:] if square else y
         return y.transpose(1, 2).reshape(B, T, -1)
 
     def forward(self, x, rope, kv=None):

@@ -149,7 +149,7 @@ def with_prompt(model, prompt, tokens: torch.Tensor, room: int = 0) -> tuple:
 # ---------------------------------------------------------------------------------------------------------------------
 # Objectives.
 
-LOGITS = 1 << 24                                                # of them exist at a time: 64 MB in fp32
+LOGITS = 1 << 23                                                # of them exist at a time: 32 MB in fp32
 
 
 class HeadLoss(torch.autograd.Function):
@@ -379,8 +379,8 @@ def default_rate(model, prompt: torch.Tensor) -> float:
 
 
 def windows_at_once(windows: torch.Tensor, device) -> int:
-    """Windows (N, T) whose activations are kept at a time: on a CPU those of a thousand tokens, more is no faster there."""
-    return len(windows) if torch.device(device).type == "cuda" else max(1, 1024 // windows.shape[1])
+    """Windows (N, T) whose activations are kept at a time: on a CPU those of 512 tokens, more is no faster there."""
+    return len(windows) if torch.device(device).type == "cuda" else max(1, 512 // windows.shape[1])
 
 
 def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor | None = None, steps: int = 200,

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from data import parallel
-from data.checkpoint import check_tensor, parse_json, read_safetensors, read_torch, write_atomic, write_safetensors
+from data.checkpoint import check_tensor, read_safetensors, read_torch, write_atomic, write_safetensors
 
 HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary "
                "adjustments to ensure optimal performance.")    # the paper's own, section 3.2
@@ -454,7 +454,8 @@ def owner(model, tokenizer=None) -> dict:
 def save_prompt(path: str | Path, prompt: torch.Tensor, settings: dict | None = None, owner: dict | None = None) -> None:
     """Write a prompt of either kind in fp32, its settings (JSON values) and whose it is, as .safetensors; readable by that
     package: one tensor, soft_prompt."""
-    told = {"settings": json.dumps(settings or {}), "kind": kind_of(prompt), "owner": json.dumps(owner or {})}
+    settings = {name: None if value != value else value for name, value in (settings or {}).items()}       # JSON has no NaN
+    told = {"settings": json.dumps(settings), "kind": kind_of(prompt), "owner": json.dumps(owner or {})}
     write_safetensors(Path(path), {"soft_prompt": prompt.detach().float().contiguous()}, told)
 
 
@@ -473,8 +474,10 @@ def load_prompt(path: str | Path, model=None, tokenizer=None, force: bool = Fals
     else:
         held = read_safetensors(path)
         try:
-            settings, theirs = (parse_json(held.metadata.get(key, "{}").encode()) for key in ("settings", "owner"))
-        except ValueError as e:
+            settings, theirs = (json.loads(held.metadata.get(key, "{}")) for key in ("settings", "owner"))
+            if not isinstance(settings, dict) or not isinstance(theirs, dict):
+                raise ValueError("no object")
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{path} says of its prompt what is no JSON ({e}): it is damaged, learn or copy it again") from None
     prompt = held.get("soft_prompt") if isinstance(held, dict) else held
     if not torch.is_tensor(prompt) or prompt.dim() not in (2, 5):
@@ -490,4 +493,4 @@ def load_prompt(path: str | Path, model=None, tokenizer=None, force: bool = Fals
                 raise ValueError(f"{path} was learned for another {name.replace('_', ' ')} ({was}, not {now}): it would mean "
                                  f"nothing to this model; --force stitches it on all the same")
         prompt = prompt.to(model.embed_tokens.weight.device)
-    return prompt.float().clone(), settings
+    return prompt.detach().float().clone(), settings

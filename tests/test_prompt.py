@@ -42,6 +42,21 @@ class Letters:
         return "".join(chr(48 + i) for i in ids)
 
 
+def test_files_say_valid_json_and_hold_finite_numbers(tmp_path):
+    """NaN among the settings is null; a prompt with NaN, or one that wants gradients, does not come in."""
+    path, prompt = tmp_path / "p.safetensors", torch.randn(4, 8)
+    save_prompt(path, prompt, {"val_loss": float("nan"), "lr": 0.1})
+    assert load_prompt(path)[1] == {"val_loss": None, "lr": 0.1}
+    torch.save({"soft_prompt": torch.nn.Parameter(prompt)}, tmp_path / "p.pt")
+    assert not load_prompt(tmp_path / "p.pt")[0].requires_grad
+    prompt[1, 2] = float("inf")
+    torch.save(prompt, tmp_path / "p.pt")
+    save_prompt(path, prompt)
+    for bad in (path, tmp_path / "p.pt"):
+        with pytest.raises(ValueError, match=f"{bad.name}: soft_prompt holds NaN or Inf"):
+            load_prompt(bad)
+
+
 def test_learning_lowers_the_loss_and_touches_only_the_prompt():
     model, windows = tiny(), TOKENS[:96].view(6, 16)
     before = {k: v.clone() for k, v in model.state_dict().items()}

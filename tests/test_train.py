@@ -146,8 +146,8 @@ def test_other_settings_without_a_prompt(options, text, tmp_path):
     (["--sparsity", "2"], "between 0 and 1"), (["--sparsity", "5:4"], "n:m"), (["--data", "nothing"], "unknown text set"),
     (["--data", "nothing.txt"], "nothing.txt"), (["--seqlen", "100000"], "--seqlen"), (["--seqlen", "500", "--prompt-tokens", "100"], "600 positions"), (["--recipe", "plain", "--static-groups"], "--act-order"),
     (["--no-true-sequential"], "--correct 0"), (["--prompt-tokens", "0"], "--prompt-tokens"), (["--batch-size", "0"], "--batch-size"), (["--correct", "nan"], "--correct"),
-    (["--lr", "-1"], "--lr"), (["--sym"], "--sym does nothing"), (["--device", "cuda"], "--device cuda"), (["--resume", "--overwrite"], "exclude")])
+    (["--lr", "-1"], "--lr"), (["--sym"], "--sym does nothing"), (["--device", "nowhere"], "--device nowhere"), (["--resume", "--overwrite"], "exclude")])
 def test_bad_settings_are_one_line_and_leave_nothing(options, message, text, tmp_path):
-    done = run("train.py", "--model", "tiny-llama", "--calib", text, "--data", text, *options, "--device", "cpu", "--out", tmp_path / "o", ok=False)
+    done = run("train.py", "--model", "tiny-llama", "--calib", text, "--data", text, "--device", "cpu", *options, "--out", tmp_path / "o", ok=False)
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().split("\n")) == 1 and message in done.stderr
     assert not (tmp_path / "o").exists()

@@ -214,6 +214,9 @@ class Walk:
             self.stream.append(h)
             if twin:
                 self.dense.append(h.clone())
+        if not len(self.stream):
+            raise ValueError(f"{len(windows)} windows in batches of {batch_size} leave none for one of {parallel.world()} "
+                             f"processes: use more windows, smaller batches or fewer processes")
 
     def advance(self, block: Block, source: Block | None, true_sequential: bool) -> None:
         """Through a block that is compressed already, and its dense source; parked where the walk parks."""
@@ -231,6 +234,11 @@ class Settings(NamedTuple):
     true_sequential: bool = True        # each group of Linears solved behind the compressed ones before it, or all from
     correct: float = 0.5                # the block's dense weights; strength of `aim`, 0: at the dense weights
 
+    def check(self) -> None:
+        if self.correct and not self.true_sequential:
+            raise ValueError(f"--correct {self.correct} works group by group: add --true-sequential, or turn it off with "
+                             f"--correct 0")
+
 
 def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Settings = Settings()) -> tuple[Block, list[dict]]:
     """Compress block i and move the walk's streams behind it.
@@ -238,9 +246,7 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Se
     source: the dense block, in any dtype, on any device, not changed. Returns the compressed block as it is stored
     (fp16 and packed, on the CPU) and one dict a Linear: error is of the group that shares its input, relative to
     `against`; error_dense relative to the dense weights' outputs. Only rank 0 has solved anything and has both right."""
-    if settings.correct and not settings.true_sequential:
-        raise ValueError(f"correct={settings.correct} works group by group: with --no-true-sequential, turn it off by "
-                         f"--correct 0")
+    settings.check()
     done = copy_block(source, torch.float16, "cpu")             # what is stored,
     work = copy_block(source, walk.dtype, walk.device)          # and what runs
     for name, p in done.named_parameters():
@@ -386,7 +392,7 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
         path, source = shard_path(folder, i + 1, config.n_layer), checkpoint.block(i)
         parallel.wait()                                         # all see the same shards
         if path.exists():
-            twin = checkpoint.block(i, dtype, device) if walk.dense is not None else None
+            twin = copy_block(source, dtype, device) if walk.dense is not None else None
             walk.advance(load_block(path, i, config, dtype, device), twin, settings.true_sequential)
             found = read_note(path)["note"]["layers"]
         else:
@@ -422,11 +428,9 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
     """tokens: of all calibration windows; batch_tokens: of one batch. On a CPU, device and host memory are one: add them."""
     c = checkpoint.config
     size = dtype.itemsize
-    with torch.device("meta"):
-        block = Block(c)
-        ends = sum(p.numel() for p in checkpoint.skeleton().parameters())
+    block = checkpoint.skeleton().blocks[0]
     weights = sum(p.numel() for p in block.parameters())
-    ends -= c.n_layer * weights
+    ends = checkpoint.count() - c.n_layer * weights
     groups = [(sum(block.get_submodule(n).out_features for n in names), block.get_submodule(names[0]).in_features)
               for half in block.halves() for names in (half.reads, half.writes)]
     twin = bool(settings.correct)

@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def ours(args, windows: torch.Tensor):
     """A function that takes one step and returns the loss before it."""
     from model import load_model
-    from prompt import fit, learn, initial_prompt
+    from prompt import initial_prompt, learn
     model = load_model(args.model, DTYPES[args.dtype], args.device)
     model.checkpointing = args.checkpointing
     start = initial_prompt(model, args.prompt_tokens, "text", windows[0, :args.prompt_tokens])

@@ -65,6 +65,14 @@ def copy_first(*tensors: torch.Tensor) -> None:
             dist.broadcast(t, 0)
 
 
+def first_object(held):
+    """The first process's object, JSON values say, in every process."""
+    box = [held]
+    if world() > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
 def wait() -> None:
     """Until every process has come here: what the first has written, the others may read."""
     if world() > 1:

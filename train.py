@@ -353,3 +353,4 @@ def main(args) -> dict:
 
 if __name__ == "__main__":
     run_program(main, args, after_interrupt=lambda: how_to_continue(args))
+    parallel.end()

@@ -1,22 +1,23 @@
-"""Measure a model, with or without a prompt in front: perplexity, zero-shot tasks, generation. The second program.
+"""Measure a model, with or without a prompt: perplexity, zero-shot tasks, generation.
 
-    python eval.py runs/out --prompt runs/out/prompt.safetensors      # on the text that the run was measured on
+    python eval.py runs/out --prompt runs/out/prompt.safetensors      # on the text of the run
     python eval.py llama-7b --data c4 --seqlen 2048
     python eval.py llama-7b --tasks piqa,arc_easy --data-dir zeroshot/
     python eval.py llama-7b --generate "The castle was built in"
 
-Perplexity = exp(sum of token losses / number of scored tokens), fp32, over consecutive windows of `seqlen` tokens that
-do not overlap; each window scores seqlen - 1 targets. Behind a prompt of n tokens the same targets are scored and
-nothing else. The code released with the paper divides by the prompt's positions too, and so prints
-true^((L-1)/(L-1+n)): too good.
+Perplexity = exp(sum of token losses / number of scored tokens), fp32, over consecutive windows of
+`seqlen` tokens that do not overlap; each window scores seqlen - 1 targets. Behind a prompt of n
+tokens the same targets are scored and nothing else. The code released with the paper divides by the
+prompt's positions too, and so prints true^((L-1)/(L-1+n)): too good.
 
-A zero-shot item is answered by the choice with the highest summed log-probability (acc), or with the highest one a
-character (acc_norm), as in lm-evaluation-harness: data/tasks.py has the texts. lambada_openai: is every token of the
-last word the likeliest one?
+A zero-shot item is answered by the choice with the highest summed log-probability (acc), or with
+the highest one a character (acc_norm), as in lm-evaluation-harness: data/tasks.py has the texts.
+lambada_openai: is every token of the last word the likeliest one?
 """
-from data.flags import PRECISIONS, Flags, fail, flag, read_flags, real, run_program, say, whole
+from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, say, whole
 
-MODES = {                                                # flags that belong to one kind of work, and to no other
+# Flags that belong to one kind of work.
+MODES = {
     "perplexity": ("data", "data_dir", "split", "seqlen", "max_tokens", "batch_size"),
     "tasks": ("data_dir", "limit", "items", "batch_size"),
     "generate": ("max_new", "temperature", "top_p", "seed", "batch_size"),
@@ -25,47 +26,60 @@ MODES = {                                                # flags that belong to 
 
 
 def flags() -> Flags:
-    """What can be asked for. A flag that was not given is None; what it means then, `fill_in` says."""
-    p = Flags(description="Perplexity of a model, its answers to zero-shot tasks, or its continuations of a text.")
+    """What can be asked for. A flag that was not given is None: `fill_in` says what it means."""
+    p = Flags(description="Perplexity of a model, its answers to tasks, or its continuations of text.")
     a = p.add_argument
-    a("model", help="a checkpoint folder, the --out folder of a run of train.py, or a name such as llama-7b")
+    a("model", help="a checkpoint folder, the --out folder of a run, or a name such as llama-7b")
     a("--prompt", metavar="FILE", help="a learned prompt, as train.py leaves it in --out")
-    a("--hard-prompt", metavar="TEXT", nargs="?", const=True, help="a prompt in words; alone: the paper's own")
+    a("--force", action="store_true",
+      help="put --prompt in front even if another family or tokenizer learned it")
+    a("--hard-prompt", metavar="TEXT", nargs="?", const=True,
+      help="a prompt in words; alone: the paper's own")
     a("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     a("--dtype", choices=PRECISIONS,
-      help="of weights and activations (default: the run's, else 16 bits where the device multiplies them fast)")
-    a("--fused", default="on", choices=["on", "off"], help="off: unpack packed weights once, run ordinary Linears")
-    a("--batch-size", type=whole(1, 4096), help="windows, choices or texts at a time (default 4; tasks 16)")
+      help="of weights and activations (default: the run's, else 16 bits where the device is fast)")
+    a("--fused", default="on", choices=["on", "off"],
+      help="off: unpack packed weights once, run ordinary Linears")
+    a("--batch-size", type=whole(1, 4096),
+      help="windows, choices or texts at a time (default 4; tasks 16)")
     a("--json", action="store_true", help="print one JSON object as the last line")
 
     a = p.add_argument_group("perplexity, of a text").add_argument
     a("--data", help="wikitext2, ptb, c4, docs, docstrings, code, headers, or a path "
                      "(default: the run's, else wikitext2)")
-    a("--data-dir", metavar="FOLDER", help="folder that holds the text sets (default: the run's), or the tasks' files")
-    a("--split", choices=["train", "validation", "test"], help="(default: test; validation of c4)")
-    a("--seqlen", type=whole(2, 1 << 20), help="tokens a window (default: the run's, else 2048 or what the model has)")
+    a("--data-dir", metavar="FOLDER",
+      help="folder that holds the text sets (default: the run's), or the tasks' files")
+    a("--split", choices=["train", "validation", "test"],
+      help="part of a text set (default: test; validation of c4)")
+    a("--seqlen", type=whole(2, 1 << 20),
+      help="tokens a window (default: the run's, else 2048 or what the model has)")
     a("--max-tokens", type=whole(2, 1 << 40),
-      help="use only the first so many tokens (default: all, or as the run did if --data is the run's too)")
+      help="only the first so many tokens (default: all, or the run's if --data is the run's too)")
 
     a = p.add_argument_group("zero-shot tasks, instead").add_argument
-    a("--tasks", metavar="NAME,NAME=FILE,...", help="piqa, hellaswag, arc_easy, arc_challenge, winogrande, openbookqa, "
-                                                    "boolq, lambada_openai; files are looked for in --data-dir")
+    a("--tasks", metavar="NAME,NAME=FILE,...",
+      help="piqa, hellaswag, arc_easy, arc_challenge, winogrande, openbookqa, boolq, "
+           "lambada_openai; files are looked for in --data-dir")
     a("--limit", type=whole(1, 1 << 30), help="only the first so many items of each task")
     a("--items", metavar="FILE", help="write what every item got, one JSON object a line")
 
     a = p.add_argument_group("generation, instead").add_argument
-    a("--generate", metavar="TEXT", action="append", help="continue TEXT; may be given several times")
-    a("--generate-from", metavar="FILE", help="continue each line of FILE, or each field text of a .jsonl; -: of stdin")
-    a("--chat", action="store_true", default=None, help="talk to it; without a chat template, lines are continued")
+    a("--generate", metavar="TEXT", action="append",
+      help="continue TEXT; may be given several times")
+    a("--generate-from", metavar="FILE",
+      help="continue each line of FILE, or each field text of a .jsonl; -: of stdin")
+    a("--chat", action="store_true", default=None,
+      help="talk to it; without a chat template, lines are continued")
     a("--max-new", type=whole(1, 1 << 20), help="tokens to generate (default 100)")
     a("--temperature", type=real(0, 100), help="0, the default, is greedy")
-    a("--top-p", type=real(0, 1, above=True), help="draw from the likeliest tokens of this mass only (default 1)")
+    a("--top-p", type=real(0, 1, above=True),
+      help="draw from the likeliest tokens of this mass only (default 1)")
     a("--seed", type=whole(0, 2**62), help="of the tokens drawn at a temperature (default 0)")
     return p
 
 
 if __name__ == "__main__":
-    args = read_flags(flags())                           # before torch is loaded: --help and wrong flags answer at once
+    args = read_flags(flags())       # before torch is loaded: --help and wrong flags answer at once
 
 import json
 import math
@@ -76,38 +90,33 @@ from pathlib import Path
 
 import torch
 
-from compress import Stream
+from compress import Walk
 from data import parallel
 from data.chat import ChatTemplate
 from data.checkpoint import read_json, write_atomic
-from data.config import SHIPPED, read_config, resolve
+from data.config import DEFAULTS, SHIPPED, read_config, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.tasks import TASKS, Item, find_task, load_items
 from data.text import FILES as TEXT_SETS, documents, eval_tokens, lines_of
 from data.tokenizer import load_tokenizer
 from model import Checkpoint, load_model
-from prompt import HARD_PROMPT, load_prompt, text_nll, with_prompt
+from prompt import HARD_PROMPT, HeadLoss, load_prompt, text_nll, with_prompt
 
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Perplexity
 
 @torch.no_grad()
-def perplexity(model, tokens: torch.Tensor, seqlen: int, prompt: torch.Tensor | None = None, batch_size: int = 4,
-               title: str = "perplexity") -> tuple[float, int]:
-    """(perplexity, number of scored tokens) of 1-D tokens in windows of seqlen; a rest that fills no window is left out.
+def perplexity(model, tokens: torch.Tensor, seqlen: int, prompt: torch.Tensor | None = None,
+               batch_size: int = 4, title: str = "perplexity") -> tuple[float, int]:
+    """(perplexity, number of scored tokens) of 1-D tokens in windows of seqlen; a rest that fills
+    no window is left out.
 
     ValueError, with the title, as soon as a loss is NaN or infinite."""
-    if seqlen < 2 or batch_size < 1:
-        raise ValueError(f"seqlen {seqlen} and batch size {batch_size} must be at least 2 and 1: "
-                         f"a first token has no score")
-    if len(tokens) < seqlen:
-        raise ValueError(f"{len(tokens)} tokens cannot fill one window of seqlen {seqlen}: "
-                         f"use more text or shorter windows")
-    windows = tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    windows = cut(tokens, seqlen, batch_size)
     device = model.embed_tokens.weight.device
     total, count = 0.0, 0
     for batch in Progress(parallel.mine(windows.split(batch_size)), title):
@@ -116,43 +125,51 @@ def perplexity(model, tokens: torch.Tensor, seqlen: int, prompt: torch.Tensor | 
         count += nll.numel()
         if not math.isfinite(total):
             raise not_finite(title, f"the loss of tokens {count - nll.numel()} to {count}", total, model)
-    total, count = parallel.add_numbers(total, count)
-    return math.exp(min(total / count, 700.0)), int(count)
+    return over_all(total, count)
 
 
 @torch.no_grad()
-def streamed_perplexity(checkpoint: Checkpoint, tokens: torch.Tensor, seqlen: int, batch_size: int = 4,
-                        dtype: torch.dtype = torch.float32, device: str = "cpu",
-                        title: str = "perplexity") -> tuple[float, int]:
-    """The same of a model that does not fit the device: block by block over all windows, one block there at a time."""
-    if len(tokens) < seqlen:
-        raise ValueError(f"{len(tokens)} tokens cannot fill one window of seqlen {seqlen}: use more text or shorter windows")
-    windows = tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
-    batches = parallel.mine(windows.split(batch_size))
+def streamed_perplexity(checkpoint: Checkpoint, tokens: torch.Tensor, seqlen: int,
+                        batch_size: int = 4, dtype: torch.dtype = torch.float32,
+                        device: str = "cpu", title: str = "perplexity") -> tuple[float, int]:
+    """The same of a model that does not fit the device: block by block over all windows, one block
+    there at a time."""
+    windows = cut(tokens, seqlen, batch_size)
     ends = checkpoint.ends(dtype, device)
-    rope = ends.rope(0, seqlen, device)
-    stream = Stream(dtype, device, exact=True)
-    for batch in batches:
-        stream.append(ends.stem(ends.embed(batch.to(device))))
+    walk = Walk(ends, windows, False, batch_size, dtype, device, exact=True)
     for i in Progress(range(checkpoint.config.n_layer), title):
-        block = checkpoint.block(i, dtype, device)
-        for k, h in enumerate(stream):
-            stream[k] = block(h, rope)
+        walk.advance(checkpoint.block(i, dtype, device), None, False)
     total, count = 0.0, 0
-    for h, batch in zip(stream, batches):
-        targets = batch[:, 1:].flatten().to(device)
-        for h_part, t in zip(h[:, :-1].flatten(0, 1).split(512), targets.split(512)):
-            nll = torch.nn.functional.cross_entropy(ends.head(h_part).float(), t, reduction="none")
-            total, count = total + nll.double().sum().item(), count + len(t)
-    total, count = parallel.add_numbers(total, count)
+    for h, batch in zip(walk.stream, parallel.mine(windows.split(batch_size))):
+        z = ends.final(h[:, :-1]).flatten(0, 1)
+        nll = HeadLoss.apply(z, ends.unembed, batch[:, 1:].flatten().to(device))
+        total += nll.double().sum().item()
+        count += nll.numel()
     if not math.isfinite(total):
         raise not_finite(title, "the loss", total, ends)
+    return over_all(total, count)
+
+
+def cut(tokens: torch.Tensor, seqlen: int, batch_size: int) -> torch.Tensor:
+    """1-D tokens -> windows (N, seqlen)."""
+    if seqlen < 2 or batch_size < 1:
+        raise ValueError(f"seqlen {seqlen} and batch size {batch_size} must be at least 2 and 1: "
+                         f"a first token has no score")
+    if len(tokens) < seqlen:
+        raise ValueError(f"{len(tokens)} tokens cannot fill one window of seqlen {seqlen}: "
+                         f"use more text or shorter windows")
+    return tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
+
+
+def over_all(total: float, count: int) -> tuple[float, int]:
+    """(perplexity, scored tokens) from every process's sum of losses and number of tokens."""
+    total, count = parallel.add_numbers(total, count)
     return math.exp(min(total / count, 700.0)), int(count)
 
 
 def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> bool:
     """Is there room on the device for all weights in dtype, and a fifth more?"""
-    need = 1.2 * dtype.itemsize * sum(p.numel() for p in checkpoint.skeleton().parameters())
+    need = 1.2 * dtype.itemsize * checkpoint.count()
     if torch.device(device).type == "cuda":
         return need < torch.cuda.mem_get_info(device)[0]
     try:
@@ -164,19 +181,22 @@ def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> bool:
 
 
 def not_finite(title: str, what: str, value: float, model) -> ValueError:
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    return ValueError(f"{title}: {what} is {value}: weights are damaged, or activations overflow {dtype}; "
-                      f"try --dtype {'float32' if dtype != 'float16' else 'bfloat16 or float32'}")
+    dtype = model.embed_tokens.weight.dtype
+    why = {torch.float16: "activations overflow float16: try --dtype bfloat16 or float32",
+           torch.bfloat16: "weights or prompt are damaged, or bfloat16 is too coarse: try --dtype float32"}
+    return ValueError(f"{title}: {what} is {value}: "
+                      + why.get(dtype, "weights or prompt are damaged: make or download them again"))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Zero-shot tasks
 
 def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of both, as they are when the text is encoded as one; spaces at the context's end go to the continuation."""
+    """Ids of both, as they are when the text is encoded as one; spaces at the context's end go to
+    the continuation."""
     kept = context.rstrip()
     continuation = context[len(kept):] + continuation
-    if not context:                                      # something has to come before the first token that is scored
+    if not context:                                      # something has to stand before the first
         ids = tokenizer.encode(continuation, bos=False)
         first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
         return (ids[:1], ids[1:]) if first is None or ids[:1] == [first] else ([first], ids)
@@ -186,40 +206,44 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
 
 
 @torch.no_grad()
-def zero_shot(model, tokenizer, items: list[Item], prompt: torch.Tensor | None = None, batch_size: int = 16,
-              title: str = "zero-shot") -> list[dict]:
-    """What each item got, in order: {"gold", "acc" (bool), "acc_norm" (bool), "logprobs" (nats, summed over the tokens
-    of each choice), "tokens" and "lengths" (in tokens and characters)}.
+def zero_shot(model, tokenizer, items: list[Item], prompt: torch.Tensor | None = None,
+              batch_size: int = 16, title: str = "zero-shot") -> list[dict]:
+    """What each item got, in order: {"gold", "acc" (bool), "acc_norm" (bool), "logprobs" (nats,
+    summed over the tokens of each choice), "tokens" and "lengths" (in tokens and characters)}.
 
-    Longest first, padded at the right, where a causal model does not look. Choices that read the same and differ in
-    their last token only, such as yes and no, are read once. A text beyond the positions loses its beginning."""
+    Longest first, padded at the right, where a causal model does not look. Choices that read the
+    same and differ in their last token only, such as yes and no, are read once. A text beyond the
+    positions loses its beginning."""
     positions = model.config.max_positions - (0 if prompt is None else len(prompt))
-    rows = {}                                            # tokens read -> [(item, choice, tokens scored, last of them)]
+    rows = {}                                # tokens read -> [(item, choice, tokens scored, last)]
     for i, item in enumerate(items):
         for j, (context, continuation) in enumerate(item.pairs):
             given, scored = encode_pair(tokenizer, context, continuation)
             if not given or not 0 < len(scored) <= positions:
-                raise ValueError(f"{title}: item {i + 1}, choice {j + 1}: {len(given)} tokens of context and {len(scored)} "
-                                 f"to score; needed are at least one of each, and at most {positions} to score")
+                raise ValueError(f"{title}: item {i + 1}, choice {j + 1}: {len(given)} tokens of "
+                                 f"context and {len(scored)} to score; needed are at least one of "
+                                 f"each, and at most {positions} to score")
             ids = (given + scored)[-(positions + 1):]
             rows.setdefault(tuple(ids[:-1]), []).append((i, j, len(scored), ids[-1]))
     order = sorted(rows, key=lambda row: (-len(row), row))
-    found = [[None] * len(item.pairs) for item in items]               # (log-probability, all likeliest, tokens)
+    found = [[None] * len(item.pairs) for item in items]  # (log-probability, all likeliest, tokens)
     device = model.embed_tokens.weight.device
-    for batch in Progress([order[k:k + batch_size] for k in range(0, len(order), batch_size)], title):
+    batches = [order[k:k + batch_size] for k in range(0, len(order), batch_size)]
+    for batch in Progress(batches, title):
         tokens = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
         scored = torch.zeros(tokens.shape, dtype=torch.bool)
         longest = [max(n for _, _, n, _ in rows[row]) for row in batch]
         for r, row in enumerate(batch):
             tokens[r, :len(row)] = torch.tensor(row)
             scored[r, len(row) - longest[r]:len(row)] = True
-        h = read(model, prompt, tokens.to(device))                     # (B, T, d_model)
-        logits = model.head(h[scored.to(device)]).float()              # (scored positions, vocab)
+        h = model.hidden(*with_prompt(model, prompt, tokens.to(device)))   # (B, T, d_model)
+        logits = model.head(h[scored.to(device)]).float()                  # (scored, vocab)
         norms = logits.logsumexp(-1)
         likeliest = logits.argmax(-1)
         if not norms.isfinite().all():
             raise not_finite(title, "a log-probability", math.nan, model)
-        for row, part, norm, best in zip(batch, logits.split(longest), norms.split(longest), likeliest.split(longest)):
+        parts = (t.split(longest) for t in (logits, norms, likeliest))
+        for row, part, norm, best in zip(batch, *parts):
             for i, j, n, last in rows[row]:
                 targets = torch.tensor([*row[len(row) - n + 1:], last], device=device)
                 logprobs = part[-n:].gather(1, targets[:, None])[:, 0] - norm[-n:]
@@ -227,21 +251,26 @@ def zero_shot(model, tokenizer, items: list[Item], prompt: torch.Tensor | None =
     return [judge(item, *zip(*choices)) for item, choices in zip(items, found)]
 
 
-def judge(item: Item, logprobs: tuple[float, ...], greedy: tuple[bool, ...], tokens: tuple[int, ...]) -> dict:
+def judge(item: Item, logprobs: tuple[float, ...], greedy: tuple[bool, ...],
+          tokens: tuple[int, ...]) -> dict:
     """The record of one item. With a single choice, acc asks whether greedy decoding gives it."""
     a_character = [p / n if n else -math.inf for p, n in zip(logprobs, item.lengths)]
     best, best_norm = (values.index(max(values)) for values in (logprobs, a_character))
     right = greedy[0] if len(logprobs) == 1 else best == item.gold
-    return {"gold": item.gold, "acc": right, "acc_norm": best_norm == item.gold, "logprobs": list(logprobs),
-            "tokens": list(tokens), "lengths": item.lengths}
+    return {"gold": item.gold, "acc": right, "acc_norm": best_norm == item.gold,
+            "logprobs": list(logprobs), "tokens": list(tokens), "lengths": item.lengths}
 
 
 def summarize(task: str, results: list[dict]) -> dict:
-    """{"items", and each metric of the task with its standard error (None for a single item)}. Errors are the sample
-    deviation over the root of the number; a perplexity's is carried over from the mean of its logarithms."""
+    """{"items", and each metric of the task with its standard error (None for a single item)}.
+    Errors are the sample deviation over the root of the number; a perplexity's is carried over from
+    the mean of its logarithms."""
     out = {"items": len(results)}
     for metric in TASKS[task].metrics:
-        values = [-r["logprobs"][0] if metric == "perplexity" else float(r[metric]) for r in results]
+        if metric == "perplexity":
+            values = [-r["logprobs"][0] for r in results]
+        else:
+            values = [float(r[metric]) for r in results]
         mean = statistics.fmean(values)
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         if metric == "perplexity":                       # of a whole word, as the harness counts
@@ -251,17 +280,13 @@ def summarize(task: str, results: list[dict]) -> dict:
     return out
 
 
-def read(model, prompt: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-    """The last block's output (B, T, d_model) at the positions of tokens (B, T) behind the prompt."""
-    return model.hidden(with_prompt(model, prompt, tokens))[:, -tokens.shape[1]:]
-
-
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generation
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, u: torch.Tensor) -> torch.Tensor:
-    """One token id a row of logits (B, vocab): the likeliest at temperature 0, else a draw from the smallest set of
-    tokens whose mass reaches top_p. u (B,): uniform numbers in [0, 1), which decide."""
+    """One token id a row of logits (B, vocab): the likeliest at temperature 0, else a draw from the
+    smallest set of tokens whose mass reaches top_p. u (B,): uniform numbers in [0, 1), which
+    decide."""
     if temperature == 0:
         return logits.argmax(-1)
     p, ids = torch.softmax(logits.float() / temperature, -1).sort(descending=True)
@@ -271,40 +296,40 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, u: torch.Tensor
     return ids.gather(1, drawn.minimum(kept.sum(-1, keepdim=True) - 1))[:, 0]
 
 
-def begin(model, prompt: torch.Tensor | None, tokens: torch.Tensor, room: int) -> tuple:
-    """(input, cache) to read tokens (B, T) behind the prompt and then `room` more positions."""
-    return with_prompt(model, prompt, tokens, room)
-
-
 @torch.no_grad()
-def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float = 0.0, top_p: float = 1.0,
-           prompt: torch.Tensor | None = None, seeds: list[int] | None = None,
+def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float = 0.0,
+           top_p: float = 1.0, prompt: torch.Tensor | None = None, seeds: list[int] | None = None,
            stops: frozenset[int] = frozenset()) -> Iterator[tuple[int, int | None]]:
-    """Continue several rows of token ids together: yields (row, new token) as they come, (row, None) when a row ends.
+    """Continue several rows of token ids together: yields (row, new token) as they come, (row,
+    None) when a row ends.
 
-    A row ends after max_new tokens, at a token of `stops`, or when the model's positions are used up. All rows stand
-    at the same position, so nothing is padded or masked: while a longer row's given tokens last, it reads these where
-    the shorter ones already read what they made. Each row draws by its own seed, whatever else is in the batch."""
+    A row ends after max_new tokens, at a token of `stops`, or when the model's positions are used
+    up. All rows stand at the same position, so nothing is padded or masked: while a longer row's
+    given tokens last, it reads these where the shorter ones already read what they made. Each row
+    draws by its own seed, whatever else is in the batch."""
     n = 0 if prompt is None else len(prompt)
     positions = model.config.max_positions - n
     shortest, longest = min(map(len, rows)), max(map(len, rows))
     if not shortest:
-        raise ValueError("nothing to continue: a text has no tokens, and this tokenizer adds none in front")
+        raise ValueError("nothing to continue: a text has no tokens, and this tokenizer adds none "
+                         "in front")
     if longest >= positions:
-        raise ValueError(f"text and prompt take {n + longest} of the model's {n + positions} positions: "
-                         f"no room to continue, use a shorter text")
+        raise ValueError(f"text and prompt take {n + longest} of the model's {n + positions} "
+                         f"positions: no room to continue, use a shorter text")
     device = model.embed_tokens.weight.device
     draws = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * len(rows)]
     ends = [min(len(row) + max_new, positions) for row in rows]
     first = torch.tensor([row[:shortest] for row in rows], device=device)
-    x, cache = begin(model, prompt, first, room=max(ends) - shortest)
+    x, cache = with_prompt(model, prompt, first, room=max(ends) - shortest)
     running = set(range(len(rows)))
     for at in range(shortest, max(ends)):
         logits = model.head(model.hidden(x, cache)[:, -1])                             # (B, vocab)
         if logits.isnan().any():
             raise not_finite("generation", f"a logit of token {at}", math.nan, model)
-        u = torch.tensor([float(torch.rand((), generator=g)) if at >= len(row) and temperature else 0.0
-                          for g, row in zip(draws, rows)])
+        u = torch.zeros(len(rows))
+        for i, row in enumerate(rows if temperature else []):
+            if at >= len(row):
+                u[i] = torch.rand((), generator=draws[i])
         tokens = pick(logits, temperature, top_p, u).tolist()
         for i, row in enumerate(rows):
             if at < len(row):
@@ -322,8 +347,9 @@ def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float 
 
 def stream(model, tokenizer, rows: list[list[int]], stops: frozenset[int] | None = None,
            **how) -> Iterator[tuple[int, str]]:
-    """`decode` as text: yields (row, new piece of its text), and (row, "") when a row has ended. A character whose
-    bytes are not all there yet waits for them. stops: the end-of-text token unless given; how: see `decode`."""
+    """`decode` as text: yields (row, new piece of its text), and (row, "") when a row has ended. A
+    character whose bytes are not all there yet waits for them. stops: the end-of-text token unless
+    given; how: see `decode`."""
     stops = frozenset([tokenizer.eos_id]) if stops is None else stops
     made = [[] for _ in rows]
     shown = [len(tokenizer.decode(row)) for row in rows]  # alone, a first word would lose its space
@@ -337,20 +363,23 @@ def stream(model, tokenizer, rows: list[list[int]], stops: frozenset[int] | None
             yield i, ""
 
 
-def generate(model, tokenizer, texts: list[str], max_new: int = 100, temperature: float = 0.0, top_p: float = 1.0,
-             prompt: torch.Tensor | None = None, seed: int = 0, batch_size: int = 4) -> Iterator[tuple[int, str]]:
-    """Continue the texts, batch_size at a time: yields what `stream` does, (number of the text, new piece or "").
-    Text i draws by seed + i, so that its continuation does not depend on the batch."""
+def generate(model, tokenizer, texts: list[str], max_new: int = 100, temperature: float = 0.0,
+             top_p: float = 1.0, prompt: torch.Tensor | None = None, seed: int = 0,
+             batch_size: int = 4) -> Iterator[tuple[int, str]]:
+    """Continue the texts, batch_size at a time: yields what `stream` does, (number of the text, new
+    piece or ""). Text i draws by seed + i, so that its continuation does not depend on the
+    batch."""
     for start in range(0, len(texts), batch_size):
         rows = [tokenizer.encode(text) for text in texts[start:start + batch_size]]
         seeds = [seed + start + i for i in range(len(rows))]
-        for i, piece in stream(model, tokenizer, rows, max_new=max_new, temperature=temperature, top_p=top_p,
-                               prompt=prompt, seeds=seeds):
+        for i, piece in stream(model, tokenizer, rows, max_new=max_new, temperature=temperature,
+                               top_p=top_p, prompt=prompt, seeds=seeds):
             yield start + i, piece
 
 
 def print_in_order(texts: list[str], pieces: Iterator[tuple[int, str]]) -> list[str]:
-    """Print each text and its continuation, the first unfinished one as it grows; returns the continuations."""
+    """Print each text and its continuation, the first unfinished one as it grows; returns the
+    continuations."""
     made, ended, current, printed = ["" for _ in texts], set(), 0, 0
     print(texts[0], end="", flush=True)
     for i, piece in pieces:
@@ -369,9 +398,10 @@ def print_in_order(texts: list[str], pieces: Iterator[tuple[int, str]]) -> list[
     return made
 
 
-def talk(model, tokenizer, template: ChatTemplate | None, lines: Iterator[str], seed: int = 0, **how) -> None:
-    """Print an answer to each line. With a template the whole conversation is read again for each answer; without one
-    each line is continued by itself. how: see `decode`."""
+def talk(model, tokenizer, template: ChatTemplate | None, lines: Iterator[str], seed: int = 0,
+         **how) -> None:
+    """Print an answer to each line. With a template the whole conversation is read again for each
+    answer; without one each line is continued by itself. how: see `decode`."""
     stops = frozenset([tokenizer.eos_id]) | (template.stops(tokenizer) if template else frozenset())
     messages = []
     for number, line in enumerate(lines):
@@ -399,7 +429,7 @@ def ask() -> Iterator[str]:
         yield line
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What to use where no flag says
 
 def default_device() -> str:
@@ -415,23 +445,26 @@ def usable(device: str) -> str:
     except (RuntimeError, AssertionError) as e:
         found, why = False, str(e).splitlines()[0]
     if not found:
-        raise ValueError(f"--device {device} cannot be used here ({why}): try --device {default_device()}")
+        raise ValueError(f"--device {device} cannot be used here ({why}): "
+                         f"try --device {default_device()}")
     return device
 
 
 def fast_dtypes(device: str) -> set[str]:
-    """Names of the dtypes that this device multiplies at full speed. A CPU has bfloat16 only with AMX or AVX512-BF16:
-    with AVX2 alone a product takes 14 times as long as in float32; float16 is slow on all of them."""
+    """Names of the dtypes that this device multiplies at full speed. A CPU has bfloat16 only with
+    AMX or AVX512-BF16: with AVX2 alone a product takes 14 times as long as in float32; float16 is
+    slow on all of them."""
     if torch.device(device).type == "cpu":
         has = torch.cpu.get_capabilities()
-        return {"float32"} | ({"bfloat16"} if has.get("amx_bf16") or has.get("avx512_bf16") else set())
+        fast = has.get("amx_bf16") or has.get("avx512_bf16")
+        return {"float32", "bfloat16"} if fast else {"float32"}
     old = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     return set(PRECISIONS) - ({"bfloat16"} if old else set())
 
 
 def default_dtype(device: str, stored: str = "float16") -> str:
-    """Name of the dtype to run in on this device: 16 bits where they are fast, else float32. A model stored in bfloat16
-    stays in it, as its activations may overflow float16."""
+    """Name of the dtype to run in on this device: 16 bits where they are fast, else float32. A
+    model stored in bfloat16 stays in it, as its activations may overflow float16."""
     fast = fast_dtypes(device)
     order = ["bfloat16", "float16"] if stored == "bfloat16" else ["float16", "bfloat16"]
     return next((name for name in order if name in fast), "float32")
@@ -444,24 +477,18 @@ def stored_dtype(folder: Path) -> str:
     return str(said.get("dtype") or said.get("torch_dtype") or "float16")
 
 
-def shipped_settings() -> dict:
-    """Defaults for the tiny models that ship, as in train.py."""
-    from train import SCALES                             # train.py reads this file, so not at the top
-    return SCALES["tiny"]
-
-
 def locate(name: str) -> tuple[Path, dict, str]:
-    """(folder of a model, settings of the run that made it, where they are from) for a name, a checkpoint folder or the
-    --out folder of a run, which holds its model in compressed/."""
+    """(folder of a model, settings of the run that made it, where they are from) for a name, a
+    checkpoint folder or the --out folder of a run, which holds its model in compressed/."""
     if name in SHIPPED:
-        return resolve(name), shipped_settings(), "its defaults"
+        return resolve(name), DEFAULTS["tiny"], "its defaults"
     path = Path(name)
     holds_model = any((path / file).exists() for file in ("config.json", "params.json"))
     if not holds_model and (path / "report.json").is_file():
         if not (path / "compressed").is_dir():
             model = run_settings(path / "report.json").get("model", "MODEL")
-            raise FileNotFoundError(f"{path} holds a run of train.py but no compressed/: for its dense model, "
-                                    f"python eval.py {model}")
+            raise FileNotFoundError(f"{path} holds a run of train.py but no compressed/: finish the "
+                                    f"run, or measure its dense model, python eval.py {model}")
         path = path / "compressed"
     report = path.resolve().parent / "report.json"
     if path.resolve().name == "compressed" and report.is_file():
@@ -473,14 +500,16 @@ def run_settings(report: Path) -> dict:
     """The flags of the run that wrote a report.json."""
     settings = read_json(report).get("settings")
     kinds = {"data": str, "seqlen": int, "dtype": str, "max_tokens": int, "data_dir": str}
-    if not isinstance(settings, dict) or not all(isinstance(settings.get(k), (t, type(None))) for k, t in kinds.items()):
-        raise ValueError(f"{report} is not a report of train.py: move it away, and give --data, --seqlen and --dtype")
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name), (kind, type(None)))
+                                                 for name, kind in kinds.items()):
+        raise ValueError(f"{report} is not a report of train.py: move it away, and give --data, "
+                         f"--seqlen and --dtype")
     return settings
 
 
 def fill_in(args, folder: Path, run: dict, source: str, positions: int) -> str:
-    """Set what no flag has set: as in the run that made the model, else by the machine and the model's positions.
-    Returns a line that says what was chosen."""
+    """Set what no flag has set: as in the run that made the model, else by the machine and the
+    model's positions. Returns a line that says what was chosen."""
     chosen = []
 
     def choose(name, value, why):
@@ -493,7 +522,8 @@ def fill_in(args, folder: Path, run: dict, source: str, positions: int) -> str:
     ran_in = run.get("dtype")
     if ran_in in fast_dtypes(args.device):
         choose("dtype", ran_in, source)
-    choose("dtype", default_dtype(args.device, stored_dtype(folder)), f"fast on this {torch.device(args.device).type}")
+    kind = torch.device(args.device).type
+    choose("dtype", default_dtype(args.device, stored_dtype(folder)), f"fast on this {kind}")
     if args.mode == "perplexity":
         if args.data is None and run.get("data"):
             choose("data", run["data"], source)
@@ -505,7 +535,8 @@ def fill_in(args, folder: Path, run: dict, source: str, positions: int) -> str:
         if run.get("seqlen"):
             choose("seqlen", run["seqlen"], source)
         choose("seqlen", min(2048, positions), "no run")
-    defaults = {"batch_size": 16 if args.mode == "tasks" else 4, "max_new": 100, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    defaults = {"batch_size": 16 if args.mode == "tasks" else 4, "max_new": 100,
+                "temperature": 0.0, "top_p": 1.0, "seed": 0}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -516,18 +547,23 @@ def check_flags(args) -> None:
     """Sets args.mode; ValueError for flags that would do nothing."""
     asked = [name for name in MODES if name != "perplexity" and getattr(args, name) is not None]
     if len(asked) > 1:
-        raise ValueError(f"{flag(asked[0])} and {flag(asked[1])} exclude each other: run them one after the other")
+        raise ValueError(f"{flag(asked[0])} and {flag(asked[1])} exclude each other: "
+                         f"run them one after the other")
     args.mode = asked[0] if asked else "perplexity"
     for name in dict.fromkeys(name for names in MODES.values() for name in names):
         if getattr(args, name) is not None and name not in MODES[args.mode]:
-            need = " or ".join(flag(mode) for mode in MODES if name in MODES[mode] and mode != "perplexity")
+            need = " or ".join(flag(mode) for mode, names in MODES.items()
+                               if name in names and mode != "perplexity")
             what = f"with {flag(args.mode)}" if asked else f"without {need}"
             raise ValueError(f"{flag(name)} does nothing {what}: leave it out")
     for name in ("top_p", "seed"):
         if getattr(args, name) is not None and not args.temperature:
-            raise ValueError(f"{flag(name)} does nothing at temperature 0: leave it out, or add --temperature 1")
+            raise ValueError(f"{flag(name)} does nothing at temperature 0: leave it out, "
+                             f"or add --temperature 1")
     if args.prompt and args.hard_prompt:
         raise ValueError("--prompt and --hard-prompt exclude each other: leave one out")
+    if args.force and not args.prompt:
+        raise ValueError("--force does nothing without --prompt: leave it out")
     if args.json and args.mode == "chat":
         raise ValueError("--json does nothing with --chat: leave it out")
     if args.data is not None:
@@ -536,13 +572,13 @@ def check_flags(args) -> None:
                 raise ValueError(f"{flag(name)} does nothing with --data {args.data}: leave it out")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
 
 def find_prompt(args, model, tokenizer) -> torch.Tensor | None:
     """The soft prompt of --prompt, the embedded text of --hard-prompt, or None."""
     if args.prompt:
-        return load_prompt(args.prompt, model, tokenizer)[0]
+        return load_prompt(args.prompt, model, tokenizer, args.force)[0]
     if args.hard_prompt is None:
         return None
     text = HARD_PROMPT if args.hard_prompt is True else args.hard_prompt
@@ -553,7 +589,8 @@ def find_prompt(args, model, tokenizer) -> torch.Tensor | None:
 
 
 def read_texts(path: str) -> list[str]:
-    """Lines that are not empty of a file or of stdin (-), or the field text of each line of a .jsonl."""
+    """Lines that are not empty of a file or of stdin (-), or the field text of each line of a
+    .jsonl."""
     if path == "-":
         found = [line.rstrip("\n") for line in sys.stdin]
     elif Path(path).suffix == ".jsonl":
@@ -570,16 +607,17 @@ def measure(args, model, tokenizer, prompt) -> dict:
     n = 0 if prompt is None else len(prompt)
     positions = model.config.max_positions
     if n + args.seqlen > positions:
-        raise ValueError(f"--seqlen {args.seqlen} and {n} prompt tokens need {n + args.seqlen} positions, but "
-                         f"{args.model} has {positions}: --seqlen {positions - n} fits")
-    split = args.split or ("validation" if args.data == "c4" else "test")              # C4 publishes no test split
-    tokens = eval_tokens(tokenizer, args.data, split, args.seqlen, args.max_tokens, folder=args.data_dir)
-    ppl, count = perplexity(model, tokens, args.seqlen, prompt, args.batch_size, f"perplexity of {args.model}")
-    source = harvest_name(args.data) if args.data in HARVESTED else args.data          # versions, where they matter
-    print(f"perplexity {ppl:.4f}  ({source}, {count} scored tokens, seqlen {args.seqlen}, {n} prompt tokens, "
-          f"{args.dtype}, {args.model})")
-    return {"perplexity": ppl, "tokens": count, "seqlen": args.seqlen, "prompt_tokens": n, "data": args.data,
-            "source": source, "split": split}
+        raise ValueError(f"--seqlen {args.seqlen} and {n} prompt tokens need {n + args.seqlen} "
+                         f"positions, but {args.model} has {positions}: --seqlen {positions - n} fits")
+    split = args.split or ("validation" if args.data == "c4" else "test")   # C4 has no test split
+    tokens = eval_tokens(tokenizer, args.data, split, args.seqlen, args.max_tokens, args.data_dir)
+    title = f"perplexity of {args.model}"
+    ppl, count = perplexity(model, tokens, args.seqlen, prompt, args.batch_size, title)
+    source = harvest_name(args.data) if args.data in HARVESTED else args.data   # with its versions
+    print(f"perplexity {ppl:.4f}  ({source}, {count} scored tokens, seqlen {args.seqlen}, "
+          f"{n} prompt tokens, {args.dtype}, {args.model})")
+    return {"perplexity": ppl, "tokens": count, "seqlen": args.seqlen, "prompt_tokens": n,
+            "data": args.data, "source": source, "split": split}
 
 
 def answer(args, model, tokenizer, prompt, tasks: dict[str, list[Item]]) -> dict:
@@ -590,8 +628,11 @@ def answer(args, model, tokenizer, prompt, tasks: dict[str, list[Item]]) -> dict
         got = zero_shot(model, tokenizer, items, prompt, args.batch_size, task)
         results += [{"task": task, "item": i, **r} for i, r in enumerate(got)]
         summaries[task] = summary = summarize(task, got)
-        numbers = [f"{metric} {summary[metric]:.4f}" + (f" +- {error:.4f}" if (error := summary[f"{metric}_stderr"]) else "")
-                   for metric in TASKS[task].metrics]
+        numbers = []
+        for metric in TASKS[task].metrics:
+            error = summary[f"{metric}_stderr"]
+            numbers.append(f"{metric} {summary[metric]:.4f}")
+            numbers[-1] += "" if error is None else f" +- {error:.4f}"
         print(f"{task:16s} {summary['items']:6d}  {'  '.join(numbers)}", flush=True)
     if args.items:
         text = "".join(json.dumps(r, allow_nan=False) + "\n" for r in results)
@@ -604,7 +645,8 @@ def main(args) -> None:
     folder, run, source = locate(args.model)
     texts = args.generate or (read_texts(args.generate_from) if args.generate_from else [])
     names = args.tasks.split(",") if args.tasks is not None else []
-    tasks = {find_task(name, args.data_dir)[0]: load_items(name, args.data_dir, args.limit) for name in names}
+    tasks = {find_task(name, args.data_dir)[0]: load_items(name, args.data_dir, args.limit)
+             for name in names}
     tokenizer = load_tokenizer(folder)
     template = ChatTemplate.of(folder) if args.chat else None
     chosen = fill_in(args, folder, run, source, read_config(folder).max_positions)
@@ -612,9 +654,11 @@ def main(args) -> None:
         say(chosen)
     model = load_model(folder, DTYPES[args.dtype], args.device, args.fused == "on")
     prompt = find_prompt(args, model, tokenizer)
-    how = {"max_new": args.max_new, "temperature": args.temperature, "top_p": args.top_p, "prompt": prompt}
+    how = {"max_new": args.max_new, "temperature": args.temperature, "top_p": args.top_p,
+           "prompt": prompt}
     if args.mode == "chat":
-        say("end with Ctrl-D" if template else "no chat template: each line is continued; end with Ctrl-D")
+        say("end with Ctrl-D" if template
+            else "no chat template: each line is continued; end with Ctrl-D")
         talk(model, tokenizer, template, ask(), args.seed, **how)
         return
     if args.mode == "perplexity":
@@ -622,10 +666,12 @@ def main(args) -> None:
     elif args.mode == "tasks":
         result = answer(args, model, tokenizer, prompt, tasks)
     else:
-        made = print_in_order(texts, generate(model, tokenizer, texts, seed=args.seed, batch_size=args.batch_size, **how))
-        result = {"generations": [{"text": text, "generated": new} for text, new in zip(texts, made)]}
+        pieces = generate(model, tokenizer, texts, seed=args.seed, batch_size=args.batch_size, **how)
+        made = print_in_order(texts, pieces)
+        result = {"generations": [{"text": a, "generated": b} for a, b in zip(texts, made)]}
     if args.json:
-        print(json.dumps({**result, "model": args.model, "device": args.device, "dtype": args.dtype}, allow_nan=False))
+        where = {"model": args.model, "device": args.device, "dtype": args.dtype}
+        print(json.dumps({**result, **where}, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import (Tensors, read_folder, read_meta, read_metadata, read_safetensors, write_atomic,
+from data.checkpoint import (Tensors, read_folder, read_meta, read_metadata, read_safetensors, write_json,
                              write_safetensors)
 from data.config import Config, file_sums, hf_config, packed_layers, read_config, resolve
 from kernels.linear import PackedLinear
@@ -82,22 +82,20 @@ class Attention(nn.Module):
         q, k, v = (f(x).view(B, T, -1, self.c.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        start, mask, empty = 0, None, 0
-        if kv is not None and kv[0].shape[2] == kv[2]:                       # full: a prefix, read and never written
-            K, V, empty = kv
-            k = torch.cat([K.expand(B, -1, -1, -1), k], 2)
-            v = torch.cat([V.expand(B, -1, -1, -1), v], 2)
-            q = F.pad(q, (0, 0, empty, 0))                                   # square: causal without a mask, twice as fast
-        elif kv is not None:                                                 # kv: (K, V, start), K and V preallocated
-            K, V, start = kv
-            K[:, :, start:start + T], V[:, :, start:start + T] = k, v
-            k, v = K[:, :, :start + T], V[:, :, :start + T]                  # (B, n_kv_head, start + T, head_dim)
-            if start and T > 1:
-                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-        if self.c.n_kv_head < self.c.n_head:
-            k, v = (t.repeat_interleave(self.c.n_head // self.c.n_kv_head, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and empty + T > 1)
-        y = y[:, :, empty:]
+        past = 0 if kv is None else kv[2]                                    # kv: (K, V, positions held)
+        if kv is not None and past == kv[0].shape[2]:                        # full: a prefix, read and never written
+            k, v = (torch.cat([t.expand(B, -1, -1, -1), new], 2) for t, new in zip(kv, (k, v)))
+        elif kv is not None:
+            for t, new in zip(kv, (k, v)):
+                t[:, :, past:past + T] = new
+            k, v = (t[:, :, :past + T] for t in kv[:2])                      # (B, n_kv_head, past + T, head_dim)
+        square, mask = T > 1 and 4 * past <= T, None                         # few: with empty queries in front the causal
+        if square:                                                           # kernel needs no mask and skips half
+            q = F.pad(q, (0, 0, past, 0))
+        elif T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=True)
+        y = y[:, :, past:] if square else y
         return y.transpose(1, 2).reshape(B, T, -1)
 
     def forward(self, x, rope, kv=None):
@@ -306,6 +304,12 @@ def half_split(w, heads: int):
     return w.view(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
+def skeleton_of(config: Config) -> Transformer:
+    """A model on the meta device: names and shapes without weights."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
 class Checkpoint:
     """Weights under our own names: compared with a configuration, mapped, not read.
 
@@ -335,8 +339,8 @@ class Checkpoint:
                 missing.append(theirs)
                 continue
             if files.shape(key) != p.shape:                      # reads nothing
-                raise ValueError(f"{place}: {key} has shape {tuple(files.shape(key))}, but the configuration wants "
-                                 f"{tuple(p.shape)}")
+                raise ValueError(f"{files.files[key]}: {key} has shape {tuple(files.shape(key))}, but the configuration "
+                                 f"wants {tuple(p.shape)}")
             self.keys[prefix + name] = key
         if config.tied:
             stored.pop("lm_head.weight", None)                   # a stored copy of the tied head
@@ -365,8 +369,11 @@ class Checkpoint:
 
     def skeleton(self) -> "Transformer":
         """The model on the meta device: names and shapes without weights."""
-        with torch.device("meta"):
-            return Transformer(self.config)
+        return skeleton_of(self.config)
+
+    def count(self) -> int:
+        """How many weights the whole model has."""
+        return sum(p.numel() for p in self.skeleton().parameters())
 
     def tensor(self, name: str) -> torch.Tensor:
         """One weight in its stored dtype, a view of the file where the layout allows it."""
@@ -420,9 +427,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = read_config(folder)
     meta = not (folder / "config.json").exists()
     files = read_meta(folder) if meta else read_folder(folder)
-    with torch.device("meta"):
-        skeleton = Transformer(config)
-    return Checkpoint(folder, config, files, packed_layers(folder), skeleton, meta=meta)
+    return Checkpoint(folder, config, files, packed_layers(folder), skeleton_of(config), meta=meta)
 
 
 def check_device(device) -> None:
@@ -465,7 +470,7 @@ def save_config(folder: Path, config: Config, layers: dict, dtype: torch.dtype =
     """config.json; `layers` is what the packed tensors mean, `extra` joins it."""
     files = file_sums(folder) if layers else None                # packed: nobody can put a folder together from two
     held = {**hf_config(config, layers, files), "torch_dtype": str(dtype).removeprefix("torch."), **(extra or {})}
-    write_atomic(folder / "config.json", lambda f: f.write(json.dumps(held, indent=1).encode()))
+    write_json(folder / "config.json", held)
 
 
 def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype = torch.float16, extra: dict | None = None) -> None:
@@ -524,8 +529,7 @@ def save_index(folder: Path, config: Config) -> None:
         total += sum(t.nbytes for t in tensors.values())
         names.update(dict.fromkeys(tensors, path.name))
         layers.update(read_note(path)["layers"])
-    index = json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=1).encode()
-    write_atomic(folder / "model.safetensors.index.json", lambda f: f.write(index))
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
     save_config(folder, config, layers)
 
 

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from data import parallel
-from data.checkpoint import check_tensor, parse_json, read_safetensors, read_torch, write_atomic, write_safetensors
+from data.checkpoint import check_tensor, read_safetensors, read_torch, write_atomic, write_safetensors
 
 HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary "
                "adjustments to ensure optimal performance.")    # the paper's own, section 3.2
@@ -149,7 +149,7 @@ def with_prompt(model, prompt, tokens: torch.Tensor, room: int = 0) -> tuple:
 # ---------------------------------------------------------------------------------------------------------------------
 # Objectives.
 
-LOGITS = 1 << 24                                                # of them exist at a time: 64 MB in fp32
+LOGITS = 1 << 23                                                # of them exist at a time: 32 MB in fp32
 
 
 class HeadLoss(torch.autograd.Function):
@@ -353,9 +353,9 @@ def read_run(path: str | Path | None, run: dict) -> dict | None:
         return None
     advice = "delete it to start anew, or name another file"
     try:
-        held = read_torch(Path(path))
+        held = torch.load(path, map_location="cpu", weights_only=True)     # an optimizer's state has numbers as names
         theirs = held["settings"]
-    except (ValueError, KeyError, TypeError):
+    except Exception:                                           # torch raises a dozen kinds for a damaged file
         raise ValueError(f"{path} holds no state of a learning run: {advice}") from None
     for name in {**theirs, **run}:
         if theirs.get(name) != run.get(name):
@@ -379,8 +379,19 @@ def default_rate(model, prompt: torch.Tensor) -> float:
 
 
 def windows_at_once(windows: torch.Tensor, device) -> int:
-    """Windows (N, T) whose activations are kept at a time: on a CPU those of a thousand tokens, more is no faster there."""
-    return len(windows) if torch.device(device).type == "cuda" else max(1, 1024 // windows.shape[1])
+    """Windows (N, T) whose activations are kept at a time: on a CPU those of 512 tokens, more is no faster there."""
+    return len(windows) if torch.device(device).type == "cuda" else max(1, 512 // windows.shape[1])
+
+
+def backward_by_parts(losses_of: Callable, index: torch.Tensor, at_once: int) -> float:
+    """Mean of losses_of(part) (windows of part, tokens) over all of index, its gradient added up part by part: the
+    activations of at_once windows exist at a time. Every window has as many losses."""
+    total = 0.0
+    for part in index.split(at_once):
+        loss = losses_of(part).mean() * (len(part) / len(index))
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor | None = None, steps: int = 200,
@@ -412,23 +423,23 @@ def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor 
         """The prompt is read once, the windows behind it a few at a time: their gradients gather in its keys and values."""
         if not hasattr(model, "hidden"):
             return text_loss(model, now(), windows[index].to(device)).mean()
-        full, total = read_prompt(model, now()), 0.0
+        full = read_prompt(model, now())
         ends = [t for pair in full.kv for t in pair]
         leaves = [t.detach().requires_grad_() for t in ends]
         full.kv = list(zip(leaves[::2], leaves[1::2]))
-        for part in index.split(at_once):
+
+        def losses_of(part):
             wanted = None if states is None else states[part]
-            losses = text_loss(model, full, windows[part].to(device), wanted, mix)
-            loss = losses.mean() * (len(part) / len(index))
-            loss.backward()
-            total += loss.item()
+            return text_loss(model, full, windows[part].to(device), wanted, mix)
+        total = backward_by_parts(losses_of, index, at_once)
         torch.autograd.backward(ends, [t.grad for t in leaves])
         return total
 
     def score():
         return mean_loss(model, now(), val, at_once, val_states, mix)
 
-    told = {"prompt": fingerprint(start), "text": fingerprint(windows), "val": None if val is None else fingerprint(val), "kind": kind_of(prompt),
+    told = {"prompt": fingerprint(start), "text": fingerprint(windows),
+            "val": None if val is None else fingerprint(val), "kind": kind_of(prompt),
             "kl": 0.0 if teacher is None else mix}
     got = fit({"moved": moved}, loss_of_batch, len(windows), score if val is not None else None, steps, batch_size, lr,
               warmup, clip, val_every, seed=seed, state=state, settings={**(settings or {}), **told},
@@ -454,7 +465,8 @@ def owner(model, tokenizer=None) -> dict:
 def save_prompt(path: str | Path, prompt: torch.Tensor, settings: dict | None = None, owner: dict | None = None) -> None:
     """Write a prompt of either kind in fp32, its settings (JSON values) and whose it is, as .safetensors; readable by that
     package: one tensor, soft_prompt."""
-    told = {"settings": json.dumps(settings or {}), "kind": kind_of(prompt), "owner": json.dumps(owner or {})}
+    settings = {name: None if value != value else value for name, value in (settings or {}).items()}       # JSON has no NaN
+    told = {"settings": json.dumps(settings), "kind": kind_of(prompt), "owner": json.dumps(owner or {})}
     write_safetensors(Path(path), {"soft_prompt": prompt.detach().float().contiguous()}, told)
 
 
@@ -473,8 +485,10 @@ def load_prompt(path: str | Path, model=None, tokenizer=None, force: bool = Fals
     else:
         held = read_safetensors(path)
         try:
-            settings, theirs = (parse_json(held.metadata.get(key, "{}").encode()) for key in ("settings", "owner"))
-        except ValueError as e:
+            settings, theirs = (json.loads(held.metadata.get(key, "{}")) for key in ("settings", "owner"))
+            if not isinstance(settings, dict) or not isinstance(theirs, dict):
+                raise ValueError("no object")
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{path} says of its prompt what is no JSON ({e}): it is damaged, learn or copy it again") from None
     prompt = held.get("soft_prompt") if isinstance(held, dict) else held
     if not torch.is_tensor(prompt) or prompt.dim() not in (2, 5):
@@ -490,4 +504,4 @@ def load_prompt(path: str | Path, model=None, tokenizer=None, force: bool = Fals
                 raise ValueError(f"{path} was learned for another {name.replace('_', ' ')} ({was}, not {now}): it would mean "
                                  f"nothing to this model; --force stitches it on all the same")
         prompt = prompt.to(model.embed_tokens.weight.device)
-    return prompt.float().clone(), settings
+    return prompt.detach().float().clone(), settings

@@ -1,13 +1,15 @@
-"""Chat templates: a conversation as the text that a model was tuned on. Renders the part of Jinja that templates use.
+"""Chat templates: a conversation as the text that a model was tuned on. Renders the part of Jinja
+that templates use.
 
     template = ChatTemplate.of("checkpoints/llama-2-7b-chat")          # None if the folder has none
     ids = template.encode(tokenizer, [{"role": "user", "content": "Hello"}])
 
-A template comes from chat_template.jinja or from tokenizer_config.json. It is read with the white space rules of the
-Hugging Face library (trim_blocks, lstrip_blocks). Understood are text, {{ }}, {# #}, for, if / elif / else, set, and
-expressions that are also Python's (`|` for filters and `~` aside): Python's own parser reads them, and only the kinds
-listed in `evaluate` are computed, so that no code of a template can run. An expression is looked at only when it is
-reached: tools and the like may use more. Left out: macros, tools, images; anything unknown is one clear error.
+A template comes from chat_template.jinja or from tokenizer_config.json. It is read with the white
+space rules of the Hugging Face library (trim_blocks, lstrip_blocks). Understood are text, {{ }}, {#
+#}, for, if / elif / else, set, and expressions that are also Python's (`|` for filters and `~`
+aside): Python's own parser reads them, and only the kinds listed in `evaluate` are computed, so
+that no code of a template can run. An expression is looked at only when it is reached: tools and
+the like may use more. Left out: macros, tools, images; anything unknown is one clear error.
 """
 import ast
 import operator
@@ -17,21 +19,31 @@ from pathlib import Path
 from data.checkpoint import read_json
 
 QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
-TAGS = re.compile(r"(\{%-?(?:" + QUOTED + r"|[^'\"])*?-?%\}|\{\{-?(?:" + QUOTED + r"|[^'\"])*?-?\}\}|\{#.*?#\})", re.S)
-METHODS = {"strip", "lstrip", "rstrip", "startswith", "endswith", "upper", "lower", "title", "capitalize", "split",
-           "replace", "get", "items", "keys", "values"}
-COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-           ast.GtE: operator.ge, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b}
+INSIDE = rf"(?:{QUOTED}|[^'\"])*?"                         # of a tag: its end in a string is none
+TAGS = re.compile(rf"(\{{%-?{INSIDE}-?%\}}|\{{\{{-?{INSIDE}-?\}}\}}|\{{#.*?#\}})", re.S)
+METHODS = {"strip", "lstrip", "rstrip", "startswith", "endswith", "upper", "lower", "title",
+           "capitalize", "split", "replace", "get", "items", "keys", "values"}
+COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+           ast.Gt: operator.gt, ast.GtE: operator.ge, ast.In: lambda a, b: a in b,
+           ast.NotIn: lambda a, b: a not in b}
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mod: operator.mod,
-              ast.MatMult: lambda a, b: str(a) + str(b)}               # what `~` has been turned into
-FILTERS = {"trim": str.strip, "length": len, "upper": str.upper, "lower": str.lower, "capitalize": str.capitalize,
-           "title": str.title, "string": str, "list": list, "first": lambda x: x[0], "last": lambda x: x[-1],
-           "join": lambda x, by="": by.join(x), "default": lambda x, other="": other if x is UNDEFINED else x}
-TESTS = {"defined": lambda x: x is not UNDEFINED, "undefined": lambda x: x is UNDEFINED, "none": lambda x: x is None,
-         "string": lambda x: isinstance(x, str), "mapping": lambda x: isinstance(x, dict),
-         "iterable": lambda x: isinstance(x, (str, list, tuple, dict)), "true": lambda x: x is True,
-         "false": lambda x: x is False, "boolean": lambda x: isinstance(x, bool),
-         "number": lambda x: isinstance(x, (int, float)), "sequence": lambda x: isinstance(x, (str, list, tuple))}
+              ast.MatMult: lambda a, b: str(a) + str(b)}   # what `~` has been turned into
+FILTERS = {"trim": str.strip, "length": len, "upper": str.upper, "lower": str.lower,
+           "capitalize": str.capitalize, "title": str.title, "string": str, "list": list,
+           "first": lambda x: x[0], "last": lambda x: x[-1],
+           "join": lambda x, by="": by.join(x),
+           "default": lambda x, other="": other if x is UNDEFINED else x}
+TESTS = {"defined": lambda x: x is not UNDEFINED,
+         "undefined": lambda x: x is UNDEFINED,
+         "none": lambda x: x is None,
+         "true": lambda x: x is True,
+         "false": lambda x: x is False,
+         "boolean": lambda x: isinstance(x, bool),
+         "number": lambda x: isinstance(x, (int, float)),
+         "string": lambda x: isinstance(x, str),
+         "mapping": lambda x: isinstance(x, dict),
+         "sequence": lambda x: isinstance(x, (str, list, tuple)),
+         "iterable": lambda x: isinstance(x, (str, list, tuple, dict))}
 
 
 class Undefined:
@@ -51,9 +63,11 @@ UNDEFINED = Undefined()
 
 
 class ChatTemplate:
-    """source: the template's text; path: its file, for messages; names: bos_token and eos_token, as it may write them."""
+    """source: the template's text; path: its file, for messages; names: bos_token and eos_token, as
+    it may write them."""
 
-    def __init__(self, source: str, path: Path | str = "template", names: dict[str, str] | None = None):
+    def __init__(self, source: str, path: Path | str = "template",
+                 names: dict[str, str] | None = None):
         self.path = path
         self.names = names or {}
         parts = TAGS.split(source.removesuffix("\n"))                  # text, tag, text, ..., text
@@ -72,7 +86,8 @@ class ChatTemplate:
             path = folder / "chat_template.jinja"
             source = path.read_text(encoding="utf-8")
         if isinstance(source, list):                                   # several, by name
-            source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}.get("default")
+            named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
+            source = named.get("default")
         if source is None:
             return None
         if not isinstance(source, str):
@@ -92,9 +107,12 @@ class ChatTemplate:
             run(self.nodes, scope, out)
         return "".join(out)
 
-    def encode(self, tokenizer, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Its ids. BOS and EOS, which a sentencepiece model reads as ordinary text, become what they are."""
-        ids = {self.names.get("bos_token"): tokenizer.bos_id, self.names.get("eos_token"): tokenizer.eos_id}
+    def encode(self, tokenizer, messages: list[dict],
+               add_generation_prompt: bool = True) -> list[int]:
+        """Its ids. BOS and EOS, which a sentencepiece model reads as ordinary text, become what
+        they are."""
+        ids = {self.names.get("bos_token"): tokenizer.bos_id,
+               self.names.get("eos_token"): tokenizer.eos_id}
         ids = {text: i for text, i in ids.items() if text and i is not None}
         parts = [self.render(messages, add_generation_prompt)]
         if ids:
@@ -124,13 +142,15 @@ class Renamed:
         pass
 
     def __exit__(self, kind, e, trace):
-        if isinstance(e, (ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxError, RecursionError)):
-            raise ValueError(f"{self.path}: this chat template cannot be used ({e}): use --generate instead") from None
+        if isinstance(e, (ValueError, TypeError, LookupError, AttributeError, SyntaxError,
+                          RecursionError)):
+            raise ValueError(f"{self.path}: this chat template cannot be used ({e}): use --generate "
+                             f"instead") from None
 
 
 def strip_around(parts: list[str]) -> None:
-    """White space around tags, in place: `-` takes all of it; a block or comment takes the indent before it, where it
-    begins a line, and one newline after it."""
+    """White space around tags, in place: `-` takes all of it; a block or comment takes the indent
+    before it, where it begins a line, and one newline after it."""
     for i in range(1, len(parts), 2):
         if parts[i][2] == "-":
             parts[i - 1] = parts[i - 1].rstrip()
@@ -138,7 +158,7 @@ def strip_around(parts: list[str]) -> None:
             before, newline, indent = parts[i - 1].rpartition("\n")
             if not indent.strip(" \t") and (newline or i == 1):
                 parts[i - 1] = before + newline
-    for i in range(1, len(parts), 2):                                  # newlines had to be there until now
+    for i in range(1, len(parts), 2):                    # newlines had to be there until now
         if parts[i][-3] == "-":
             parts[i + 1] = parts[i + 1].lstrip()
         elif parts[i][1] != "{":
@@ -210,16 +230,18 @@ def run(nodes: list[tuple], scope: dict, out: list[str]) -> None:
             names, items, body = node
             items = list(evaluate(items, scope))
             for i, item in enumerate(items):
-                loop = {"index0": i, "index": i + 1, "first": i == 0, "last": i + 1 == len(items), "length": len(items),
+                loop = {"index0": i, "index": i + 1, "length": len(items),
+                        "first": i == 0, "last": i + 1 == len(items),
                         "previtem": items[i - 1] if i else UNDEFINED,
                         "nextitem": items[i + 1] if i + 1 < len(items) else UNDEFINED}
                 values = [item] if len(names) == 1 else item
-                run(body, {**scope, **dict(zip(names, values)), "loop": loop}, out)  # what it sets ends with it
+                inner = {**scope, **dict(zip(names, values)), "loop": loop}
+                run(body, inner, out)                    # what it sets ends with it
 
 
 def evaluate(text: str, scope: dict):
-    """The value of an expression. `|`, which binds tightest in Jinja, is read as `**`, and `~` as `@`; strings may hold
-    newlines."""
+    """The value of an expression. `|`, which binds tightest in Jinja, is read as `**`, and `~` as
+    `@`; strings may hold newlines."""
     pieces = re.split(f"({QUOTED})", text, flags=re.S)
     pieces[::2] = [piece.replace("|", "**").replace("~", "@") for piece in pieces[::2]]
     pieces[1::2] = [piece.replace("\n", "\\n") for piece in pieces[1::2]]
@@ -257,8 +279,8 @@ def value_of(node: ast.expr, scope: dict):
         case ast.Compare():
             left = value(node.left)
             for op, child in zip(node.ops, node.comparators):
-                if isinstance(op, (ast.Is, ast.IsNot)):                # a test, as in `x is defined`
-                    name = child.id if isinstance(child, ast.Name) else str(getattr(child, "value", "?")).lower()
+                if isinstance(op, (ast.Is, ast.IsNot)):  # a test, as in `x is defined`
+                    name = ast.unparse(child).lower()
                     if name not in TESTS:
                         raise ValueError(f"the test `is {name}` is not supported")
                     holds = TESTS[name](left) == isinstance(op, ast.Is)
@@ -269,7 +291,8 @@ def value_of(node: ast.expr, scope: dict):
                     return False
             return True
         case ast.Subscript(slice=ast.Slice() as cut):
-            low, high, step = (None if x is None else value(x) for x in (cut.lower, cut.upper, cut.step))
+            ends = (cut.lower, cut.upper, cut.step)
+            low, high, step = (None if x is None else value(x) for x in ends)
             return value(node.value)[low:high:step]
         case ast.Subscript():
             held, key = value(node.value), value(node.slice)

@@ -62,6 +62,12 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not valid JSON with an object in it ({e}): download it again") from None
 
 
+def write_json(path: Path, held: dict) -> None:
+    """Write a JSON object as read_json reads it; ValueError for NaN and Infinity, which JSON does not have."""
+    text = json.dumps(held, indent=1, allow_nan=False).encode()
+    write_atomic(path, lambda f: f.write(text))
+
+
 def write_atomic(path: Path, write, check=None) -> None:
     """Call write(file) on a temporary neighbour of path, then check(its path), then rename: readers see the old file or
     the whole new one, and a failure leaves no part behind. OSError, with the file's name, if it cannot be written."""
@@ -316,6 +322,7 @@ def read_torch(path: Path):
         check_held(held)
     except Exception as e:                                      # torch raises a dozen kinds for a damaged file
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
+        why = "it is cut short, damaged, or holds more than tensors" if why.startswith("Weights only load failed") else why
         raise ValueError(f"{path} cannot be read ({why}): download it again") from None
     return held
 

@@ -30,7 +30,7 @@ def in_range(field: str, value, name: str = ""):
     kind, least, most = RANGES[field]
     fits = type(value) is kind or kind is float and type(value) is int
     if not fits or not least <= value <= most:                  # NaN is in no range
-        wanted = "true or false" if kind is bool else f"{'a whole' if kind is int else 'a'} number from {least:g} to {most:g}"
+        wanted = "true or false" if kind is bool else f"a {'whole ' * (kind is int)}number from {least} to {most}"
         raise ValueError(f"{name or field} {str(repr(value))[:60]} is not {wanted}")
     return value
 
@@ -94,6 +94,12 @@ PUBLISHED = {
 }
 HERE = Path(__file__).resolve().parents[1]
 QUANT_METHOD = "compress-then-prompt"
+DEFAULTS = {                              # what the programs' flags of these names default to, by the model's size
+    "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048, max_tokens=None, batch_size=4,
+                  prompt_tokens=100, steps=200, control=False),
+    "tiny": dict(calib="docs", data="headers", train_data="headers", nsamples=128, seqlen=256, max_tokens=32768,
+                 batch_size=8, prompt_tokens=50, steps=200, control=True),
+}
 SHIPPED = {"tiny-llama": HERE / "data/tiny/llama", "tiny-opt": HERE / "data/tiny/opt"}
 
 

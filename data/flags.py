@@ -1,13 +1,14 @@
-"""What the programs share before and after their work: flags with bounds, one-line errors, exit codes. Needs no torch.
+"""What the programs share before and after their work: flags with bounds, one-line errors, exit
+codes. Needs no torch.
 
     parser = Flags(description="...")                    # a wrong flag is one line, exit code 2
     parser.add_argument("--steps", type=whole(0, 10**7), help="...")
     if __name__ == "__main__":
-        args = read_flags(parser)                        # above `import torch`, so that --help answers at once
+        args = read_flags(parser)             # above `import torch`, so that --help answers at once
     import torch
     ...
     if __name__ == "__main__":
-        run_program(main, args)                          # 0 done, 2 bad input, 130 Ctrl-C; a traceback is a bug
+        run_program(main, args)               # 0 done, 2 bad input, 130 Ctrl-C; a traceback is a bug
 
 Messages say what is wrong, in which file or flag, and what to do, in one line on stderr.
 """
@@ -19,10 +20,12 @@ import sys
 
 PRECISIONS = ("float32", "bfloat16", "float16")          # torch dtypes by name
 BAD_INPUT, INTERRUPTED = 2, 130
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")   # as torch says it
 
 
 class Flags(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line without the usage, and that takes no shortened flags."""
+    """An argparse parser whose errors are one line without the usage, and that takes no shortened
+    flags."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -52,8 +55,8 @@ def real(least: float, most: float, above: bool = False):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         if not math.isfinite(value) or not least <= value <= most or above and value == least:
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {least:g} "
-                                             f"and at most {most:g}")
+            low = f"above {least:g}" if above else f"at least {least:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {low} and at most {most:g}")
         return value
     return read
 
@@ -64,7 +67,8 @@ def flag(name: str) -> str:
 
 
 def read_flags(parser: Flags) -> argparse.Namespace:
-    """The command line. From here to `run_program`, while packages load, Ctrl-C ends in one line as well."""
+    """The command line. From here to `run_program`, while packages load, Ctrl-C ends in one line as
+    well."""
     args = parser.parse_args()
     signal.signal(signal.SIGINT, stop_now)
     return args
@@ -79,16 +83,15 @@ def run_program(main, args, after_interrupt=lambda: "stopped") -> None:
     except KeyboardInterrupt:
         say(after_interrupt())
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:                              # the reader of our output, such as head, has gone
+    except BrokenPipeError:                              # who read our output, such as head, has gone
         os._exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as e:
         fail(e)
-    except MemoryError:
-        fail(ValueError("out of memory: lower --batch-size or --seqlen, or take a smaller model"))
-    except RuntimeError as e:
-        if not any(words in str(e) for words in ("out of memory", "not enough memory", "can't allocate memory")):
+    except (MemoryError, RuntimeError) as e:
+        said = str(e).split("\n")[0][:200] or "out of memory"
+        if not any(words in said for words in OUT_OF_MEMORY):
             raise
-        fail(ValueError(f"{str(e).splitlines()[0][:200]}: lower --batch-size or --seqlen, or take a smaller model"))
+        fail(ValueError(f"{said}: lower --batch-size or --seqlen, or take a smaller model"))
 
 
 def fail(e: Exception) -> None:

@@ -1,13 +1,15 @@
-"""Draws the tables of runs of train.py as an SVG: a bar of perplexity for each row, a panel for each model and text.
+"""Draws the tables of runs of train.py as an SVG: a bar of perplexity for each row, a panel for
+each model and text.
 
     python -m data.picture runs/out/report.json > data/picture.svg
     python -m data.picture runs/a/report.json runs/b/report.json > two.svg
 
-A panel has a column for the compressed model and one for the dense model, and in both the same rows: no prompt, the
-prompt's start, the learned prompt. So what a prompt does to the compressed model stands beside what it does to the dense
-one. Runs that were measured on the same windows of the same text share a panel. All bars of a picture start at zero and
-have one scale; the dense model's value without a prompt is marked in the gaps between the bars, so that no number is
-crossed. Needs nothing but the standard library. Left out: anything but perplexity.
+A panel has a column for the compressed model and one for the dense model, and in both the same
+rows: no prompt, the prompt's start, the learned prompt. So what a prompt does to the compressed
+model stands beside what it does to the dense one. Runs that were measured on the same windows of
+the same text share a panel. All bars of a picture start at zero and have one scale; the dense
+model's value without a prompt is marked in the gaps between the bars, so that no number is crossed.
+Needs nothing but the standard library. Left out: anything but perplexity.
 """
 import argparse
 import json
@@ -17,24 +19,31 @@ from pathlib import Path
 
 from data.svg import DENSE, HEALED, HURT, Drawing
 
-WIDTH, NAMES, ROOM = 720, 150, 44          # picture; where the columns begin; what a number takes behind its bar
-BAR, STEP, HEAD, PANEL = 16, 26, 52, 74    # height of a bar, from bar to bar, of the legend, of a panel's titles
-PROMPTS = {"": "no prompt", "initial prompt": "prompt, not learned", "learned prompt": "prompt, learned"}
+WIDTH = 720        # of the picture, in pixels
+NAMES = 150        # where the columns begin, right of the rows' names
+ROOM = 44          # what a number takes behind its bar
+BAR, STEP = 16, 26           # height of a bar, and from one bar to the next
+HEAD, PANEL = 52, 74         # height of the legend, and of a panel's titles
+PROMPTS = {"": "no prompt", "initial prompt": "prompt, not learned",
+           "learned prompt": "prompt, learned"}
 
 
 def read_report(path: str | Path) -> dict:
-    """report.json of a run, {"rows": [...], "settings": {...}}; ValueError / FileNotFoundError if it is anything else."""
+    """report.json of a run, {"rows": [...], "settings": {...}}; ValueError / FileNotFoundError if
+    it is anything else."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no report {path}: train.py writes report.json into its --out folder")
+        raise FileNotFoundError(f"no report {path}: train.py writes report.json into its --out "
+                                f"folder")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        if not report["rows"] or not all(0 < row["perplexity"] < math.inf and row["name"] for row in report["rows"]):
+        rows = report["rows"]
+        if not rows or not all(0 < row["perplexity"] < math.inf and row["name"] for row in rows):
             raise ValueError("no rows")
         report["settings"]["model"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a report of train.py: it needs rows, each with a name and a perplexity, and "
-                         f"the settings of the run") from None
+        raise ValueError(f"{path} is not a report of train.py: it needs rows, each with a name and a "
+                         f"perplexity, and the settings of the run") from None
     return report
 
 
@@ -43,7 +52,8 @@ def made_how(s: dict) -> str:
     sparsity = str(s.get("sparsity", 0))
     done = []
     if sparsity != "0":
-        done.append(f"{sparsity} pruned" if ":" in sparsity else f"{100 * float(sparsity):g}% pruned")
+        share = sparsity if ":" in sparsity else f"{100 * float(sparsity):g}%"
+        done.append(f"{share} pruned")
     if s.get("bits", 16) != 16:
         done.append(f"{s['bits']}-bit")
     return " + ".join(done)
@@ -62,12 +72,15 @@ def measured_how(s: dict) -> str:
 
 
 def panels(reports: list[dict]) -> list[dict]:
-    """{"title", "details", "values": {(model, prompt): perplexity}, "made": {model: how}} for each model and text."""
+    """{"title", "details", "values": {(model, prompt): perplexity}, "made": {model: how}} for each
+    model and text."""
     found = {}
     for report in reports:
         s = report["settings"]
-        same = tuple(str(s.get(name)) for name in ("model", "data", "seqlen", "max_tokens", "scored_tokens"))
-        panel = found.setdefault(same, {"title": Path(s["model"]).name, "details": "", "values": {}, "made": {}})
+        names = ("model", "data", "seqlen", "max_tokens", "scored_tokens")
+        same = tuple(str(s.get(name)) for name in names)
+        empty = {"title": Path(s["model"]).name, "details": "", "values": {}, "made": {}}
+        panel = found.setdefault(same, empty)
         panel["details"] = max(panel["details"], measured_how(s), key=len)
         for row in report["rows"]:
             model, _, prompt = row["name"].partition(" + ")
@@ -78,12 +91,13 @@ def panels(reports: list[dict]) -> list[dict]:
 
 
 def draw(d: Drawing, panel: dict, top: float, largest: float, columns: int) -> float:
-    """One panel from height `top` on, `largest` being the longest bar of the picture and `columns` the most of a panel;
-    returns where the next may begin."""
+    """One panel from height `top` on, `largest` being the longest bar of the picture and `columns`
+    the most of a panel; returns where the next may begin."""
     values = panel["values"]
-    models = sorted({model for model, _ in values}, key=lambda model: model == "dense")        # the control comes last
-    prompts = [p for p in dict.fromkeys([*PROMPTS, *(p for _, p in values)]) if any((m, p) in values for m in models)]
-    column = (WIDTH - NAMES) / columns                   # even where this panel has fewer: one scale
+    models = sorted(dict.fromkeys(model for model, _ in values), key=lambda m: m == "dense")
+    asked = {prompt for _, prompt in values}
+    prompts = [p for p in PROMPTS if p in asked] + sorted(asked - set(PROMPTS))
+    column = (WIDTH - NAMES) / columns           # even where this panel has fewer: one scale
     scale = (column - ROOM) / largest
     d.text(8, top + 22, panel["title"], kind="title")
     d.text(8, top + 40, panel["details"], kind="small")
@@ -103,7 +117,7 @@ def draw(d: Drawing, panel: dict, top: float, largest: float, columns: int) -> f
             d.text(left + value * scale + 6, y + BAR - 3.5, f"{value:.1f}")
         if ("dense", "") in values:
             x = left + values["dense", ""] * scale
-            for i in range(len(prompts) + 1):            # in the gaps, where neither bars nor numbers are
+            for i in range(len(prompts) + 1):    # in the gaps, where neither bars nor numbers are
                 d.line(x, first + i * STEP - (STEP - BAR) + 2, x, first + i * STEP - 2)
     return first + len(prompts) * STEP
 
@@ -117,18 +131,22 @@ def picture(reports: list[dict]) -> str:
     d.text(8, 20, "Perplexity: lower is better. All bars start at 0 and share one scale.")
     for y in (28, 36):
         d.line(14, y, 14, y + 5)
-    d.text(24, 39, "the dense model without a prompt: a bar that ends left of this mark is better than it", kind="small")
+    d.text(24, 39, "the dense model without a prompt: a bar that ends left of this mark is better",
+           kind="small")
     height = HEAD
     for panel in shown:
         height = draw(d, panel, height, largest, widest)
-    about = "; ".join(panel["title"] + ": " + ", ".join(f"{' + '.join(filter(None, key))} {value:.1f}"
-                      for key, value in panel["values"].items()) for panel in shown)
-    return d.svg(WIDTH, round(height + 4), about)
+    about = []
+    for panel in shown:
+        rows = [f"{' + '.join(filter(None, key))} {v:.1f}" for key, v in panel["values"].items()]
+        about.append(f"{panel['title']}: {', '.join(rows)}")
+    return d.svg(WIDTH, round(height + 4), "; ".join(about))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("reports", nargs="+", metavar="report.json", help="as train.py leaves it in its --out folder")
+    parser.add_argument("reports", nargs="+", metavar="report.json",
+                        help="as train.py leaves it in its --out folder")
     try:
         print(picture([read_report(path) for path in parser.parse_args().reports]), end="")
     except (ValueError, FileNotFoundError) as e:

@@ -16,7 +16,8 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """for x in Progress(items, "title"): ...; call .note(text) inside the loop to show a number beside the bar."""
+    """for x in Progress(items, "title"): ...; call .note(text) inside the loop to show a number
+    beside the bar."""
 
     def __init__(self, items, title: str, stream=None):
         self.items = items
@@ -35,7 +36,7 @@ class Progress:
         for done, item in enumerate(self.items, 1):
             yield item
             spent = time.monotonic() - start
-            step = int(spent * 5) if live else done * 5 // total          # 5 times a second, or 5 lines in a log
+            step = int(spent * 5) if live else done * 5 // total   # 5 a second, or 5 lines in a log
             if step != shown or done == total:
                 shown = step
                 self.draw(done, total, spent, live)

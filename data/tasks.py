@@ -1,17 +1,23 @@
-"""Zero-shot tasks as lm-evaluation-harness defines them: contexts, continuations and the right answer of every item.
+"""Zero-shot tasks as lm-evaluation-harness defines them: contexts, continuations and the right
+answer of every item.
 
     items = load_items("piqa", "zeroshot/")               # looks for the task's file there
     items = load_items("piqa=my/valid.jsonl")
-    items[0].pairs                                        # [(context, continuation) of every choice]
+    items[0].pairs                                # [(context, continuation) of every choice]
 
-A model answers by giving one of the continuations the highest probability; eval.py, `zero_shot`, asks it. Read are the
-files as their authors publish them, exports of the Hugging Face data sets as .jsonl, and a common short form: query,
-choices, gold (winogrande: context_options, continuation, gold). All as .gz too.
+A model answers by giving one of the continuations the highest probability; eval.py, `zero_shot`,
+asks it. Read are the files as their authors publish them, exports of the Hugging Face data sets as
+.jsonl, and a common short form: query, choices, gold (winogrande: context_options, continuation,
+gold). All as .gz too.
 
-piqa            valid.jsonl with valid-labels.lst        boolq           BoolQ/val.jsonl of SuperGLUE, or BoolQ's dev.jsonl
-hellaswag       hellaswag_val.jsonl                      openbookqa      Main/test.jsonl
-arc_easy        ARC-Easy-Test.jsonl                      winogrande      dev.jsonl
-arc_challenge   ARC-Challenge-Test.jsonl                 lambada_openai  lambada_test.jsonl
+piqa            valid.jsonl with valid-labels.lst
+hellaswag       hellaswag_val.jsonl
+arc_easy        ARC-Easy-Test.jsonl
+arc_challenge   ARC-Challenge-Test.jsonl
+winogrande      dev.jsonl
+openbookqa      Main/test.jsonl
+boolq           BoolQ/val.jsonl of SuperGLUE, or BoolQ's own dev.jsonl
+lambada_openai  lambada_test.jsonl
 
 Left out: examples in the context (few-shot), parquet files, downloads.
 """
@@ -25,9 +31,9 @@ from data.text import lines_of
 
 
 class Item(NamedTuple):
-    pairs: list[tuple[str, str]]      # (context, continuation) of every choice; the space between them is the latter's
-    gold: int                         # which of them is right
-    lengths: list[int]                # characters of every choice, that space not counted: acc_norm divides by them
+    pairs: list[tuple[str, str]]      # (context, continuation) of every choice; the latter begins
+    gold: int                         # with the space between them. Which of them is right.
+    lengths: list[int]                # characters of every choice without that space, for acc_norm
 
 
 class Task(NamedTuple):
@@ -37,7 +43,7 @@ class Task(NamedTuple):
 
 
 def ask(context: str, choices: list[str], gold: int) -> Item:
-    return Item([(context, " " + choice) for choice in choices], gold, [len(choice) for choice in choices])
+    return Item([(context, " " + choice) for choice in choices], gold, list(map(len, choices)))
 
 
 def piqa(row: dict) -> Item:
@@ -67,14 +73,18 @@ def multiple_choice(row: dict) -> tuple[str, list[str], int]:
     key = row["answerKey"].strip()
     if isinstance(row.get("question"), dict):                                  # as published
         choices = row["question"]["choices"]
-        return row["question"]["stem"], [c["text"] for c in choices], [c["label"] for c in choices].index(key)
+        labels = [choice["label"] for choice in choices]
+        texts = [choice["text"] for choice in choices]
+        return row["question"]["stem"], texts, labels.index(key)
     question = row["question_stem"] if "question_stem" in row else row["question"]
     return question, row["choices"]["text"], row["choices"]["label"].index(key)
 
 
 def arc(row: dict) -> Item:
     question, choices, gold = multiple_choice(row)
-    return ask(f"Question: {question.removeprefix('Question: ') if 'query' in row else question}\nAnswer:", choices, gold)
+    if "query" in row:
+        question = question.removeprefix("Question: ")
+    return ask(f"Question: {question}\nAnswer:", choices, gold)
 
 
 def openbookqa(row: dict) -> Item:
@@ -82,14 +92,15 @@ def openbookqa(row: dict) -> Item:
 
 
 def winogrande(row: dict) -> Item:
-    """Two contexts, one continuation. Only the continuation is scored, so its length decides nothing."""
+    """Two contexts, one continuation. Only the continuation is scored, so its length decides
+    nothing."""
     if "context_options" in row:
         contexts, rest, gold = row["context_options"], row["continuation"].strip(), row["gold"]
     else:
         before, _, after = row["sentence"].partition("_")
         contexts, rest = [before + row["option1"], before + row["option2"]], after.strip()
         gold = {"1": 0, "2": 1}[str(row["answer"])]
-    return Item([(context, f" {rest}") for context in contexts], gold, [len(context) for context in contexts])
+    return Item([(context, f" {rest}") for context in contexts], gold, list(map(len, contexts)))
 
 
 def boolq(row: dict) -> Item:
@@ -98,8 +109,11 @@ def boolq(row: dict) -> Item:
         if [choice.lower() for choice in row["choices"]] != ["no", "yes"]:
             raise ValueError(f"choices {row['choices']} are not no and yes")
     else:
-        passage = f"{row['title']} -- {row['passage']}" if "title" in row else row["passage"]     # as SuperGLUE joins them
-        asked, gold = f"{passage}\nQuestion: {row['question']}?", int(row["label"] if "label" in row else row["answer"])
+        passage = row["passage"]
+        if "title" in row:                               # BoolQ's own file; joined as in SuperGLUE
+            passage = f"{row['title']} -- {passage}"
+        asked = f"{passage}\nQuestion: {row['question']}?"
+        gold = int(row["label"] if "label" in row else row["answer"])
     return ask(f"{asked}\nAnswer:", ["no", "yes"], gold)
 
 
@@ -111,18 +125,21 @@ def lambada(row: dict) -> Item:
 BOTH = ("acc", "acc_norm")
 TASKS = {
     "piqa": Task(piqa, ("piqa.jsonl", "piqa/valid.jsonl"), BOTH),
-    "hellaswag": Task(hellaswag, ("hellaswag.jsonl", "hellaswag_val.jsonl", "hellaswag/hellaswag_val.jsonl",
-                                  "hellaswag_1000.jsonl"), BOTH),
+    "hellaswag": Task(hellaswag, ("hellaswag.jsonl", "hellaswag_val.jsonl",
+                                  "hellaswag/hellaswag_val.jsonl", "hellaswag_1000.jsonl"), BOTH),
     "arc_easy": Task(arc, ("arc_easy.jsonl", "ARC-Easy-Test.jsonl", "ARC-Easy/ARC-Easy-Test.jsonl",
                            "ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Test.jsonl"), BOTH),
     "arc_challenge": Task(arc, ("arc_challenge.jsonl", "ARC-Challenge-Test.jsonl",
                                 "ARC-Challenge/ARC-Challenge-Test.jsonl",
                                 "ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-Test.jsonl"), BOTH),
-    "winogrande": Task(winogrande, ("winogrande.jsonl", "winogrande/dev.jsonl", "winogrande_1.1/dev.jsonl"), ("acc",)),
-    "openbookqa": Task(openbookqa, ("openbookqa.jsonl", "openbook_qa.jsonl", "openbookqa/test.jsonl",
+    "winogrande": Task(winogrande, ("winogrande.jsonl", "winogrande/dev.jsonl",
+                                    "winogrande_1.1/dev.jsonl"), ("acc",)),
+    "openbookqa": Task(openbookqa, ("openbookqa.jsonl", "openbook_qa.jsonl",
+                                    "openbookqa/test.jsonl",
                                     "OpenBookQA-V1-Sep2018/Data/Main/test.jsonl"), BOTH),
     "boolq": Task(boolq, ("boolq.jsonl", "BoolQ/val.jsonl", "boolq/dev.jsonl"), ("acc",)),
-    "lambada_openai": Task(lambada, ("lambada_openai.jsonl", "lambada_test.jsonl"), ("acc", "perplexity")),
+    "lambada_openai": Task(lambada, ("lambada_openai.jsonl", "lambada_test.jsonl"),
+                           ("acc", "perplexity")),
 }
 
 
@@ -134,17 +151,20 @@ def find_task(asked: str, folder: str | Path | None) -> tuple[str, Path]:
     if given:
         return name, Path(path)
     if folder is None:
-        raise ValueError(f"task {name}: give --data-dir, a folder that holds {TASKS[name].files[0]}, or {name}=FILE")
+        raise ValueError(f"task {name}: give --data-dir, a folder that holds {TASKS[name].files[0]}, "
+                         f"or {name}=FILE")
     for file in TASKS[name].files:
         for path in (Path(folder) / file, Path(folder) / f"{file}.gz"):
             if path.is_file():
                 return name, path
-    raise FileNotFoundError(f"task {name}: no {' or '.join(TASKS[name].files)} in {folder}, nor one with .gz: put it "
-                            f"there, or give {name}=FILE")
+    raise FileNotFoundError(f"task {name}: no {' or '.join(TASKS[name].files)} in {folder}, nor one "
+                            f"with .gz: put it there, or give {name}=FILE")
 
 
-def load_items(asked: str, folder: str | Path | None = None, limit: int | None = None) -> list[Item]:
-    """The items of a task, in the order of its file, at most `limit`. ValueError names the file and line that is wrong."""
+def load_items(asked: str, folder: str | Path | None = None,
+               limit: int | None = None) -> list[Item]:
+    """The items of a task, in the order of its file, at most `limit`. ValueError names the file and
+    line that is wrong."""
     name, path = find_task(asked, folder)
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
     labels = path.with_name(f"{stem}-labels.lst")

@@ -1,11 +1,13 @@
-"""eval.py --tasks beside lm-evaluation-harness, item by item, on the same files and the same model over transformers.
+"""eval.py --tasks beside lm-evaluation-harness, item by item, on the same files and the same model
+over transformers.
 
-    pip install lm_eval                                   # 0.4.13 was tried; not among tests/requirements.txt
+    pip install lm_eval              # 0.4.13 was tried; not among tests/requirements.txt
     python tests/harness.py FOLDER --data-dir zeroshot/ --tasks piqa,hellaswag --limit 100
 
-FOLDER holds a model that transformers can open (a dense one). The harness's own definitions of the tasks run: only where
-their data comes from is changed, to local files in the fields of the Hugging Face data sets, made from ours. Printed for
-each task: items, the largest difference of a choice's log-probability, items with another acc or acc_norm, both means.
+FOLDER holds a model that transformers can open (a dense one). The harness's own definitions of the
+tasks run: only where their data comes from is changed, to local files in the fields of the Hugging
+Face data sets, made from ours. Printed for each task: items, the largest difference of a choice's
+log-probability, items with another acc or acc_norm, both means.
 """
 import argparse
 import json
@@ -30,12 +32,13 @@ DEFINITIONS = {"piqa": "piqa/piqa", "hellaswag": "hellaswag/hellaswag", "arc_eas
 
 
 def published(task: str, row: dict) -> dict:
-    """A row of our short form, in the fields of the data set that the harness reads; any other row as it is."""
+    """A row of our short form, in the fields of the data set that the harness reads; any other row
+    as it is."""
     if task == "winogrande" and "context_options" in row:
         a, b = row["context_options"]
         shared = next(i for i in range(len(a) + 1) if a[:i + 1] != b[:i + 1])
-        return {"sentence": f"{a[:shared]}_ {row['continuation']}", "option1": a[shared:], "option2": b[shared:],
-                "answer": str(row["gold"] + 1)}
+        return {"sentence": f"{a[:shared]}_ {row['continuation']}", "option1": a[shared:],
+                "option2": b[shared:], "answer": str(row["gold"] + 1)}
     if "query" not in row:
         return row
     query, choices, gold = row["query"], row["choices"], row["gold"]
@@ -47,10 +50,12 @@ def published(task: str, row: dict) -> dict:
         return {"passage": passage, "question": question.removesuffix("?"), "label": gold}
     labels = [chr(ord("A") + i) for i in range(len(choices))]
     name = "question_stem" if task == "openbookqa" else "question"
-    return {name: query.removeprefix("Question: "), "choices": {"text": choices, "label": labels}, "answerKey": labels[gold]}
+    return {name: query.removeprefix("Question: "), "choices": {"text": choices, "label": labels},
+            "answerKey": labels[gold]}
 
 
-def harness(model, tokenizer, tasks: dict[str, Path], limit: int | None, batch_size: int = 8) -> dict[str, list[dict]]:
+def harness(model, tokenizer, tasks: dict[str, Path], limit: int | None,
+            batch_size: int = 8) -> dict[str, list[dict]]:
     """{task: the harness's samples in the order of the file} of a transformers model."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -66,20 +71,25 @@ def harness(model, tokenizer, tasks: dict[str, Path], limit: int | None, batch_s
                 f"dataset_name: null\ndataset_kwargs:\n  data_files:\n    test: {data}\ntraining_split: null\n"
                 f"validation_split: null\ntest_split: test\n")
         peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        done = lm_eval.simple_evaluate(peer, tasks=[f"local_{task}" for task in tasks], log_samples=True,
-                                       task_manager=TaskManager(include_path=folder), bootstrap_iters=0)
-    return {task: sorted(done["samples"][f"local_{task}"], key=lambda s: s["doc_id"]) for task in tasks}
+        manager = TaskManager(include_path=folder)
+        names = [f"local_{task}" for task in tasks]
+        done = lm_eval.simple_evaluate(peer, tasks=names, log_samples=True, task_manager=manager,
+                                       bootstrap_iters=0)
+    return {task: sorted(done["samples"][name], key=lambda sample: sample["doc_id"])
+            for task, name in zip(tasks, names)}
 
 
 def compare(task: str, ours: list[dict], theirs: list[dict]) -> dict:
-    """The largest difference in log-probability, the items that differ in a metric, and both means of it."""
+    """The largest difference in log-probability, the items that differ in a metric, and both means
+    of it."""
     gap = max(abs(p - float(resp[0])) for mine, sample in zip(ours, theirs, strict=True)
               for p, resp in zip(mine["logprobs"], sample["filtered_resps"], strict=True))
     out = {"items": len(ours), "largest difference": gap}
     for metric in TASKS[task].metrics:
         if metric != "perplexity":
-            out[metric] = [sum(bool(sample[metric]) for sample in theirs) / len(ours), summarize(task, ours)[metric]]
-            out[f"{metric} differs"] = sum(bool(sample[metric]) != mine[metric] for mine, sample in zip(ours, theirs))
+            right = [bool(sample[metric]) for sample in theirs]
+            out[metric] = [sum(right) / len(right), summarize(task, ours)[metric]]
+            out[f"{metric} differs"] = sum(a != b[metric] for a, b in zip(right, ours))
     return out
 
 

@@ -1,11 +1,11 @@
-"""data/chat.py against jinja2, set as the Hugging Face library sets it: templates written as the families write theirs.
+"""data/chat.py against jinja2, set as the Hugging Face library sets it: templates written as the
+families write theirs.
 
     python -m pytest -q tests/test_chat.py
 """
 import json
 
 import pytest
-import torch
 
 import eval as evaluation
 from data.bpe import ByteLevelBPE
@@ -56,12 +56,13 @@ DASHES = """{#- a comment -#}
         {%- set ns.seen = true -%}
         {% set x, = 1 %}
     {%- endif %}
-{{ message.role | upper ~ ':' ~ loop.index ~ "}}" }} {{ message['content'] | trim | default('nothing') }}
+{{ message.role | upper ~ ':' ~ loop.index ~ "}}" }} {{ message['content'] | trim |
+default('nothing') }}
    {% if loop.nextitem is defined %} then {% endif %}
  {%- endfor %}
    {# another #}
-{{- messages[-1]['content'][:2] ~ (messages | length) }}{{ missing }}{{ ['a', 'b'] | join('+') }}
-{{ 'even' if (messages | length) % 2 == 0 else 'odd' }} {{ 'x' in 'xyz' and not ns.seen or 'either' }}
+{{- messages[-1]['content'][:2] ~ (messages | length) }}{{ missing }}{{ ['a', 'b'] | join('+') }} {{
+'even' if (messages | length) % 2 == 0 else 'odd' }} {{ 'x' in 'xyz' and not ns.seen or 'either' }}
 """.replace("        {% set x, = 1 %}\n", "")
 TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "zephyr": ZEPHYR, "dashes": DASHES}
 ONE = [{"role": "user", "content": " Hi there\n"}]
@@ -117,7 +118,8 @@ def test_where_templates_come_from(tmp_path):
 
 
 def test_special_tokens_become_ids():
-    """sentencepiece reads <s> as text, so it is put in by its number; each part is encoded by itself."""
+    """sentencepiece reads <s> as text, so it is put in by its number; each part is encoded by
+    itself."""
     tokenizer = load_tokenizer(SHIPPED["tiny-llama"])
     ids = ChatTemplate(LLAMA2, names=NAMES).encode(tokenizer, LONG)
     bos, eos = tokenizer.bos_id, tokenizer.eos_id

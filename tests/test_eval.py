@@ -1,4 +1,5 @@
-"""eval.py: perplexity by hand; generation against transformers; what is chosen where no flag says; the program.
+"""eval.py: perplexity by hand; generation against transformers; what is chosen where no flag says;
+the program.
 
     python -m pytest -q tests/test_eval.py
 """
@@ -22,24 +23,10 @@ from data.flags import BAD_INPUT, INTERRUPTED
 from data.progress import Progress, duration
 from data.tokenizer import load_tokenizer
 from model import load_model, save_model
-from prompt import with_prompt
-from test_prompt import TOKENS, tiny
+from prompt import as_prefix, save_prompt
+from test_prompt import TOKENS, Foreign, Letters, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class Foreign(torch.nn.Module):
-    """A model with embed and forward alone, as another project's would be."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.m, self.embed_tokens = model, model.embed_tokens
-
-    def embed(self, tokens):
-        return self.m.embed(tokens)
-
-    def forward(self, embeds):
-        return self.m(embeds)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -61,8 +48,9 @@ def test_perplexity_equals_a_count_by_hand(family, n):
 
 
 def test_a_prompt_that_changes_nothing_leaves_the_perplexity():
-    """Rotary attention sees only distances; with the values set to zero nothing flows between positions, so a prompt in front
-    changes no logit. Counting the prompt's positions, as the paper's code does, would report a smaller number."""
+    """Rotary attention sees only distances; with the values set to zero nothing flows between
+    positions, so a prompt in front changes no logit. Counting the prompt's positions, as the
+    paper's code does, would report a smaller number."""
     model = tiny()
     for block in model.blocks:
         block.attn.v.weight.zero_()
@@ -85,11 +73,13 @@ def test_too_little_text_is_an_error():
 def test_a_perplexity_that_is_no_number_is_an_error(value):
     model = tiny()
     model.blocks[1].mlp.down.weight[3, 5] = value
-    with pytest.raises(ValueError, match="perplexity of it: the loss of tokens 0 to 30 is nan.*try --dtype float32"):
+    with pytest.raises(ValueError, match="perplexity of it: the loss of tokens 0 to 30 is nan: weights or prompt are damaged"):
         evaluation.perplexity(model, TOKENS, 16, batch_size=2, title="perplexity of it")
+    with pytest.raises(ValueError, match="try --dtype float32"):
+        evaluation.perplexity(model.bfloat16(), TOKENS, 16)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generation
 
 def test_picking():
@@ -102,17 +92,6 @@ def test_picking():
     drawn = evaluation.pick(many, 1.0, 1.0, u).bincount(minlength=4) / 2000
     assert torch.allclose(drawn, torch.softmax(logits[0], -1), atol=0.03)
     assert evaluation.pick(logits, 1.0, 1.0, torch.tensor([1 - 2**-24])).tolist() in ([0], [3])   # never past the end
-
-
-class Letters:
-    eos_id = None
-    bos_id = None
-
-    def encode(self, text, bos=True):
-        return [ord(c) % 50 for c in text]
-
-    def decode(self, ids):
-        return "".join(chr(48 + i) for i in ids)
 
 
 def continued(model, text, n=20, tokenizer=Letters(), **how):
@@ -147,6 +126,11 @@ def test_generation_behind_a_prompt_equals_full_forward_passes():
     assert continued(model, "hello", prompt=prompt) == Letters().decode(out)
 
 
+def test_a_prefix_continues_as_the_prompt_it_was_made_of():
+    model, prompt = tiny(), torch.randn(4, 32)
+    assert continued(model, "hello", prompt=as_prefix(model, prompt)) == continued(model, "hello", prompt=prompt)
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_gives_what_single_texts_give(family, temperature):
@@ -169,7 +153,8 @@ def test_generation_ends_at_the_end_of_text_token():
 
 
 def test_characters_are_shown_whole(monkeypatch):
-    """A character of several tokens appears when its last one is there; what was shown is never taken back."""
+    """A character of several tokens appears when its last one is there; what was shown is never
+    taken back."""
     tokenizer = load_tokenizer(SHIPPED["tiny-opt"])
     ids = tokenizer.encode("caf\u00e9 \u4e2d\u6587 \U0001f600 ok", bos=False)
     monkeypatch.setattr(evaluation, "decode", lambda model, rows, **how: iter([*((0, i) for i in ids[1:]), (0, None)]))
@@ -191,7 +176,7 @@ def test_nan_logits_end_the_generation():
         continued(model, "hello")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is chosen where no flag says
 
 @pytest.mark.parametrize("has, stored, want", [
@@ -272,7 +257,7 @@ def test_shipped_models_have_their_defaults(monkeypatch):
 
 def test_a_run_without_a_compressed_model_says_where_to_look(tmp_path):
     (tmp_path / "report.json").write_text('{"rows": [], "settings": {"model": "tiny-opt"}}')
-    with pytest.raises(FileNotFoundError, match="no compressed/: for its dense model, python eval.py tiny-opt"):
+    with pytest.raises(FileNotFoundError, match="no compressed/: finish the run, or measure its dense model, python eval.py tiny-opt"):
         evaluation.locate(str(tmp_path))
     (tmp_path / "report.json").write_text('{"rows": [], "settings": {"model": "m", "seqlen": "many"}}')
     (tmp_path / "compressed").mkdir()
@@ -280,7 +265,7 @@ def test_a_run_without_a_compressed_model_says_where_to_look(tmp_path):
         evaluation.locate(str(tmp_path))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
 
 def test_program_prints_numbers_and_text(monkeypatch, capsys, tmp_path):
@@ -295,6 +280,15 @@ def test_program_prints_numbers_and_text(monkeypatch, capsys, tmp_path):
     [made] = last(out)["generations"]
     assert status == 0 and out.startswith(made["text"] + made["generated"])
     assert re.match(r"The name of the \w", out)                                # sentencepiece alone would leave out the space
+
+
+def test_a_prompt_of_another_family_is_refused_unless_forced(monkeypatch, capsys, tmp_path):
+    width = load_model("tiny-llama").embed_tokens.weight.shape[1]
+    save_prompt(tmp_path / "p.safetensors", torch.zeros(3, width), {}, {"family": "opt"})
+    asked = "tiny-llama", "--prompt", tmp_path / "p.safetensors", "--generate", "def f(", "--max-new", 3
+    status, _, err = run_program(monkeypatch, capsys, *asked)
+    assert status == BAD_INPUT and "another family" in err
+    assert run_program(monkeypatch, capsys, *asked, "--force")[0] == 0
 
 
 def test_texts_from_files_and_stdin(monkeypatch, capsys, tmp_path):
@@ -324,6 +318,7 @@ NO_WORK = [
     (["tiny-llama", "--prompt", "TMP/a.txt"], "a.txt"),
     (["tiny-llama", "--prompt", "TMP/a.txt", "--hard-prompt"], "exclude each other"),
     (["tiny-llama", "--hard-prompt", ""], "has no tokens"),
+    (["tiny-llama", "--force"], "--force does nothing without --prompt"),
     (["tiny-llama", "--device", "abacus"], "--device abacus cannot be used here"),
     (["tiny-llama", "--device", "meta"], "--device meta cannot be used here"),
     (["tiny-llama", "--generate-from", "TMP/none.txt"], "no file"),
@@ -386,7 +381,7 @@ def test_a_reader_that_goes_away_is_no_error():
     assert done.stdout.splitlines() == ["def141"] and "error" not in done.stderr.lower(), done
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The progress bar
 
 class Terminal:

@@ -1,5 +1,6 @@
 """export.py: every file it writes is read by the program it is meant for, or by a reader written from that format's text."""
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,7 @@ from test_packed_model import TOKENS, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, OPTForCausalLM
 
 import export
-from data.checkpoint import read_folder, read_metadata, verify, write_safetensors
+from data.checkpoint import read_folder, verify, write_safetensors
 from data.config import SHIPPED, file_sums
 from data.tokenizer import load_tokenizer
 from model import load_model, open_checkpoint, save_model
@@ -218,10 +219,18 @@ def test_gptq_version_2_where_a_zero_is_0_and_errors(tmp_path):
         export.to_gptq(open_checkpoint(tmp_path / "tuned"), tmp_path / "no")
 
 
-def test_gptqmodel_gives_our_logits(tmp_path):
-    """The real peer, on a CPU, where it is installed."""
-    pytest.importorskip("gptqmodel", reason="needs GPTQModel, which is not among the tests' requirements")
-    save_model(models("llama", "unstructured", "uniform", groupsize=32)[0], tmp_path / "packed")
+@pytest.mark.parametrize("family, format, bits, groupsize, shuffled, zero", [
+    ("llama", "unstructured", 4, 32, False, None), ("opt", "dense", 4, 32, True, None), ("opt", "nm", 4, -1, False, None),
+    ("llama", "dense", 8, -1, False, None), ("llama", "dense", 2, 32, False, None), ("llama", "dense", 3, -1, False, None),
+    ("llama", "dense", 4, -1, False, 0)])
+def test_gptqmodel_gives_our_logits(family, format, bits, groupsize, shuffled, zero, tmp_path):
+    """The real peer, on a CPU, through transformers, where it is installed."""
+    for package in ("gptqmodel", "optimum"):
+        pytest.importorskip(package, reason=f"needs {package}, which is not among the tests' requirements")
+    packed = models(family, format, "uniform", bits, groupsize, shuffled)[0]
+    if zero is not None:                                        # version 2
+        packed.blocks[0].mlp.down.zero.fill_(zero)
+    save_model(packed, tmp_path / "packed")
     export.to_gptq(open_checkpoint(tmp_path / "packed"), tmp_path / "gptq")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "gptq", dtype=torch.float32, device_map="cpu")
     want = load_model(tmp_path / "packed")(TOKENS)
@@ -320,7 +329,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
     """A full disk: one line with the file's name and no .part."""
     peer("llama", tmp_path / "model")
     (tmp_path / "model/generation_config.json").unlink()
-    monkeypatch.setattr(export.shutil, "copyfileobj", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(shutil, "copyfileobj", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     (tmp_path / "model/tokenizer.model").write_bytes(b"x")
     with pytest.raises(OSError, match="tokenizer.model cannot be written .No space left on device"):
         export.to_hf(open_checkpoint(tmp_path / "model"), tmp_path / "out")

@@ -1,5 +1,6 @@
 """model.py and data/checkpoint.py: logits against transformers for every variant, every file layout, every error."""
 import json
+import resource
 import shutil
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from data.checkpoint import Tensors, read_folder, read_safetensors, write_safetensors
+from data.checkpoint import Tensors, read_folder, read_safetensors, write_atomic, write_safetensors
 from data.config import PUBLISHED, Config, read_config, resolve
-from model import Transformer, load_model, save_model
+from model import Transformer, load_model, open_checkpoint, save_model
 
 LLAMA = dict(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
              max_position_embeddings=64, rms_norm_eps=1e-6)
@@ -262,6 +263,155 @@ def test_errors_name_the_trouble(tmp_path):
     (cut / "params.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="consolidated.* are not"):
         load_model(cut)
+
+
+# ---- files that lie
+
+def write_raw(path, header: bytes, body: bytes = b""):
+    path.write_bytes(len(header).to_bytes(8, "little") + header + body)
+
+
+@pytest.mark.parametrize("header, message", [
+    ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}', "no list of whole numbers from 0 on"),
+    ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}', "no list of whole numbers from 0 on"),
+    ('{"a": {"dtype": "F32", "shape": [true, 2], "data_offsets": [0, 8]}}', "no list of whole numbers from 0 on"),
+    ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}', "a begins at byte 8"),
+    ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "8 bytes follow the last tensor"),
+    ('{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}',
+     "b begins at byte 8"),
+    ('{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
+     "'a' comes twice"),
+    ('{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 16]}}', "cannot fill"),
+    ('{"a": {"dtype": "F32", "shape": [0, 4611686018427387904], "data_offsets": [0, 0]}}', "a shape that no model has"),
+    ('{"a": {"dtype": "F8_E4M3", "shape": [16], "data_offsets": [0, 16]}}', "type F8_E4M3"),
+    ('{"a": {"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}}', "a has type"),
+    ('{"__metadata__": {"a": 1}, "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}', "__metadata__"),
+    (' {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}', "does not begin with"),
+    ('{"a": ' * 100_000, "nested too deeply")])
+def test_headers_as_strict_as_the_package(header, message, tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_raw(path, header.encode(), bytes(16))
+    with pytest.raises(ValueError, match=message) as e:
+        read_safetensors(path)
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
+    path.write_bytes((1 << 62).to_bytes(8, "little") + bytes(100))
+    with pytest.raises(ValueError, match="truncated"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(rms_norm_eps=float("nan")), "NaN is no JSON number"), (dict(rms_norm_eps=0), "rms_norm_eps 0 is not a number"),
+    (dict(rope_theta=0), "rope_theta 0"), (dict(rope_theta="1e4"), "rope_theta '1e4'"), (dict(tie_word_embeddings="false"), "tie_word_embeddings 'false'"),
+    (dict(tie_word_embeddings=0), "tie_word_embeddings 0 is not true or false"), (dict(head_dim="16"), "head_dim '16'"),
+    (dict(head_dim=16.0), "head_dim 16.0"), (dict(head_dim=True), "head_dim True"), (dict(num_hidden_layers=10 ** 6), "num_hidden_layers 1000000"),
+    (dict(hidden_size=2 ** 62), "hidden_size 4611686018427387904"), (dict(num_attention_heads=-4), "num_attention_heads -4"),
+    (dict(num_key_value_heads=0), "num_key_value_heads 0"), (dict(max_position_embeddings=None, vocab_size=[99]), "vocab_size .99."),
+    (dict(head_dim=None, hidden_size=66), "66 cannot be shared by 4 heads"), (dict(head_dim=15), "an odd number"),
+    (dict(rope_parameters={**LLAMA3, "low_freq_factor": 4.0}), "low_freq_factor must be below"),
+    (dict(rope_parameters={"rope_type": ["linear"]}), "rope type"), (dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial"),
+    (dict(rope_parameters={"rope_type": "linear", "factor": -2}), "factor -2"), (dict(model_type=["llama"]), "model_type")])
+def test_configurations_out_of_range(change, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA, "tie_word_embeddings": False}))
+    read_config(tmp_path)
+    edit(tmp_path, **change)
+    with pytest.raises(ValueError, match=message) as e:
+        read_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(e.value) and "\n" not in str(e.value)
+
+
+def test_an_index_stays_in_its_folder(tmp_path):
+    peer("llama", tmp_path / "a", max_shard_size="60KB")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    index = tmp_path / "a/model.safetensors.index.json"
+    held = json.loads(index.read_text())
+    name, file = next(iter(held["weight_map"].items()))
+    for odd in (f"../b/{file}", str(tmp_path / "b" / file), "..", "", ".", f"a/../../b/{file}", "x\0y", 3, None, ["x"], "C:\\x", f"..\\b\\{file}"):
+        index.write_text(json.dumps({"weight_map": {**held["weight_map"], name: odd}}))
+        with pytest.raises(ValueError, match="only files inside its folder are read"):
+            load_model(tmp_path / "a")
+    other = next(f for f in held["weight_map"].values() if f != file)
+    index.write_text(json.dumps({"weight_map": {**held["weight_map"], name: other}}))
+    with pytest.raises(ValueError, match=f"lists {name}, which {other} does not hold"):
+        load_model(tmp_path / "a")
+
+
+def test_weights_are_finite_and_floating_point(tmp_path):
+    peer("llama", tmp_path)
+    name, state = "model.layers.1.mlp.up_proj.weight", load_file(tmp_path / "model.safetensors")
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            w = state[name].to(dtype, copy=True)
+            w[5, 7] = bad
+            save_file({**state, name: w}, tmp_path / "model.safetensors")
+            with pytest.raises(ValueError, match=f"model.safetensors: {name} holds NaN or Inf"):
+                load_model(tmp_path)
+    save_file({**state, name: state[name].to(torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} is of type torch.int8"):
+        load_model(tmp_path)
+    save_file({**state, name: state[name].double()}, tmp_path / "model.safetensors")
+    load_model(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_files_hold_plain_tensors_only(tmp_path):
+    peer("llama", tmp_path)
+    state, name = load_file(tmp_path / "model.safetensors"), "model.norm.weight"
+    (tmp_path / "model.safetensors").unlink()
+    w = state[name]
+    for odd in (w.to("meta"), w.to_sparse(), torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), w.to(torch.complex64),
+                torch.nested.nested_tensor([w]), torch.ones(1).expand(64)):
+        torch.save({**state, name: odd}, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="pytorch_model.bin cannot be read .* download it again") as e:
+            load_model(tmp_path)
+        assert "\n" not in str(e.value)
+    torch.save({**state, 3: w}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="a name is no string but '3'"):
+        load_model(tmp_path)
+    w[3] = float("nan")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"pytorch_model.bin: {name} holds NaN"):
+        load_model(tmp_path)
+
+
+def test_opening_reads_no_weights(tmp_path, monkeypatch):
+    """Names and shapes of any size of model are checked without a pass over its values."""
+    peer("llama-gqa", tmp_path / "hf")
+    to_meta(tmp_path / "hf", tmp_path / "meta", 1, False)
+    looked = []
+    monkeypatch.setattr("data.checkpoint.check_tensor", lambda tensor, name, *rest: looked.append(name))
+    for folder in ("hf", "meta"):
+        checkpoint = open_checkpoint(tmp_path / folder)
+        assert not looked
+        checkpoint.block(1)
+        assert len(looked) == len(set(looked)) == 9
+        checkpoint.model()
+        assert len(looked) == len(set(looked)) == 21                         # each of them once
+        looked.clear()
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    """A limit on file sizes, a folder that is gone, one that is closed: one line with the file's name."""
+    path, tensors = tmp_path / "x.safetensors", {"a": torch.zeros(100_000)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match="x.safetensors cannot be written .File too large"):
+            write_safetensors(path, tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="gone/x.safetensors cannot be written .No such file"):
+        write_safetensors(tmp_path / "gone/x.safetensors", tensors)
+    with pytest.raises(KeyboardInterrupt):                                   # Ctrl-C in the middle
+        write_atomic(path, lambda f: (f.write(b"half"), (_ for _ in ()).throw(KeyboardInterrupt)))
+    with pytest.raises(TypeError):
+        write_atomic(path, lambda f: f.write(3))
+    assert list(tmp_path.iterdir()) == []
+    write_safetensors(path, tensors)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="full"):
+        write_atomic(path, lambda f: (_ for _ in ()).throw(OSError(28, "full")))
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:99"])

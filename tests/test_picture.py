@@ -1,5 +1,5 @@
-"""data/picture.py: bars as long as their numbers on one scale, nothing crossed, nothing lost or unescaped, one clear line for
-what is no report.
+"""data/picture.py: bars as long as their numbers on one scale, nothing crossed, nothing lost or
+unescaped, one clear line for what is no report.
 
     python -m pytest -q tests/test_picture.py
 """

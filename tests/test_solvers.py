@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import random_layer, steps
+from bench.naive import naive_sparsegpt
+from bench.solvers import random_layer, steps
 from gptq import Compressed, descend, find_grid, gptq, hessian, inverse_factor, nearest, quantize, relative_error, search_grid
 from sparsegpt import admm, parse_sparsity, prune_and_round, prune_smallest, refit, sparsegpt
 
@@ -22,34 +23,12 @@ def layer(rows=24, cols=96, seed=0):
 
 
 def naive(W, H, sparsity, bits, blocksize=32, groupsize=-1, sym=False, order=None):
-    """One column at a time, the whole rest updated after each: Algorithm 1 of both papers."""
-    W, n = W.clone(), W.shape[1]
-    H = H + 0.01 * H.diagonal().mean() * torch.eye(n, dtype=H.dtype)
-    if order is not None:
-        W, H = W[:, order], H[order][:, order]
-    U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
-    fraction, keep, of = parse_sparsity(sparsity)
-    M, C, groupsize = torch.zeros_like(W, dtype=torch.bool), torch.zeros_like(W), n if groupsize == -1 else groupsize
-    for j in range(n):
-        if bits and j % groupsize == 0:
-            scale, zero = find_grid(W[:, j:j + groupsize], bits, sym)
-        if not of and j % blocksize == 0:
-            e = min(n, j + blocksize)
-            score = (W[:, j:e] / U.diagonal()[j:e]) ** 2
-            cut = score.flatten().argsort(stable=True)[:round(fraction * len(W) * e) - round(fraction * len(W) * j)]
-            M[:, j:e] = torch.zeros(score.numel(), dtype=torch.bool).index_fill(0, cut, True).view(score.shape)
-        if of and j % of == 0:
-            score = (W[:, j:j + of] / U.diagonal()[j:j + of]) ** 2
-            for r in range(len(W)):
-                M[r, j + score[r].argsort()[:of - keep]] = True
-        q = W[:, j].clone()
-        if bits:
-            C[:, j] = quantize(q, scale[:, 0], zero[:, 0], bits) * ~M[:, j]
-            q = scale[:, 0] * (quantize(q, scale[:, 0], zero[:, 0], bits) - zero[:, 0])
-        q[M[:, j]] = 0
-        W[:, j + 1:] -= torch.outer((W[:, j] - q) / U[j, j], U[j, j + 1:])
-        W[:, j] = q
-    return W, M, C
+    """The papers' columns, on our grids."""
+    fraction, n, m = parse_sparsity(sparsity)
+
+    def our_grid(W, bits):
+        return (t[:, 0] for t in find_grid(W, bits, sym))
+    return naive_sparsegpt(W, H, (n, m) if m else fraction, bits, blocksize, groupsize, order, our_grid)
 
 
 @pytest.mark.parametrize("sparsity", [0, 0.5, 0.625, 0.9, "2:4", "4:8", "1:3", "8:16"])

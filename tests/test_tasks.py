@@ -1,5 +1,6 @@
-"""data/tasks.py and eval.py's zero-shot part: the texts of every task in every form, and the scores of a scorer of its own
-over transformers, one choice at a time. tests/harness.py compares with lm-evaluation-harness itself.
+"""data/tasks.py and eval.py's zero-shot part: the texts of every task in every form, and the scores
+of a scorer of its own over transformers, one choice at a time. tests/harness.py compares with
+lm-evaluation-harness itself.
 
     python -m pytest -q tests/test_tasks.py
 """
@@ -17,6 +18,7 @@ from data.config import SHIPPED
 from data.tasks import TASKS, Item, find_task, load_items
 from data.tokenizer import load_tokenizer
 from model import load_model
+from prompt import as_prefix
 from test_eval import last, run_program
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/zeroshot"
@@ -143,11 +145,14 @@ def test_the_batch_changes_nothing(opt):
 
 
 def test_behind_a_prompt(opt):
-    """A prompt of a text's embeddings gives what that text in front gives; the room is what it leaves."""
+    """A prompt of a text's embeddings gives what that text in front gives; the room is what it
+    leaves."""
     model, tokenizer = opt
     front = tokenizer.encode("The docs say so. ")
     prompt = model.embed(torch.tensor(front)).float()
     records = evaluation.zero_shot(model, tokenizer, ITEMS[:3], prompt)
+    as_keys = evaluation.zero_shot(model, tokenizer, ITEMS[:3], as_prefix(model, prompt))
+    assert [r["logprobs"] for r in as_keys] == [pytest.approx(r["logprobs"], abs=1e-4) for r in records]
     for item, record in zip(ITEMS, records):
         for (context, continuation), ours in zip(item.pairs, record["logprobs"]):
             given, scored = evaluation.encode_pair(tokenizer, context, continuation)

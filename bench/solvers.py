@@ -1,8 +1,8 @@
 """Time and error of the solvers, beside the published recipe written naively, in one run on this machine.
 
-    python bench.py                                            # random layers of real shapes
-    python bench.py --shapes 4096x11008 --no-naive --whole
-    python bench.py --model checkpoints/SmolLM2-135M --data PATH.txt       # and a whole model, its walk included
+    python -m bench.solvers                                            # random layers of real shapes
+    python -m bench.solvers --shapes 4096x11008 --no-naive --whole
+    python -m bench.solvers --model checkpoints/SmolLM2-135M --data PATH.txt       # and a whole model, its walk included
 
 The naive side follows the papers' pseudo-code column by column, sorts for its thresholds, keeps one Hessian per Linear and
 runs its forward passes in fp32. Errors are relative output errors (gptq.relative_error) of 50% + 4 bits, unless told.
@@ -14,35 +14,15 @@ import time
 
 import torch
 
+from bench.naive import naive_sparsegpt
+from compress import Settings, compress_model, make_solver
 from data.progress import Progress
 from data.text import calibration
 from data.tokenizer import load_tokenizer
-from gptq import find_grid, nearest, quantize, relative_error
+from eval import DTYPES, default_dtype
+from gptq import find_grid, nearest, relative_error
 from model import load_model
 from sparsegpt import parse_sparsity, prune_and_round, prune_smallest, sparsegpt
-from train import RECIPES, compress
-
-
-def naive_sparsegpt(W, H, fraction: float, bits: int, blocksize: int = 128, percdamp: float = 0.01):
-    """Algorithm 1 of SparseGPT with joint quantization (sections 3.2 to 3.5), one column at a time: (out, in) -> (out, in)."""
-    W, n = W.clone(), W.shape[1]
-    H = H + percdamp * H.diagonal().mean() * torch.eye(n)
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    scale, zero = (t[:, 0] for t in find_grid(W, bits))
-    for b in range(0, n, blocksize):
-        end = min(b + blocksize, n)
-        block, errors = W[:, b:end].clone(), torch.zeros(len(W), end - b)
-        score = block ** 2 / U.diagonal()[b:end] ** 2
-        mask = score <= score.flatten().sort().values[max(0, int(score.numel() * fraction) - 1)]
-        for j in range(end - b):
-            w, d = block[:, j], U[b + j, b + j]
-            q = scale * (quantize(w, scale, zero, bits) - zero)
-            q[mask[:, j]] = 0
-            errors[:, j] = (w - q) / d
-            block[:, j:] -= errors[:, j:j + 1] @ U[b + j:b + j + 1, b + j:end]
-            W[:, b + j] = q
-        W[:, end:] -= errors @ U[b:end, end:]
-    return W
 
 
 @torch.no_grad()
@@ -52,13 +32,16 @@ def naive_compress(model, windows, fraction: float, bits: int) -> None:
     for block in Progress(model.blocks, "naive walk"):
         H = {}
         for h in hs:
-            for names, x, _ in block.steps(h, rope):
-                for name in names:
-                    x2 = x.reshape(-1, x.shape[-1])
-                    H[name] = H.get(name, 0) + x2.T @ x2 / windows.numel()
+            for half in block.halves():
+                y = half.mix(h, rope)
+                for names, x in ((half.reads, half.read(h)), (half.writes, y)):
+                    for name in names:
+                        x2 = x.reshape(-1, x.shape[-1])
+                        H[name] = H.get(name, 0) + x2.T @ x2 / windows.numel()
+                h = half.write(h, y)
         for name in H:
             linear = block.get_submodule(name)
-            linear.weight.data = naive_sparsegpt(linear.weight, H[name], fraction, bits)
+            linear.weight.data = naive_sparsegpt(linear.weight, H[name], fraction, bits)[0]
         hs = [block(h, rope) for h in hs]
 
 
@@ -90,7 +73,7 @@ def steps(W, H, sparsity, bits: int, naive: bool, whole: bool = False):
     if not m:
         yield "magnitude, nearest level", *timed(lambda: error(nearest_level()))
         if naive:
-            yield "SparseGPT, naive", *timed(lambda: error(naive_sparsegpt(W, H, fraction, bits)))
+            yield "SparseGPT, naive", *timed(lambda: error(naive_sparsegpt(W, H, fraction, bits)[0]))
     yield "SparseGPT, ours", *timed(lambda: sparsegpt(W, H, sparsity, bits).error)
     settings = dict(mask="sparsegpt", refits=3, grid="uniform", act_order=False, descent=0)
     for name, change in (("refit, searched grid, GPTQ", {}), ("columns by importance", {"act_order": True}),
@@ -117,11 +100,11 @@ def main(args) -> None:
         return
     model = load_model(args.model)
     windows = calibration(load_tokenizer(args.model), args.data, "train", args.nsamples, args.seqlen, 0)
-    plain = lambda W, H, parts: sparsegpt(W, H, args.sparsity, args.bits, parts=parts)
-    best = lambda W, H, parts: prune_and_round(W, H, args.sparsity, args.bits, percdamp=RECIPES["best"]["percdamp"])
+    solve = {recipe: make_solver(args.bits, args.sparsity, recipe) for recipe in ("plain", "best")}
+    dtype = DTYPES[default_dtype("cpu")]
     rows = [("naive", lambda m: naive_compress(m, windows, fraction, args.bits)),
-            ("plain", lambda m: compress(m, windows, plain, False, 0.0, dtype=torch.bfloat16)),
-            ("best", lambda m: compress(m, windows, best, dtype=torch.bfloat16))]
+            ("plain", lambda m: compress_model(m, windows, solve["plain"], Settings(False, 0.0), dtype=dtype)),
+            ("best", lambda m: compress_model(m, windows, solve["best"], dtype=dtype))]
     seconds = {name: timed(lambda: work(copy.deepcopy(model)))[1] for name, work in rows if args.naive or name != "naive"}
     print(f"\n{args.model}, {windows.numel()} calibration tokens")
     for name, s in seconds.items():

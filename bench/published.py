@@ -1,6 +1,6 @@
 """SparseGPT and GPTQ as published (2301.00774, 2210.17323), over transformers: a peer for the plain recipe and its walk.
 
-    python tests/published.py MODEL --calib CALIB.txt --data TEST.txt --bits 4 --sparsity 0 --seeds 0 1 2
+    python -m bench.published MODEL --calib CALIB.txt --data TEST.txt --bits 4 --sparsity 0 --seeds 0 1 2
 
 compresses MODEL (Hugging Face's files) once with this and once with train.py's plain recipe, on the same windows of text, and
 prints both perplexities and the seconds both took, and over several seeds the geometric means. Everything is fp32; of this
@@ -12,39 +12,10 @@ import math
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-def solve(W, H, fraction: float, bits: int | None, blocksize: int = 128) -> torch.Tensor:
-    """(out, in) weights and their (in, in) Hessian -> weights with `fraction` of each block zero, the others on the grid."""
-    W, n = W.clone(), W.shape[1]
-    dead = H.diagonal() == 0
-    H, W[:, dead] = H + torch.diag(dead.float()), 0
-    low, high = W.amin(1).clamp(max=0), W.amax(1).clamp(min=0)
-    levels = 2 ** (bits or 16) - 1
-    scale = (high - low) / levels
-    zero = torch.round(-low / scale)
-    H = H + 0.01 * H.diagonal().mean() * torch.eye(n)
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    for b in range(0, n, blocksize):
-        e = min(b + blocksize, n)
-        block, errors = W[:, b:e].clone(), torch.zeros(len(W), e - b)
-        score = (block / U.diagonal()[b:e]) ** 2
-        pruned = torch.zeros_like(score, dtype=torch.bool)
-        pruned.view(-1)[score.flatten().argsort()[:round(fraction * score.numel())]] = True
-        for j in range(e - b):
-            w = block[:, j].clone()
-            q = w if bits is None else scale * (torch.clamp(torch.round(w / scale) + zero, 0, levels) - zero)
-            q = torch.where(pruned[:, j], 0, q)
-            errors[:, j] = (w - q) / U[b + j, b + j]
-            block[:, j:] -= errors[:, j, None] * U[b + j, b + j:e]
-            W[:, b + j] = q
-        W[:, e:] -= errors @ U[b:e, e:]
-    return W
+from bench.naive import naive_sparsegpt
 
 
 @torch.no_grad()
@@ -83,7 +54,7 @@ def walk(model, windows, fraction: float, bits: int | None) -> None:
         for handle in handles:
             handle.remove()
         for name, m in linears.items():
-            m.weight.copy_(solve(m.weight, H[name], fraction, bits))
+            m.weight.copy_(naive_sparsegpt(m.weight, H[name], fraction, bits)[0])
         calls = [((h, *args[1:]), kwargs) for h, (args, kwargs) in zip(run(), calls)]
         print(f"\rpublished: block {i + 1} of {len(base.layers)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -104,8 +75,8 @@ def both(folder, windows, test, fraction: float, bits: int | None) -> tuple[floa
     import transformers
 
     import eval
+    from compress import Settings, compress_model, make_solver
     from model import load_model
-    from train import RECIPES, compress, make_solver
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     start = time.perf_counter()
     walk(theirs, windows, fraction, bits)
@@ -113,10 +84,8 @@ def both(folder, windows, test, fraction: float, bits: int | None) -> tuple[floa
     published = perplexity(theirs, test, windows.shape[1])
     del theirs
     ours = load_model(folder)
-    plain = argparse.Namespace(**RECIPES["plain"], recipe="plain", sparsity=fraction, bits=bits or 16, groupsize=-1, sym=False,
-                               static_groups=False, blocksize=128)
     start = time.perf_counter()
-    compress(ours, windows, make_solver(plain), plain.true_sequential, plain.correct, bits=bits)
+    compress_model(ours, windows, make_solver(bits, fraction, "plain"), Settings(False, 0.0), exact=True)
     seconds = time.perf_counter() - start
     return published, eval.perplexity(ours, test, windows.shape[1])[0], published_seconds, seconds
 

@@ -1,0 +1,145 @@
+"""Learning a soft prompt: ours beside PEFT's prompt tuning over transformers. Same model, text, start, dtype and machine.
+
+    python -m bench.prompts FOLDER --batch 4 --tokens 512          # needs transformers and peft (tests/requirements.txt)
+
+FOLDER is a dense checkpoint in the Hugging Face layout. Each side runs in a process of its own, in turn, so that neither
+sees the other's memory: load, one step that is not timed, --steps steps of AdamW. Printed: text tokens a second (the best of
+--repeats), seconds a step, seconds of processors a step (steadier on a machine with other jobs), peak memory of the process (on a GPU: of its allocator), and the first losses, which must agree:
+both sides score text tokens 2 ... T behind the same prompt.
+"""
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def ours(args, windows: torch.Tensor):
+    """A function that takes one step and returns the loss before it."""
+    from model import load_model
+    from prompt import initial_prompt, learn
+    model = load_model(args.model, DTYPES[args.dtype], args.device)
+    model.checkpointing = args.checkpointing
+    start = initial_prompt(model, args.prompt_tokens, "text", windows[0, :args.prompt_tokens])
+
+    def steps(count: int, each) -> None:
+        learn(model, start, windows, None, count, args.batch, args.lr, warmup=1, val_every=count, progress=each)
+    return steps
+
+
+def peft(args, windows: torch.Tensor):
+    from peft import PromptTuningConfig, TaskType, get_peft_model
+    from transformers import AutoModelForCausalLM
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device)
+    start = base.get_input_embeddings()(windows[0, :args.prompt_tokens].to(args.device)).detach()
+    if args.checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=args.prompt_tokens)
+    model = get_peft_model(base, config)
+    model.prompt_encoder["default"].embedding.weight.data = start.float()
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
+
+    def steps(count: int, each) -> None:
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))     # as fit draws them
+        bar = each(range(count), "")
+        for step in bar:
+            batch = windows[order[step * args.batch:(step + 1) * args.batch]].to(args.device)
+            labels = batch.clone()
+            labels[:, 0] = -100                                 # PEFT would score it behind the prompt's last position
+            loss = model(input_ids=batch, attention_mask=torch.ones_like(batch), labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            opt.step()
+            opt.zero_grad()
+            bar.note(f"loss {loss.item():.3f}")
+    return steps
+
+
+class Timed:
+    """Stands for a progress bar: notes the clock before every step and after the last, and what is shown beside it."""
+
+    def __init__(self, device: str):
+        self.device, self.times, self.notes = device, [], []
+
+    def __call__(self, items, title: str):
+        self.items = items
+        return self
+
+    def __iter__(self):
+        for item in self.items:
+            self.mark()
+            yield item
+        self.mark()
+
+    def mark(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        self.times.append((time.perf_counter(), time.process_time()))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def run_side(args) -> dict:
+    """One side, in this process: {seconds a step, peak bytes, first loss}."""
+    count = args.batch * (args.steps + 1)
+    g = torch.Generator().manual_seed(0)
+    vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
+    windows = torch.randint(0, vocab, (count, args.tokens), generator=g)
+    timed = Timed(args.device)
+    {"ours": ours, "peft": peft}[args.side](args, windows)(args.steps + 1, timed)
+    seconds, cpu = ((b - a) / args.steps for a, b in zip(timed.times[1], timed.times[-1]))    # the first step is not timed
+    if args.device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "cpu": cpu, "peak": peak, "first": timed.notes[0]}
+
+
+def main(args) -> None:
+    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.model}, {args.dtype}, {machine}: {args.batch} windows of {args.tokens} random tokens behind "
+          f"{args.prompt_tokens} prompt tokens, {args.steps} steps timed{', checkpointing' if args.checkpointing else ''}")
+    results = {"peft": [], "ours": []}
+    for _ in range(args.repeats):
+        for side, held in results.items():
+            command = [sys.executable, "-m", "bench.prompts", *sys.argv[1:], "--side", side]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+            if done.returncode:
+                reason = (done.stderr.strip() or f"killed by signal {-done.returncode}").splitlines()[-1]
+                raise SystemExit(f"error: {side} failed: {reason}")
+            held.append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{'':24s} {'tokens/s':>9s} {'s a step':>9s} {'CPU s':>9s} {'peak, GB':>9s}   first step")
+    best = {side: min(held, key=lambda r: r["seconds"]) for side, held in results.items()}
+    for side, r in best.items():
+        name = {"peft": "PEFT over transformers", "ours": "prompt.py"}[side]
+        speed = args.batch * args.tokens / r["seconds"]
+        print(f"{name:24s} {speed:9.1f} {r['seconds']:9.2f} {r['cpu']:9.2f} {r['peak'] / 1e9:9.2f}   {r['first']}")
+    print(f"ours / PEFT: {best['peft']['seconds'] / best['ours']['seconds']:.2f} x the tokens a second, "
+          f"{best['ours']['peak'] / best['peft']['peak']:.2f} x the memory")
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    a = p.add_argument
+    a("model", help="a dense checkpoint folder in the Hugging Face layout")
+    a("--batch", type=int, default=4, help="windows a step")
+    a("--tokens", type=int, default=512, help="tokens a window")
+    a("--prompt-tokens", type=int, default=100)
+    a("--steps", type=int, default=2)
+    a("--repeats", type=int, default=1, help="runs of each side, in turn; the fastest counts")
+    a("--lr", type=float, default=1e-3)
+    a("--dtype", default="float32", choices=DTYPES)
+    a("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a("--checkpointing", action="store_true", help="both sides recompute activations")
+    a("--side", choices=["ours", "peft"], help=argparse.SUPPRESS)
+    args = p.parse_args()
+    print(json.dumps(run_side(args))) if args.side else main(args)

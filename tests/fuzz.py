@@ -1,0 +1,700 @@
+"""A seeded fuzzer of everything that is read: many kinds of folder, each damaged in one way, loaded in a process of its own.
+
+    python tests/fuzz.py --cases 6000 --seeds 0 1 2          # thousands by hand; test_fuzz.py runs a few hundred
+    python tests/fuzz.py --only packed-nm-offset/1/17        # one case again, with its traceback
+
+A load may end in two ways: one line (ValueError or OSError) that names a file of the folder, or a model. Everything else
+is a finding: other exceptions, more than 10 seconds, a file opened outside the folder, a program started, a message
+without its file. Loads that end in a model are compared with the undamaged one:
+
+    same        the damage changed nothing that is used
+    bytes       bytes inside a tensor changed, or whole tensors were exchanged, in a file without checksums
+    other       the folder is a valid other model: a number in a configuration, a merge or a score in a tokenizer
+    unnoticed   a finding: none of these, such as changed bytes under a checksum
+
+Left out: what the operating system does to a file that shrinks while it is mapped.
+"""
+import argparse
+import collections
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import to_meta
+from test_packed_model import models
+from test_tokenizer import LLAMA3_SPECIAL, tiny_files
+
+from data.checkpoint import write_safetensors
+from data.config import Config
+from data.tiny.make_tokenizers import sentencepiece_model
+from data.tokenizer import load_tokenizer
+from export import from_peft, to_peft
+from kernels.linear import PackedLinear
+from kernels.unpacking import unpack
+from model import Transformer, load_model, save_index, save_model, save_shard
+from prompt import load_prompt, save_prompt
+
+LIMIT = 10                                                      # seconds a load may take
+MEMORY = 4 << 30                                                # bytes it may take
+SAMPLES = [" hello hell\u00e9\0\n", "aZ 12 \u4e2d </s> <|eot_id|>", "def f(x):\n    return x\n"]
+TOKENS = torch.arange(12).view(1, 12)
+
+
+class Kind(NamedTuple):
+    name: str
+    build: callable                                             # build(folder) writes it
+    load: callable                                              # load(folder) -> {what: digest}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The kinds of folder
+
+def digest(value) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def read_model(folder: Path) -> dict:
+    """All that a model is, in a few digests."""
+    model = load_model(folder)
+    weights = []
+    for name, p in sorted(model.named_parameters()):
+        weights.append((name, hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()))
+    for name, m in model.linears():
+        if isinstance(m, PackedLinear):
+            weights.append((name, hashlib.sha256(unpack(m.packed, torch.float32).numpy().tobytes()).hexdigest()))
+    with torch.no_grad():
+        model(TOKENS[:, :min(12, model.config.max_positions)] % model.config.vocab_size)
+    return {"config": digest(dataclasses.asdict(model.config)), "weights": digest(weights)}
+
+
+def read_tokens(folder: Path) -> dict:
+    t = load_tokenizer(folder)
+    texts = [t.encode(text) for text in SAMPLES]
+    return {"tokenizer": digest((t.bos_id, t.eos_id, t.vocab_size, texts, [t.decode(ids) for ids in texts]))}
+
+
+def read_both(folder: Path) -> dict:
+    return {**read_model(folder), **read_tokens(folder)}
+
+
+def read_prompt(folder: Path) -> dict:
+    prompt, settings = load_prompt(folder / "prompt.safetensors")
+    return {"weights": digest(prompt.numpy().tobytes()), "config": digest(settings)}
+
+
+def read_prompt_pt(folder: Path) -> dict:
+    prompt, settings = load_prompt(folder / "prompt.pt")
+    return {"weights": digest(prompt.numpy().tobytes()), "config": digest(settings)}
+
+
+def read_adapter(folder: Path) -> dict:
+    return {"weights": digest(from_peft(folder).numpy().tobytes())}
+
+
+def dense(family: str, **changes) -> Transformer:
+    torch.manual_seed(0)
+    opt = family == "opt"
+    config = Config(family, **{"vocab_size": 264, "d_model": 32, "n_layer": 2, "n_head": 4, "d_ff": 64, "max_positions": 64,
+                               "tied": opt, "attention_bias": opt, "mlp_bias": opt, **changes})
+    model = Transformer(config).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.data = torch.randn_like(p) * 0.2
+    return model
+
+
+def hf(family: str, **changes):
+    def build(folder: Path):
+        save_model(dense(family, **changes), folder)
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})      # as others write it: without checksums
+        tiny_files(folder)
+        for name in ("tokenizer.json",) if family == "opt" else ("vocab.json", "merges.txt"):
+            (folder / name).unlink()
+        settings = {"bos_token": "</s>", "eos_token": {"content": "</s>", "lstrip": False}, "add_bos_token": True}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return build
+
+
+def shards(build, suffix: str, old: bool = False):
+    """The same folder with its weights in two files and an index; suffix "bin": torch files; "": one torch file."""
+    def split(folder: Path):
+        build(folder)
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        if not suffix:
+            return torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+        stem, names = {"bin": "pytorch_model", "safetensors": "model"}[suffix], sorted(tensors)
+        files = {name: f"{stem}-0000{1 + i % 2}-of-00002.{suffix}" for i, name in enumerate(names)}
+        for file in sorted(set(files.values())):
+            part = {name: tensors[name] for name in names if files[name] == file}
+            torch.save(part, folder / file) if suffix == "bin" else save_file(part, folder / file)
+        whole = "pytorch_model.bin" if suffix == "bin" else "model.safetensors"
+        (folder / f"{whole}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+    return split
+
+
+def meta(n: int):
+    def build(folder: Path):
+        with tempfile.TemporaryDirectory() as place:
+            save_model(dense("llama", vocab_size=400), place)
+            to_meta(Path(place), Path(place) / "meta", n, False)
+            shutil.copytree(Path(place) / "meta", folder, dirs_exist_ok=True)
+        sentencepiece(folder)
+        (folder / "config.json").unlink()
+    return build
+
+
+def packed(family: str, format: str, grid: str, groupsize: int = -1, shuffled: bool = False, old: bool = False):
+    def build(folder: Path):
+        save_model(models(family, format, grid, 4, groupsize, shuffled)[0], folder)
+        if old:                                                 # format 1: no checksums, no version
+            save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
+            config = json.loads((folder / "config.json").read_text())
+            layers = config["quantization_config"]["layers"]
+            config.update(model_type=family, quantization_config={"quant_method": "compress-then-prompt", "layers": layers})
+            (folder / "config.json").write_text(json.dumps(config))
+    return build
+
+
+def packed_shards(folder: Path):
+    model = models("llama", "unstructured", "offset")[0]
+    blocks, model.blocks = list(model.blocks), torch.nn.ModuleList()
+    for part, module in enumerate([model, *blocks]):
+        save_shard(folder, module, part, model.config)
+    save_index(folder, model.config)
+
+
+def prompt_file(name: str):
+    def build(folder: Path):
+        prompt = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+        if name.endswith(".pt"):
+            torch.save({"soft_prompt": prompt, "lr": 0.1}, folder / name)
+        else:
+            save_prompt(folder / name, prompt, {"lr": 0.1})
+    return build
+
+
+def adapter(folder: Path):
+    to_peft("model", dense("llama").config, torch.randn(5, 32), folder)
+
+
+def sentencepiece(folder: Path):
+    words = [" ".join(["hello", "hell", "shell", "fell", "12", "return", "def", "x"][i % 8:]) for i in range(80)]
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(words, 300))
+    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 400}')
+
+
+def ranks(folder: Path):
+    import base64
+    tokens = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell", b" hell"]
+    (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(tokens) + len(LLAMA3_SPECIAL)}))
+
+
+def tokenizer_files(*unwanted: str):
+    def build(folder: Path):
+        tiny_files(folder)
+        for name in unwanted:
+            (folder / name).unlink()
+        (folder / "config.json").write_text('{"model_type": "opt", "vocab_size": 264, "eos_token_id": 2}')
+        (folder / "tokenizer_config.json").write_text('{"bos_token": "</s>", "add_bos_token": true}')
+    return build
+
+
+KINDS = [
+    Kind("hf-llama", hf("llama"), read_both), Kind("hf-llama-gqa", hf("llama", n_kv_head=2, tied=True), read_both),
+    Kind("hf-llama-rope", hf("llama", rope_theta=5e5, rope_scaling={
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}), read_both),
+    Kind("hf-llama-shards", shards(hf("llama"), "safetensors"), read_both),
+    Kind("hf-llama-bin", shards(hf("llama"), ""), read_both), Kind("hf-opt-old-bin", shards(hf("opt"), "", old=True), read_both),
+    Kind("hf-opt-bin-shards", shards(hf("opt"), "bin"), read_both), Kind("hf-opt", hf("opt"), read_both),
+    Kind("hf-opt-350m", hf("opt", d_embed=16, pre_norm=False, final_norm=False), read_both),
+    Kind("meta", meta(1), read_both), Kind("meta-shards", meta(2), read_both),
+    *(Kind(f"packed-{f}-{g}", packed("llama" if g == "offset" else "opt", f, g), read_model)
+      for f in ("dense", "nm", "unstructured") for g in ("uniform", "offset")),
+    *(Kind(f"packed-{f}-groups", packed("llama", f, g, 32), read_model)
+      for f, g in (("dense", "uniform"), ("nm", "offset"), ("unstructured", "uniform"))),
+    Kind("packed-g_idx", packed("opt", "dense", "uniform", 32, True), read_model),
+    *(Kind(f"packed-old-{f}", packed("opt", f, g, n, n > 0 and f == "dense", old=True), read_model)
+      for f, g, n in (("dense", "uniform", 32), ("nm", "offset", -1), ("unstructured", "offset", 32))),
+    Kind("packed-shards", packed_shards, read_model),
+    Kind("prompt", prompt_file("prompt.safetensors"), read_prompt), Kind("prompt-pt", prompt_file("prompt.pt"), read_prompt_pt),
+    Kind("adapter", adapter, read_adapter),
+    Kind("sentencepiece", sentencepiece, read_tokens), Kind("ranks", ranks, read_tokens),
+    Kind("tokenizer-json", tokenizer_files("vocab.json", "merges.txt"), read_tokens),
+    Kind("vocab-merges", tokenizer_files("tokenizer.json"), read_tokens),
+]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Damage. Each function changes one file (or the folder) and returns what it did; None: it does not apply here.
+
+ODD = [None, -1, 0, 1, 1.5, 2, 7, 10 ** 6, 2 ** 31, 2 ** 62, 2 ** 64, -2 ** 63, 10 ** 400, float("nan"), float("inf"), -0.0, 1e-30,
+       1e300, True, False, "", "16", "false", "x" * 5000, "\0", "../outside/model.safetensors", "/etc/passwd", "\ud800", [], [1],
+       [[]], {}, {"a": 1}, {"content": 3}, [None], ["a", "b"], [-1, 3], [2 ** 62, 2 ** 62]]
+
+
+def bytes_damage(file: Path, r: random.Random) -> str:
+    data, how = bytearray(file.read_bytes()), r.choice(
+        ["flip", "flip", "set", "zeros", "ones", "cut", "cut", "drop", "insert", "append", "copy", "swap", "empty", "line"])
+    n, at = len(data), r.randrange(len(data) or 1)
+    if r.random() < 0.5:
+        at = min(at, r.randrange(1000))                         # headers are where the danger is
+    size = min(r.choice([1, 2, 8, 64, 1000]), max(1, n - at))
+    if how == "flip" and n:
+        data[at] ^= 1 << r.randrange(8)
+    elif how == "set" and n:
+        data[at] = r.randrange(256)
+    elif how in ("zeros", "ones"):
+        data[at:at + size] = (b"\0" if how == "zeros" else b"\xff") * size
+    elif how == "cut":
+        del data[r.choice([at, n - 1, n - 8, n // 2]):]
+    elif how == "drop":
+        del data[at:at + size]
+    elif how == "insert":
+        data[at:at] = r.randbytes(size)
+    elif how == "append":
+        data += r.randbytes(size)
+    elif how == "copy":
+        data[at:at] = data[at:at + size]
+    elif how == "swap":
+        other = r.randrange(n or 1)
+        data[at:at + size], data[other:other + size] = data[other:other + size], data[at:at + size]
+    elif how == "empty":
+        data.clear()
+    elif how == "line":
+        lines = data.split(b"\n")
+        i = r.randrange(len(lines))
+        lines[i:i + 1] = r.choice([[], [lines[i]] * 2, [lines[i][:r.randrange(len(lines[i]) + 1)]], [lines[i], b""]])
+        data = bytearray(b"\n".join(lines[:i + r.choice([1, len(lines)])]))
+    file.write_bytes(data)
+    return f"bytes:{how} at {at}"
+
+
+def file_damage(file: Path, r: random.Random) -> str:
+    how = r.choice(["delete", "directory", "other", "loop", "unreadable", "twin"])
+    others = sorted(f for f in file.parent.iterdir() if f != file and f.is_file())
+    data = file.read_bytes()
+    if how == "twin" and file.suffix in (".safetensors", ".bin", ".pth"):
+        shutil.copy(file, file.with_name(f"model-twin{file.suffix}"))
+        return "file:twin"
+    file.unlink()
+    if how == "directory":
+        file.mkdir()
+    elif how == "other" and others:
+        shutil.copy(r.choice(others), file)
+    elif how == "loop":
+        file.symlink_to(file.name)
+    elif how == "unreadable":
+        file.write_bytes(data[::-1])
+    return f"file:{how}"
+
+
+def leaves(tree, at=()) -> list[tuple]:
+    """Paths to every value of a JSON tree, a thousand at most."""
+    found, items = [at] if at else [], tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in list(items)[:400]:
+        found += leaves(value, (*at, key))
+    return found[:1000]
+
+
+def tree_damage(tree: dict, r: random.Random) -> str:
+    """One change in a JSON tree."""
+    paths = leaves(tree)
+    if not paths:
+        return "tree:nothing"
+    *above, key = path = r.choice(paths if r.random() < 0.5 else [p for p in paths if len(p) <= 2] or paths)
+    parent = tree
+    for step in above:
+        parent = parent[step]
+    how = r.choice(["odd"] * 6 + ["near", "delete", "swap", "deep", "rename"])
+    if how == "near" and isinstance(parent[key], (int, float)):
+        parent[key] += r.choice([-1, 1, 0.5, 8])
+    elif how == "delete":
+        del parent[key]
+    elif how == "swap":
+        other = r.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+        parent[key], parent[other] = parent[other], parent[key]
+    elif how == "deep":
+        parent[key] = json.loads("[" * 400 + "]" * 400)
+    elif how == "rename" and isinstance(parent, dict):
+        parent[str(key) + r.choice(["", "x", " "])] = parent.pop(key)
+    else:
+        parent[key] = copy.deepcopy(r.choice(ODD))
+    return f"tree:{how} {'.'.join(map(str, path))[:60]}"
+
+
+def json_damage(file: Path, r: random.Random) -> str:
+    tree = json.loads(file.read_text("utf-8"))
+    how = r.choice(["tree"] * 8 + ["double", "nested", "whole"])
+    if how == "tree":
+        how = tree_damage(tree, r)
+        text = json.dumps(tree)
+    elif how == "double" and tree:
+        key = r.choice(list(tree))
+        text = json.dumps(tree)[:-1] + f", {json.dumps(key)}: {json.dumps(r.choice(ODD[:12]))}}}"
+    elif how == "nested":
+        text = "{\"a\":" * 100_000
+    else:
+        text = json.dumps(r.choice(ODD))
+    file.write_text(text, "utf-8")
+    return f"json:{how}"
+
+
+def header_damage(file: Path, r: random.Random) -> str:
+    """The header of a safetensors file, with the tensors where they were."""
+    data = file.read_bytes()
+    n = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8:8 + n]), data[8 + n:]
+    how = r.choice(["tree"] * 6 + ["length", "offsets", "offsets", "overlap", "gap", "double", "reorder", "sums"])
+    names = [name for name in header if name != "__metadata__"]
+    entry = header[r.choice(names)]
+    length = None
+    if how == "tree":
+        how = tree_damage(header, r)
+    elif how == "length":
+        length = r.choice([0, 1, n - 1, n + 1, n + 8, len(data), 2 ** 31, 2 ** 40, 2 ** 63, 2 ** 64 - 1])
+    elif how == "offsets":
+        move = r.choice([-1, 1, -2, 2, 64, -64, 2 ** 40, -2 ** 40])
+        entry["data_offsets"] = [o + move for o in entry["data_offsets"]]
+    elif how == "overlap":
+        other = header[r.choice(names)]
+        entry.update(data_offsets=list(other["data_offsets"]), dtype=other["dtype"], shape=list(other["shape"]))
+    elif how == "gap":
+        body += bytes(64)
+        if r.random() < 0.5:
+            last = max((header[name] for name in names), key=lambda e: e["data_offsets"][1])
+            last["data_offsets"] = [o + 64 for o in last["data_offsets"]]
+    elif how == "reorder":                                      # says the same, if nobody minds the order
+        header = dict(r.sample(list(header.items()), len(header)))
+    elif how == "sums" and "crc32" in header.get("__metadata__", {}):
+        header["__metadata__"]["crc32"] = r.choice(["", "{}", "[]", "{\"a\": \"z\"}", header["__metadata__"]["crc32"][:-9] + "}"])
+    text = json.dumps(header)
+    if how == "double":
+        name = r.choice(names)
+        text = text[:-1] + f", {json.dumps(name)}: {json.dumps(header[r.choice(names)])}}}"
+    text = text.encode()
+    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
+    return f"header:{how}"
+
+
+def odd_tensor(t: torch.Tensor, r: random.Random) -> tuple[str, torch.Tensor]:
+    """A tensor damaged, or something in its place."""
+    how = r.choice(["nan", "inf", "type", "type", "shape", "shape", "empty", "scalar", "value", "zeros"])
+    t = t.clone()
+    if how in ("nan", "inf", "value", "zeros"):
+        if how in ("nan", "inf") and not t.is_floating_point():
+            how = "value"
+        at = r.randrange(max(1, t.numel()))
+        if t.numel():
+            t.view(-1)[at] = {"nan": float("nan"), "inf": float("-inf"), "zeros": 0}.get(how, 3)
+    elif how == "type":
+        t = t.to(r.choice([torch.int8, torch.int64, torch.float64, torch.bool, torch.int32, torch.float16, torch.bfloat16]))
+    elif how == "shape":
+        t = r.choice([t[:-1], t[None], t.reshape(-1), t.T if t.dim() == 2 else t[1:]]).contiguous()
+    elif how == "empty":
+        t = t[:0]
+    else:
+        t = t.reshape(-1)[:1].sum()
+    return how, t
+
+
+def tensors_damage(file: Path, r: random.Random) -> str:
+    """One tensor of a safetensors file, written again: by the package (no checksums) or by us (right checksums)."""
+    tensors = load_file(file)
+    names = list(tensors)
+    name, other = r.choice(names), r.choice(names)
+    how = r.choice(["odd"] * 5 + ["delete", "swap", "rename", "add"])
+    if how == "odd":
+        how, tensors[name] = odd_tensor(tensors[name], r)
+    elif how == "delete":
+        del tensors[name]
+    elif how == "swap":
+        tensors[name], tensors[other] = tensors[other].clone(), tensors[name].clone()
+    elif how == "rename":
+        tensors[r.choice([name + "x", name.removeprefix("model."), "", "a" * 1000])] = tensors.pop(name)
+    else:
+        tensors[r.choice([name.removeprefix("model."), name.removesuffix("weight") + "g_idx", "x"])] = tensors[name].clone()
+    if r.random() < 0.5:
+        save_file(tensors, file)
+        return f"tensors:{how} {name}"
+    write = copy.copy(tensors)
+    with unchecked():
+        write_safetensors(file, write)
+    return f"tensors+sums:{how} {name}"
+
+
+@contextlib.contextmanager
+def unchecked():
+    """write_safetensors, without a thought for what is written."""
+    import data.checkpoint as c
+    kept, c.verify_file = c.verify_file, lambda path: None
+    try:
+        yield
+    finally:
+        c.verify_file = kept
+
+
+class Evil:
+    """A pickle that would start a program."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def torch_damage(file: Path, r: random.Random) -> str:
+    """What a torch file holds, written again."""
+    held = torch.load(file, weights_only=True)
+    names = [n for n in held if torch.is_tensor(held[n])]
+    name = r.choice(names)
+    t, how = held[name], r.choice(["odd"] * 4 + ["meta", "sparse", "quantized", "nested", "repeated", "key", "number", "evil", "list",
+                                                 "delete", "subclass", "complex", "deep", "swap", "tensor"])
+    if how == "odd":
+        how, held[name] = odd_tensor(t, r)
+    elif how in ("meta", "sparse", "quantized", "nested", "repeated", "complex", "subclass"):
+        held[name] = {"meta": lambda: t.to("meta"), "sparse": lambda: t.float().to_sparse(),
+                      "quantized": lambda: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+                      "nested": lambda: torch.nested.nested_tensor([t.float().reshape(-1)]), "complex": lambda: t.to(torch.complex64),
+                      "repeated": lambda: torch.zeros(1).expand(*t.shape[:-1], r.choice([t.shape[-1], 2 ** 40])),
+                      "subclass": lambda: torch.nn.Parameter(t.float())}[how]()
+    elif how == "key":
+        held[r.choice([3, None, (1, 2), b"x"])] = held.pop(name)
+    elif how == "number":
+        held[name] = r.choice([3, "x", None, [t], {"a": t}])
+    elif how == "evil":
+        held[r.choice([name, "x"])] = Evil()
+    elif how == "list":
+        held = list(held.values())
+    elif how == "delete":
+        del held[name]
+    elif how == "deep":
+        for _ in range(300):
+            held = [held]
+    elif how == "swap":
+        other = r.choice(names)
+        held[name], held[other] = held[other].clone(), t.clone()
+    elif how == "tensor":
+        held = t
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(held, file, _use_new_zipfile_serialization=r.random() < 0.8)
+    return f"torch:{how} {name}"
+
+
+def damage(folder: Path, r: random.Random) -> tuple[str, str]:
+    """Damage one file of a folder: (its name, what was done)."""
+    files = sorted(f for f in folder.iterdir() if f.is_file())
+    file = r.choice(files)
+    ways = [bytes_damage, file_damage] if r.random() < 0.5 else [
+        {".json": json_damage, ".safetensors": r.choice([header_damage, tensors_damage])}.get(
+            file.suffix, torch_damage if file.suffix in (".bin", ".pth", ".pt") else bytes_damage)]
+    weights = [4, 1][:len(ways)]
+    return file.name, r.choices(ways, weights)[0](file, r)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loading in a process of its own
+
+class Watch:
+    """Notes every file that is opened outside a folder, and every program that is started. Hooks cannot be taken back,
+    so a process has one of these at most."""
+    STARTS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect", "os.remove", "os.rename")
+
+    def __init__(self):
+        places = (*sys.path, sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev")
+        self.allowed = tuple({str(Path(p).resolve()) for p in places if p})
+        self.inside, self.seen = None, []
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, args: tuple) -> None:
+        if self.inside is None:
+            return
+        if event == "open" and isinstance(args[0], (str, bytes)):
+            path = os.path.abspath(os.fsdecode(args[0]))
+            if not path.startswith((self.inside, *self.allowed)) or "outside" in path:
+                self.seen.append(f"opened {path}")
+        elif event in self.STARTS:
+            self.seen.append(f"{event} {args}"[:200])
+
+    @contextlib.contextmanager
+    def over(self, folder: Path):
+        self.inside, self.seen = str(folder), []
+        try:
+            yield self.seen
+        finally:
+            self.inside = None
+
+
+def load_here(kind: Kind, folder: Path, watch: Watch) -> dict:
+    """The outcome of a load, in this process."""
+    seen = []
+    try:
+        with watch.over(folder) as seen, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            out = {"loaded": kind.load(folder)}
+    except (ValueError, OSError) as e:
+        message = str(e)
+        out = {"refused": message[:500]}
+        if "\n" in message:
+            out["finding"] = "more than one line"
+        elif str(folder) not in message:
+            out["finding"] = "no file named"
+        if isinstance(e, UnicodeError) or type(e).__module__ not in ("builtins", "io"):
+            out["finding"] = f"a {type(e).__name__} that nobody meant"
+    except BaseException as e:
+        frames = traceback.extract_tb(e.__traceback__)
+        ours = [f for f in frames if str(Path(__file__).parents[1]) in f.filename and "/tests/" not in f.filename] or frames[-1:]
+        where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
+        out = {"finding": f"{type(e).__name__} at {where}", "text": "".join(traceback.format_exception(e))[-3000:]}
+    if seen:
+        out = {**out, "finding": seen[0]}
+    return out
+
+
+def apart(jobs: list):
+    """job(watch) -> dict of every job, in forked processes with limits on time and memory. A process does one job after the
+    other; the next begins where one that hung or died left off."""
+    done = 0
+    while done < len(jobs):
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                os.close(read)
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                watch = Watch()
+                for job in jobs[done:]:
+                    os.write(write, json.dumps(job(watch)).encode()[:60_000] + b"\n")
+            finally:
+                os._exit(0)
+        os.close(write)
+        held, ready = b"", True
+        while done < len(jobs):
+            if b"\n" not in held:
+                ready = bool(select.select([read], [], [], LIMIT)[0])
+                part = os.read(read, 65_536) if ready else b""
+                if not part:
+                    break
+                held += part
+                continue
+            line, _, held = held.partition(b"\n")
+            done += 1
+            yield json.loads(line)
+        os.close(read)
+        if done < len(jobs) and not ready:
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if done < len(jobs):
+            done += 1
+            yield {"finding": f"the process died, status {status}" if ready else f"no end after {LIMIT} s"}
+
+
+class Bed:
+    """Undamaged folders, one of each kind, and what they load as."""
+
+    def __init__(self, place: Path, names: list[str] | None = None):
+        torch.set_num_threads(1)                                # a fork keeps no threads
+        self.place, self.kinds, self.whole = place, [k for k in KINDS if not names or k.name in names], {}
+        (place / "outside").mkdir(parents=True)
+        for kind in self.kinds:
+            folder = place / "whole" / kind.name
+            folder.mkdir(parents=True)
+            kind.build(folder)
+            out, = apart([lambda watch: load_here(kind, folder, watch)])
+            if "loaded" not in out:
+                raise SystemExit(f"{kind.name} does not load as it is: {out}")
+            self.whole[kind.name] = out["loaded"]
+        for file in self.place.glob("whole/hf-llama/*"):
+            shutil.copy(file, place / "outside")
+
+    def case(self, kind: Kind, seed: int, number: int, watch: Watch) -> dict:
+        """One damaged folder: what was done, how it ended, and its class."""
+        folder = self.place / "case"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.place / "whole" / kind.name, folder)
+        r = random.Random(f"{kind.name}/{seed}/{number}")
+        file, how = damage(folder, r)
+        out = load_here(kind, folder, watch)
+        return {"case": f"{kind.name}/{seed}/{number}", "file": file, "how": how, **out,
+                "class": self.classify(kind, folder, file, how, out)}
+
+    def classify(self, kind: Kind, folder: Path, file: str, how: str, out: dict) -> str:
+        if "finding" in out:
+            return "finding"
+        if "refused" in out:
+            return "refused"
+        changed = {key for key, value in out["loaded"].items() if value != self.whole[kind.name].get(key)}
+        if not changed:
+            return "same"
+        if file.endswith(".json") or file in ("merges.txt", "tokenizer.model"):
+            return "other"
+        path = folder / file
+        summed = file.endswith(".safetensors") and path.is_file() and b'"crc32"' in path.read_bytes()[:200_000]
+        if how.startswith(("tensors+sums", "header:tree", "file:other", "tensors")) or not summed:
+            return "bytes" if kind.name.startswith(("hf", "meta", "prompt", "adapter", "packed-old")) else "unnoticed"
+        return "unnoticed"
+
+
+def run(cases: int, seeds: list[int], place: Path, names: list[str] | None = None, show=print) -> tuple[collections.Counter, list[dict]]:
+    """Cases spread evenly over kinds and seeds: (how many of each class, the findings and the unnoticed)."""
+    bed, counts, bad = Bed(place, names), collections.Counter(), []
+    each = -(-cases // (len(bed.kinds) * len(seeds)))
+    for kind in bed.kinds:
+        mine, numbers = collections.Counter(), [(seed, number) for seed in seeds for number in range(each)]
+        jobs = [lambda watch, n=n: bed.case(kind, *n, watch) for n in numbers]
+        for (seed, number), got in zip(numbers, apart(jobs)):
+            got = {"case": f"{kind.name}/{seed}/{number}", "file": "?", "how": "?", "class": "finding", **got}
+            mine[got["class"]] += 1
+            if got["class"] in ("finding", "unnoticed"):
+                bad.append(got)
+        counts += mine
+        show(f"{kind.name:24s} " + "  ".join(f"{name} {n}" for name, n in sorted(mine.items())))
+    return counts, bad
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--cases", type=int, default=6000)
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--kinds", nargs="+", help="only these kinds of folder")
+    p.add_argument("--only", metavar="KIND/SEED/NUMBER", help="one case again, in this process")
+    args = p.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        if args.only:
+            name, seed, number = args.only.split("/")
+            bed = Bed(Path(place), [name])
+            got = bed.case(bed.kinds[0], int(seed), int(number), Watch())
+            print(got.pop("text", ""))
+            raise SystemExit(json.dumps(got, indent=1))
+        counts, bad = run(args.cases, args.seeds, Path(place), args.kinds)
+    where = collections.defaultdict(list)
+    for got in bad:
+        where[got.get("finding", f"unnoticed: {got['file']}").split(" /tmp")[0]].append(got)
+    for finding, cases in sorted(where.items(), key=lambda item: -len(item[1])):
+        print(f"{len(cases)} x {finding}; such as {cases[0]['case']}: {cases[0]['how']} in {cases[0]['file']}; "
+              f"{cases[0].get('refused', '')[:150]}")
+    print(f"{sum(counts.values())} cases: " + ", ".join(f"{n} {name}" for name, n in counts.most_common()))
+    sys.exit(1 if bad else 0)

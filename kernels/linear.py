@@ -6,9 +6,9 @@
 No weight gets a gradient and nothing dense is kept for the backward pass: dx = dy W unpacks (or decodes) once more,
 which is what lets a prompt be trained through a compressed model. CPU decoding makes a form of its own of the weight: in
 bf16 int4 (cpu_int4.py), else bags (cpu_bags.py). `decode_bytes()` tells its size and `decode_cache = False` forbids it.
-The packed tensors are not read then: where a file is mapped they need no memory. On a CPU fp16 is computed in fp32, because fp16 products are some sixty times slower
-there. On a GPU, fp32 activations and what `triton_reads` refuses unpack the whole weight for every product. Left out:
-torch.compile; it must not look inside (torch.compiler.disable(layer)).
+The packed tensors are not read then: where a file is mapped they need no memory. On a CPU fp16 is computed in fp32,
+because fp16 products are some sixty times slower there. On a GPU, fp32 activations and what `triton_reads` refuses unpack
+the whole weight for every product. torch.compile goes around these layers.
 """
 import torch
 import torch.nn as nn

@@ -13,7 +13,10 @@ from argparse import BooleanOptionalAction
 from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, whole
 
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid", "act_order", "static_groups",
-               "descent", "true_sequential", "correct", "percdamp", "blocksize", "calib", "nsamples")
+               "descent", "true_sequential", "correct", "percdamp", "blocksize", "nsamples")
+GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent")            # need --bits below 16
+MASKS = ("mask", "refits")                                                               # need a sparsity
+PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "checkpointing")   # need --steps
 NO_SETTINGS = ("out", "resume", "overwrite", "plan")     # what does not change the numbers
 
 
@@ -31,7 +34,7 @@ def flags() -> Flags:
     a("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     a("--dtype", choices=PRECISIONS,
       help="of activations (default: 16 bits where the device multiplies them fast, else float32)")
-    a("--seed", type=whole(0, 2**62), default=0, help="of the windows drawn and of the prompt's learning (default 0)")
+    a("--seed", type=whole(0, 2**62), help="of the windows drawn and of the prompt's learning (default 0)")
 
     a = p.add_argument_group("compression").add_argument
     a("--bits", type=int, choices=[2, 3, 4, 8, 16], help="bits a weight kept; 16 does not quantize (default 4)")
@@ -62,19 +65,19 @@ def flags() -> Flags:
     a("--seqlen", type=whole(2, 1 << 20), help="tokens a window, everywhere (default 2048; tiny models 256)")
     a("--max-tokens", type=whole(2, 1 << 40), help="measure on the first so many tokens (default all; tiny models 32768)")
     a("--batch-size", type=whole(1, 4096), help="windows at a time, and a step of learning (default 4; tiny models 8)")
-    a("--fused", default="on", choices=["on", "off"],
+    a("--fused", choices=["on", "off"],
       help="off: unpack the compressed weights once, run ordinary Linears")
 
     a = p.add_argument_group("the prompt").add_argument
     a("--steps", type=whole(0, 10**7), help="learning steps (default 200); 0 skips the prompt")
     a("--lr", type=real(0, 1e3, above=True), help="peak learning rate (default: 0.35 x the embeddings' deviation)")
     a("--train-data", help="text the prompt is learned on (default: --calib; tiny models headers)")
-    a("--val-windows", type=whole(0, 10**6), default=8, help="windows of it held out to choose the best prompt (default 8)")
+    a("--val-windows", type=whole(0, 10**6), help="windows of it held out to choose the best prompt (default 8)")
     a("--prompt-tokens", type=whole(1, 1 << 20), help="length of the prompt (default 100; tiny models 50)")
-    a("--prompt-init", default="text", choices=["text", "vocab", "random"],
+    a("--prompt-init", choices=["text", "vocab", "random"],
       help="start from the text's first tokens, from tokens drawn at random, or from random numbers")
     a("--control", action=BooleanOptionalAction, help="learn a prompt on the dense model too (default: tiny models)")
-    a("--checkpointing", action="store_true", help="recompute activations to save memory")
+    a("--checkpointing", action="store_true", default=None, help="recompute activations to save memory")
     return p
 
 
@@ -100,7 +103,7 @@ from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.report import Report, identity
-from data.text import calibration, eval_tokens
+from data.text import FILES as TEXT_SETS, calibration, eval_tokens
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from eval import DTYPES, default_device, default_dtype, fits, perplexity, stored_dtype, streamed_perplexity, usable
 from model import Checkpoint, open_checkpoint, storage
@@ -110,24 +113,27 @@ from sparsegpt import parse_sparsity
 def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
     folder = resolve(args.model)
+    given = {name for name, value in vars(args).items() if value is not None}
     args.packed = bool(packed_layers(folder))
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: the one continues what the other clears")
     if args.packed:
-        given = [flag(name) for name in COMPRESSION if getattr(args, name) is not None and name not in ("calib", "nsamples")]
-        if given:
-            raise ValueError(f"--model {args.model} is compressed already, so {', '.join(given)} cannot be applied: give the "
+        odd = [flag(name) for name in COMPRESSION if name in given]
+        if odd:
+            raise ValueError(f"--model {args.model} is compressed already, so {', '.join(odd)} cannot be applied: give the "
                              f"dense checkpoint, or leave them out to learn a prompt")
         if args.control and not args.dense:
             raise ValueError("--control learns a prompt on the dense model too: say where it is with --dense FOLDER")
     elif args.dense:
         raise ValueError(f"--dense goes with a compressed --model, and {args.model} is dense: leave it out")
     size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
-    general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best", static_groups=False, blocksize=128)
+    general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best", static_groups=False, blocksize=128, seed=0,
+                   fused="on", val_windows=8, prompt_init="text", checkpointing=False)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.train_data = args.train_data or args.calib
+    refuse_idle(args, given)
     args.device = usable(args.device)
     args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
     Settings(args.true_sequential, args.correct).check()
@@ -143,6 +149,30 @@ def settle(args) -> None:
                          f"--out")
     if parallel.world() > 1 and args.batch_size % parallel.world():
         raise ValueError(f"--batch-size {args.batch_size} cannot be split over {parallel.world()} processes: use a multiple")
+
+
+def refuse_idle(args, given: set[str]) -> None:
+    """ValueError for flags that were given and do nothing beside the others, which are settled."""
+    rounds = not args.packed and args.bits < 16
+    prunes = not args.packed and parse_sparsity(args.sparsity)[0] > 0
+    solves = rounds or prunes
+    learns = args.steps > 0
+    texts = {args.data, *([args.calib] if solves else []), *([args.train_data] if learns else [])}
+    idle = [
+        (not learns, PROMPT, "with --steps 0"),
+        (not solves and not args.packed, (*COMPRESSION[2:], "fused", "control"), "with --bits 16 --sparsity 0"),
+        (prunes and not rounds, (*GRIDS, "fused"), "with --bits 16"),
+        (rounds and not prunes, MASKS, "with --sparsity 0"),
+        (prunes and not rounds and args.mask == "admm", ("blocksize",), "with --bits 16 and --mask admm"),
+        (args.groupsize == -1, ("static_groups",), "without --groupsize"),
+        (not solves and ("train_data" in given or not learns), ("calib",), "where nothing is compressed"),
+        (not solves and not learns, ("seed",), "where nothing is compressed and no prompt is learned"),
+        (not texts & set(TEXT_SETS), ("data_dir",), f"where {', '.join(map(str, sorted(texts)))} is read")]
+    for holds, names, why in idle:
+        odd = [flag(name) for name in names if holds and name in given]
+        if odd:
+            does, it = ("does", "it") if len(odd) == 1 else ("do", "them")
+            raise ValueError(f"{', '.join(odd)} {does} nothing {why}: leave {it} out")
 
 
 def check_positions(args, checkpoint: Checkpoint) -> None:
@@ -330,9 +360,9 @@ def how_to_continue(args) -> str:
 
 
 def main(args) -> dict:
-    torch.manual_seed(args.seed)
     args.device = parallel.start(args.device or default_device())
     settle(args)
+    torch.manual_seed(args.seed)
     run = Run(args)
     if parallel.rank() == 0:
         print(f"{args.model}: {run.checkpoint.count() / 1e6:.1f} million weights, {describe_machine(args.device)}, "

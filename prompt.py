@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 from data import parallel
-from data.checkpoint import (check_tensor, parse_json, read_safetensors, read_torch, write_atomic,
+from data.checkpoint import (check_tensor, read_safetensors, read_torch, write_atomic,
                              write_safetensors)
 
 HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary "
@@ -386,9 +386,9 @@ def read_run(path: str | Path | None, run: dict) -> dict | None:
         return None
     advice = "delete it to start anew, or name another file"
     try:
-        held = read_torch(Path(path))
+        held = torch.load(path, map_location="cpu", weights_only=True)  # numbers name its tensors
         theirs = held["settings"]
-    except (ValueError, KeyError, TypeError):
+    except Exception:                                       # torch raises a dozen for damaged files
         raise ValueError(f"{path} holds no state of a learning run: {advice}") from None
     for name in {**theirs, **run}:
         if theirs.get(name) != run.get(name):
@@ -501,7 +501,9 @@ def save_prompt(path: str | Path, prompt: torch.Tensor, settings: dict | None = 
                 owner: dict | None = None) -> None:
     """Write a prompt of either kind in fp32, its settings (JSON values) and whose it is, as
     .safetensors; readable by that package: one tensor, soft_prompt."""
-    told = {"settings": json.dumps(settings or {}), "kind": kind_of(prompt),
+    settings = {name: None if value != value else value         # JSON has no NaN
+                for name, value in (settings or {}).items()}
+    told = {"settings": json.dumps(settings), "kind": kind_of(prompt),
             "owner": json.dumps(owner or {})}
     write_safetensors(Path(path), {"soft_prompt": prompt.detach().float().contiguous()}, told)
 
@@ -525,9 +527,11 @@ def load_prompt(path: str | Path, model=None, tokenizer=None,
     else:
         held = read_safetensors(path)
         try:
-            settings, theirs = (parse_json(held.metadata.get(key, "{}").encode())
+            settings, theirs = (json.loads(held.metadata.get(key, "{}"))
                                 for key in ("settings", "owner"))
-        except ValueError as e:
+            if not isinstance(settings, dict) or not isinstance(theirs, dict):
+                raise ValueError("no object")
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{path} says of its prompt what is no JSON ({e}): it is damaged, "
                              f"learn or copy it again") from None
     prompt = held.get("soft_prompt") if isinstance(held, dict) else held
@@ -547,4 +551,4 @@ def load_prompt(path: str | Path, model=None, tokenizer=None,
                                  f"not {now}): it would mean nothing to this model; --force "
                                  f"stitches it on all the same")
         prompt = prompt.to(model.embed_tokens.weight.device)
-    return prompt.float().clone(), settings
+    return prompt.detach().float().clone(), settings

@@ -8,7 +8,7 @@ is a finding: other exceptions, more than 10 seconds, a file opened outside the 
 without its file. Loads that end in a model are compared with the undamaged one:
 
     same        the damage changed nothing that is used
-    bytes       bytes inside a tensor changed, in a file without checksums
+    bytes       bytes inside a tensor changed, or whole tensors were exchanged, in a file without checksums
     other       the folder is a valid other model: a number in a configuration, a merge or a score in a tokenizer
     unnoticed   a finding: none of these, such as changed bytes under a checksum
 

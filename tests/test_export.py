@@ -218,10 +218,18 @@ def test_gptq_version_2_where_a_zero_is_0_and_errors(tmp_path):
         export.to_gptq(open_checkpoint(tmp_path / "tuned"), tmp_path / "no")
 
 
-def test_gptqmodel_gives_our_logits(tmp_path):
-    """The real peer, on a CPU, where it is installed."""
-    pytest.importorskip("gptqmodel", reason="needs GPTQModel, which is not among the tests' requirements")
-    save_model(models("llama", "unstructured", "uniform", groupsize=32)[0], tmp_path / "packed")
+@pytest.mark.parametrize("family, format, bits, groupsize, shuffled, zero", [
+    ("llama", "unstructured", 4, 32, False, None), ("opt", "dense", 4, 32, True, None), ("opt", "nm", 4, -1, False, None),
+    ("llama", "dense", 8, -1, False, None), ("llama", "dense", 2, 32, False, None), ("llama", "dense", 3, -1, False, None),
+    ("llama", "dense", 4, -1, False, 0)])
+def test_gptqmodel_gives_our_logits(family, format, bits, groupsize, shuffled, zero, tmp_path):
+    """The real peer, on a CPU, through transformers, where it is installed."""
+    for package in ("gptqmodel", "optimum"):
+        pytest.importorskip(package, reason=f"needs {package}, which is not among the tests' requirements")
+    packed = models(family, format, "uniform", bits, groupsize, shuffled)[0]
+    if zero is not None:                                        # version 2
+        packed.blocks[0].mlp.down.zero.fill_(zero)
+    save_model(packed, tmp_path / "packed")
     export.to_gptq(open_checkpoint(tmp_path / "packed"), tmp_path / "gptq")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "gptq", dtype=torch.float32, device_map="cpu")
     want = load_model(tmp_path / "packed")(TOKENS)

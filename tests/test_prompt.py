@@ -42,6 +42,35 @@ class Letters:
         return "".join(chr(48 + i) for i in ids)
 
 
+def test_files_say_valid_json_and_hold_finite_numbers(tmp_path):
+    """NaN among the settings is null; a prompt with NaN, or one that wants gradients, does not come in."""
+    path, prompt = tmp_path / "p.safetensors", torch.randn(4, 8)
+    save_prompt(path, prompt, {"val_loss": float("nan"), "lr": 0.1})
+    assert load_prompt(path)[1] == {"val_loss": None, "lr": 0.1}
+    torch.save({"soft_prompt": torch.nn.Parameter(prompt)}, tmp_path / "p.pt")
+    assert not load_prompt(tmp_path / "p.pt")[0].requires_grad
+    prompt[1, 2] = float("inf")
+    torch.save(prompt, tmp_path / "p.pt")
+    save_prompt(path, prompt)
+    for bad in (path, tmp_path / "p.pt"):
+        with pytest.raises(ValueError, match=f"{bad.name}: soft_prompt holds NaN or Inf"):
+            load_prompt(bad)
+
+
+class Foreign(torch.nn.Module):
+    """A model with embed and forward alone, as another project's would be."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.m, self.embed_tokens = model, model.embed_tokens
+
+    def embed(self, tokens):
+        return self.m.embed(tokens)
+
+    def forward(self, embeds):
+        return self.m(embeds)
+
+
 def test_learning_lowers_the_loss_and_touches_only_the_prompt():
     model, windows = tiny(), TOKENS[:96].view(6, 16)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -268,11 +297,10 @@ def test_both_kinds_equal_one_sequence_of_prompt_and_text_and_so_do_gradients(fa
     for model.checkpointing in (False, True):
         got = text_nll(model, prompt, tokens)
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
-        assert torch.allclose(torch.autograd.grad(got.square().mean(), prompt)[0], slope, rtol=1e-3, atol=1e-6)
+        assert torch.allclose(torch.autograd.grad(got.square().mean(), prompt)[0], slope, rtol=1e-3, atol=1e-4)
         p = prefix.clone().requires_grad_()
         slope_p, = torch.autograd.grad(text_nll(model, p, tokens).square().mean(), p)
-        nudge = torch.zeros_like(prefix)
-        nudge[2, 1, 1, 0, 3] = nudge[3, 0, 0, 1, 5] = 1e-2
+        nudge = 1e-2 * slope_p / slope_p.norm()                   # uphill, where rounding is far below the rise
         rise = [text_nll(model, prefix + sign * nudge, tokens).square().mean() for sign in (1, -1)]
         assert math.isclose(float(rise[0] - rise[1]) / 2, float((slope_p * nudge).sum()), rel_tol=2e-2)
 

@@ -1,22 +1,25 @@
-"""Compression as a walk: block after block from the checkpoint's file through the device to a packed shard.
+"""Compression as a walk: block after block from the checkpoint's file through the device to a
+packed shard.
 
     checkpoint = open_checkpoint("checkpoints/llama-7b")
     stats = compress(checkpoint, "out/compressed", windows, make_solver(bits=4, sparsity=0.5))
 
-What enters a block comes out of the compressed blocks before it. A block is two steps of the residual stream h,
-attention and MLP, each h + out(mix(norm(h))) (model.Half). For each step, the Linears that read the stream are solved
-first, then the one that writes into it:
+What enters a block comes out of the compressed blocks before it. A block is two steps of the
+residual stream h, attention and MLP, each h + out(mix(norm(h))) (model.Half). For each step, the
+Linears that read the stream are solved first, then the one that writes into it:
 
     pass 1   x = norm(h)             -> moments of x     -> solve q, k, v     (or gate and up)
     pass 2   y = mix(norm(h))        -> moments of y     -> solve o           (or down)
     pass 3   h = h + out(y)          the stream of the next step
 
-A pass goes over all windows batch by batch and keeps sums over tokens (`Moments`). Between passes nothing lives but the
-stream and, where Linears aim at the dense model's outputs (`aim`), its dense twin: half precision, in CPU memory
-(`Stream`). On the device are one block, its copies, one batch and the solver's matrices, whatever the model's size.
+A pass goes over all windows batch by batch and keeps sums over tokens (`Moments`). Between passes
+nothing lives but the stream and, where Linears aim at the dense model's outputs (`aim`), its dense
+twin: half precision, in CPU memory (`Stream`). On the device are one block, its copies, one batch
+and the solver's matrices, whatever the model's size.
 
-A block whose shard is there is not solved again, only run: so a killed walk continues. `compress_block` needs no files.
-Left out: sparsity chosen per Linear, and splitting a block over devices.
+A block whose shard is there is not solved again, only run: so a killed walk continues.
+`compress_block` needs no files. Left out: sparsity chosen per Linear, and splitting a block over
+devices.
 """
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,17 +44,18 @@ RECIPES = {
     "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, percdamp=0.03,
                  true_sequential=True, correct=0.5),
 }
-SOLVER_ROWS, SOLVER_SQUARES = 8, 4      # matrices of W's and of H's size that a solver holds at its peak, W and H among them
+# matrices of W's and of H's size that a solver holds at its peak, W and H among them
+SOLVER_ROWS, SOLVER_SQUARES = 8, 4
 Solve = Callable[[torch.Tensor, torch.Tensor, list[int]], Compressed]
 
 
-def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", groupsize: int = -1, sym: bool = False,
-                blocksize: int = 128, static_groups: bool = False, **steps) -> Solve | None:
+def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", groupsize: int = -1,
+                sym: bool = False, blocksize: int = 128, static_groups: bool = False, **steps) -> Solve | None:
     """solve(W, H, parts) -> Compressed, or None where nothing is to be done.
 
-    W (rows, in) stacks the Linears that read one input, H (in, in) is that input's Hessian, parts has the Linears'
-    rows. bits None prunes only, sparsity 0 quantizes only; steps (mask, refits, grid, act_order, descent, percdamp)
-    replace the recipe's."""
+    W (rows, in) stacks the Linears that read one input, H (in, in) is that input's Hessian, parts
+    has the Linears' rows. bits None prunes only, sparsity 0 quantizes only; steps (mask, refits,
+    grid, act_order, descent, percdamp) replace the recipe's."""
     s = {**RECIPES[recipe], **steps}
     fraction, _, m = parse_sparsity(sparsity)
     if bits is None and not fraction:
@@ -65,16 +69,19 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
     if taken_apart or fraction and s["act_order"]:
         own = {k: s[k] for k in ("mask", "refits", "grid", "act_order", "descent")}
         return lambda W, H, parts: prune_and_round(W, H, pattern, bits, **own, **common)
-    if fraction:                                                # one joint pass, as the paper has it
+    if fraction:                                         # one joint pass, as the paper has it
         return lambda W, H, parts: sparsegpt(W, H, pattern, bits, parts=parts, **common)
-    return lambda W, H, parts: gptq(W, H, bits, act_order=s["act_order"], static_groups=static_groups, **common)
+    return lambda W, H, parts: gptq(W, H, bits, act_order=s["act_order"],
+                                    static_groups=static_groups, **common)
 
 
 @contextmanager
 def fast_products(x: torch.Tensor):
-    """Inside, fp32 matrix products may round their factors to bf16 on a CPU, to TF32 on a GPU, if x's dtype loses
-    nothing by it. Sums stay fp32: in bf16 they would not be exact enough to be inverted."""
-    place, precision = (torch.backends.cuda, "tf32") if x.is_cuda else (torch.backends.mkldnn, "bf16")
+    """Inside, fp32 matrix products may round their factors to bf16 on a CPU, to TF32 on a GPU, if
+    x's dtype loses nothing by it. Sums stay fp32: in bf16 they would not be exact enough to be
+    inverted."""
+    place = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    precision = "tf32" if x.is_cuda else "bf16"
     exact = x.dtype == torch.bfloat16 or x.is_cuda and x.dtype == torch.float16
     before = place.matmul.fp32_precision
     place.matmul.fp32_precision = precision if exact else before
@@ -85,13 +92,15 @@ def fast_products(x: torch.Tensor):
 
 
 class Moments:
-    """Sums over tokens, in fp32, of what one group of Linears reads, x (..., in), and of an error e that goes with it.
+    """Sums over tokens, in fp32, of what one group of Linears reads, x (..., in), and of an error e
+    that goes with it.
 
     H sums x x^T: symmetric, so of a large one only a staircase below the diagonal. E sums e x^T."""
 
     def __init__(self):
         self.count = 0
-        self.H = self.E = self.x = self.e = None                # x and e alone summed, for the means
+        # x and e alone summed, for the means
+        self.H = self.E = self.x = self.e = None
 
     def add(self, x: torch.Tensor, e: torch.Tensor | None = None) -> None:
         """Add x (..., in) and, each time or never, e (..., any)."""
@@ -128,22 +137,23 @@ class Target(NamedTuple):
     W: torch.Tensor                     # (out, in) fp32 weights to come close to
     H: torch.Tensor                     # (in, in) in whose measure
     mean: torch.Tensor | None           # (in,) mean input, and
-    wanted: torch.Tensor | None         # (out,) what W x was to give on average, where a bias can make up for it
+    wanted: torch.Tensor | None         # (out,) what W x was to give on average, where there is a bias
 
     def bias_gain(self, V: torch.Tensor) -> torch.Tensor | None:
         """(out,) what the bias gains once the weights have become V."""
         return None if self.wanted is None else self.wanted - V @ self.mean
 
 
-def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_outputs: bool, damp: float = 0.3) -> Target:
-    """Where the Linears W (out, in) should aim: they read x where the dense model reads x', and their output joins r
-    where the dense model has r'. Least squares, damped towards W (QEP 2504.09629, GPTAQ 2504.02692; taking back the
-    residual stream's own error is ours):
+def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_outputs: bool,
+        damp: float = 0.3) -> Target:
+    """Where the Linears W (out, in) should aim: they read x where the dense model reads x', and
+    their output joins r where the dense model has r'. Least squares, damped towards W (QEP
+    2504.09629, GPTAQ 2504.02692; taking back the residual stream's own error is ours):
 
         W + strength A (H + damp diag H)^-1,   A = mean of (W (x' - x) + r' - r) x^T.
 
-    The moments (finished) hold x' - x as their errors, or with of_outputs W (x' - x) + r' - r itself. With a bias, H and
-    A are taken around the means, which the bias then meets."""
+    The moments (finished) hold x' - x as their errors, or with of_outputs W (x' - x) + r' - r
+    itself. With a bias, H and A are taken around the means, which the bias then meets."""
     H, mean, E, e = moments.H, moments.x, moments.E, moments.e
     if not torch.isfinite(H.diagonal().sum()):
         raise ValueError("the calibration's activations hold NaN or Inf: use --dtype bfloat16 or float32, and check the "
@@ -155,21 +165,23 @@ def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_out
     if biased:
         wanted = W @ mean + strength * a
         around = H - torch.outer(mean, mean)
-        varies = (around.diagonal() > 1e-5 * H.diagonal()).float()          # a constant input is the bias's alone
+        # a constant input is the bias's alone
+        varies = (around.diagonal() > 1e-5 * H.diagonal()).float()
         H = around * varies * varies[:, None]
         A = (A - torch.outer(a, mean)) * varies
     damped = H.clone()
     damped.diagonal().mul_(1 + damp).add_(1e-6 * H.diagonal().mean() + 1e-12)
     L = torch.linalg.cholesky(damped)
-    return Target(W + strength * torch.cholesky_solve(A.T, L).T, H, mean if biased else None, wanted)
+    return Target(W + strength * torch.cholesky_solve(A.T, L).T, H, mean if biased else None,
+                  wanted)
 
 
 class Stream:
-    """The batches of a residual stream, each (b, T, d_model): parked in half precision in CPU memory, and moved to the
-    device, in the dtype of computing, when their turn comes.
+    """The batches of a residual stream, each (b, T, d_model): parked in half precision in CPU
+    memory, and moved to the device, in the dtype of computing, when their turn comes.
 
-    bf16 is parked as it is, all else in fp16, which has three more bits, or, where a batch is beyond it, in bf16.
-    exact parks them as they are."""
+    bf16 is parked as it is, all else in fp16, which has three more bits, or, where a batch is
+    beyond it, in bf16. exact parks them as they are."""
 
     def __init__(self, dtype: torch.dtype, device: str, exact: bool = False):
         self.dtype, self.device, self.exact, self.parked = dtype, torch.device(device), exact, []
@@ -199,12 +211,14 @@ class Stream:
 
 
 class Walk:
-    """What goes from block to block: the compressed model's stream, the dense model's, and the positions' rotations."""
+    """What goes from block to block: the compressed model's stream, the dense model's, and the
+    positions' rotations."""
 
-    def __init__(self, ends: nn.Module, windows: torch.Tensor, twin: bool, batch_size: int, dtype: torch.dtype, device: str,
-                 exact: bool = False):
-        """ends: a Transformer's embedding, in dtype on the device. windows (N, T) int64; of several processes, each walks
-        with its share of the batches. twin: with the dense model alongside."""
+    def __init__(self, ends: nn.Module, windows: torch.Tensor, twin: bool, batch_size: int,
+                 dtype: torch.dtype, device: str, exact: bool = False):
+        """ends: a Transformer's embedding, in dtype on the device. windows (N, T) int64; of several
+        processes, each walks with its share of the batches. twin: with the dense model
+        alongside."""
         self.dtype, self.device = dtype, device
         self.rope = ends.rope(0, windows.shape[1], device)
         self.stream = Stream(dtype, device, exact)
@@ -214,9 +228,13 @@ class Walk:
             self.stream.append(h)
             if twin:
                 self.dense.append(h.clone())
+        if not len(self.stream):
+            raise ValueError(f"{len(windows)} windows in batches of {batch_size} leave none for one of {parallel.world()} "
+                             f"processes: use more windows, smaller batches or fewer processes")
 
     def advance(self, block: Block, source: Block | None, true_sequential: bool) -> None:
-        """Through a block that is compressed already, and its dense source; parked where the walk parks."""
+        """Through a block that is compressed already, and its dense source; parked where the walk
+        parks."""
         for stream, through in ((self.stream, block), (self.dense, source)):
             for k in range(len(stream or ())):
                 if not true_sequential:
@@ -228,19 +246,26 @@ class Walk:
 
 class Settings(NamedTuple):
     """How the walk goes, beside the solver."""
-    true_sequential: bool = True        # each group of Linears solved behind the compressed ones before it, or all from
-    correct: float = 0.5                # the block's dense weights; strength of `aim`, 0: at the dense weights
+    # True: a group of Linears is solved behind the compressed ones before it; False: all four from
+    # the dense block
+    true_sequential: bool = True
+    correct: float = 0.5                # strength of `aim`; 0: at the dense weights
+
+    def check(self) -> None:
+        if self.correct and not self.true_sequential:
+            raise ValueError(f"--correct {self.correct} works group by group: add --true-sequential, or turn it off with "
+                             f"--correct 0")
 
 
-def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Settings = Settings()) -> tuple[Block, list[dict]]:
+def compress_block(i: int, source: Block, walk: Walk, solve: Solve,
+                   settings: Settings = Settings()) -> tuple[Block, list[dict]]:
     """Compress block i and move the walk's streams behind it.
 
-    source: the dense block, in any dtype, on any device, not changed. Returns the compressed block as it is stored
-    (fp16 and packed, on the CPU) and one dict a Linear: error is of the group that shares its input, relative to
-    `against`; error_dense relative to the dense weights' outputs. Only rank 0 has solved anything and has both right."""
-    if settings.correct and not settings.true_sequential:
-        raise ValueError(f"correct={settings.correct} works group by group: with --no-true-sequential, turn it off by "
-                         f"--correct 0")
+    source: the dense block, in any dtype, on any device, not changed. Returns the compressed block
+    as it is stored (fp16 and packed, on the CPU) and one dict a Linear: error is of the group that
+    shares its input, relative to `against`; error_dense relative to the dense weights' outputs.
+    Only rank 0 has solved anything and has both right."""
+    settings.check()
     done = copy_block(source, torch.float16, "cpu")             # what is stored,
     work = copy_block(source, walk.dtype, walk.device)          # and what runs
     for name, p in done.named_parameters():
@@ -249,7 +274,8 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Se
     stats = []
 
     def solve_group(names: list[str], moments: Moments, of_outputs: bool) -> None:
-        solve_linears(source, done, work, names, moments, of_outputs, solve, settings.correct, stats, walk)
+        solve_linears(source, done, work, names, moments, of_outputs, solve, settings.correct,
+                      stats, walk)
 
     if settings.true_sequential:
         twin = copy_block(source, walk.dtype, walk.device) if walk.dense is not None else None
@@ -274,8 +300,8 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Se
 
 
 def copy_block(block: Block, dtype: torch.dtype, device: str) -> Block:
-    """A block with parameters of its own, which share memory with block's where dtype and device are the same: they are
-    to be replaced, not written to."""
+    """A block with parameters of its own, which share memory with block's where dtype and device
+    are the same: they are to be replaced, not written to."""
     with torch.device("meta"):
         twin = Block(block.attn.c)
     state = {name: p.detach().to(device, dtype) for name, p in block.named_parameters()}
@@ -309,10 +335,10 @@ def step_sequential(half: Half, dense: Half | None, walk: Walk, solve_group) -> 
         stream[k] = half.write(h, half.mix(h, rope))
 
 
-def solve_linears(source: Block, done: Block, work: Block, names: list[str], moments: Moments, of_outputs: bool, solve: Solve,
-                  strength: float, stats: list[dict], walk: Walk) -> None:
-    """Solve the Linears that share an input as one stacked matrix, and put the result where it is stored (done) and
-    where it runs (work)."""
+def solve_linears(source: Block, done: Block, work: Block, names: list[str], moments: Moments,
+                  of_outputs: bool, solve: Solve, strength: float, stats: list[dict], walk: Walk) -> None:
+    """Solve the Linears that share an input as one stacked matrix, and put the result where it is
+    stored (done) and where it runs (work)."""
     linears = [source.get_submodule(name) for name in names]
     parts = [linear.out_features for linear in linears]
     W = torch.cat([linear.weight.to(walk.device, torch.float32) for linear in linears])
@@ -320,7 +346,6 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
     if parallel.rank() == 0:
         target = aim(W, moments, linears[0].bias is not None, strength, of_outputs)
         out = solve(target.W, target.H, parts)
-        corrected = target.W is not W
         error_dense = errors(W, out.weight, target.H, parts)
         gain = target.bias_gain(out.weight)
         gains = [None] * len(parts) if gain is None else gain.split(parts)
@@ -330,16 +355,21 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
             weight, mask, codes, scale, zero = (field[k] for field in fields)
             one = out._replace(weight=weight, mask=mask, codes=codes, scale=scale, zero=zero)
             store(done, work, name, one, gains[k])
-            stats.append({"name": name, "error": out.error, "against": "corrected weights" if corrected else "dense weights",
+            against = "dense weights" if target.W is W else "corrected weights"
+            stats.append({"name": name, "error": out.error, "against": against,
                           "error_dense": error_dense[k], "sparsity": float(mask.float().mean())})
-    if parallel.world() > 1:                                    # all run what the first process has found
+    # all run what the first process has found
+    if parallel.world() > 1:
         for p in (p for name in names for p in work.get_submodule(name).parameters()):
-            p.data = p.data.clone()                             # it may share memory with the source
+            # it may share memory with the source
+            p.data = p.data.clone()
             parallel.copy_first(p.data)
 
 
-def store(done: Block, work: Block, name: str, out: Compressed, bias_gain: torch.Tensor | None) -> None:
-    """One solved Linear: packed, or fp16 where it was only pruned, in `done`; the very same numbers in `work`."""
+def store(done: Block, work: Block, name: str, out: Compressed,
+          bias_gain: torch.Tensor | None) -> None:
+    """One solved Linear: packed, or fp16 where it was only pruned, in `done`; the very same numbers
+    in `work`."""
     kept, runs = done.get_submodule(name), work.get_submodule(name)
     if bias_gain is not None:
         kept.bias.data = (kept.bias.float() + bias_gain.cpu()).half()
@@ -361,32 +391,36 @@ def errors(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor, parts: list[int]) 
     lost = ((D @ H) * D).sum(1)
     del D
     held = ((W @ H) * W).sum(1)
-    return [float(a.sum() / b.sum().clamp(min=1e-30)) for a, b in zip(lost.split(parts), held.split(parts))]
+    both = zip(lost.split(parts), held.split(parts))
+    return [float(a.sum() / b.sum().clamp(min=1e-30)) for a, b in both]
 
 
 @torch.no_grad()
-def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, solve: Solve, settings: Settings = Settings(),
-             batch_size: int = 4, dtype: torch.dtype = torch.float32, device: str = "cpu", exact: bool = False,
+def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, solve: Solve,
+             settings: Settings = Settings(), batch_size: int = 4,
+             dtype: torch.dtype = torch.float32, device: str = "cpu", exact: bool = False,
              after_block: Callable[[int], None] = lambda i: None) -> list[dict]:
-    """Compress a checkpoint block by block into `folder`, a shard a block, each written when it is done; load_model
-    reads the folder once config.json is there, which is last. Shards that are there are kept, and only run.
+    """Compress a checkpoint block by block into `folder`, a shard a block, each written when it is
+    done; load_model reads the folder once config.json is there, which is last. Shards that are
+    there are kept, and only run.
 
-    windows (N, T) int64: the calibration text. dtype: of activations; solvers work in fp32. exact: see Stream. Returns
-    one dict a Linear (compress_block)."""
+    windows (N, T) int64: the calibration text. dtype: of activations; solvers work in fp32. exact:
+    see Stream. Returns one dict a Linear (compress_block)."""
     folder, config = Path(folder), checkpoint.config
     first = parallel.rank() == 0
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         if not shard_path(folder, 0, config.n_layer).exists():
             save_shard(folder, checkpoint.ends(), 0, config)
-    walk = Walk(checkpoint.ends(dtype, device), windows, bool(settings.correct), batch_size, dtype, device, exact)
+    walk = Walk(checkpoint.ends(dtype, device), windows, bool(settings.correct), batch_size, dtype,
+                device, exact)
     stats = []
     bar = Progress(range(config.n_layer), "compressing blocks")
     for i in bar:
         path, source = shard_path(folder, i + 1, config.n_layer), checkpoint.block(i)
         parallel.wait()                                         # all see the same shards
         if path.exists():
-            twin = checkpoint.block(i, dtype, device) if walk.dense is not None else None
+            twin = copy_block(source, dtype, device) if walk.dense is not None else None
             walk.advance(load_block(path, i, config, dtype, device), twin, settings.true_sequential)
             found = read_note(path)["note"]["layers"]
         else:
@@ -407,7 +441,7 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
 class Plan(NamedTuple):
     """What compressing will take, in bytes, counted from shapes; `__str__` says it in a line."""
     blocks: int
-    device: int                         # at the peak: a block's copies, and a batch or the solver's matrices
+    device: int                         # at the peak: copies of a block, a batch or the solver
     host: int                           # streams, embedding and head, beside mapped files
     disk: int                           # of the compressed model, about
 
@@ -417,21 +451,22 @@ class Plan(NamedTuple):
                 f"mapped files, {gb[2]} on disk; the time is told from the first block on")
 
 
-def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype, settings: Settings,
-         bits: int | None, sparsity: float | str) -> Plan:
-    """tokens: of all calibration windows; batch_tokens: of one batch. On a CPU, device and host memory are one: add them."""
+def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype,
+         settings: Settings, bits: int | None, sparsity: float | str) -> Plan:
+    """tokens: of all calibration windows; batch_tokens: of one batch. On a CPU, device and host
+    memory are one: add them."""
     c = checkpoint.config
     size = dtype.itemsize
-    with torch.device("meta"):
-        block = Block(c)
-        ends = sum(p.numel() for p in checkpoint.skeleton().parameters())
+    block = checkpoint.skeleton().blocks[0]
     weights = sum(p.numel() for p in block.parameters())
-    ends -= c.n_layer * weights
-    groups = [(sum(block.get_submodule(n).out_features for n in names), block.get_submodule(names[0]).in_features)
+    ends = checkpoint.count() - c.n_layer * weights
+    groups = [(sum(block.get_submodule(n).out_features for n in names),
+               block.get_submodule(names[0]).in_features)
               for half in block.halves() for names in (half.reads, half.writes)]
     twin = bool(settings.correct)
     solving = max(4 * (SOLVER_ROWS * rows * n + SOLVER_SQUARES * n * n) for rows, n in groups)
-    summing = batch_tokens * (2 + twin) * (2 * c.d_ff * size + 4 * c.d_ff) + 4 * 3 * max(n for _, n in groups) ** 2
+    widest = max(n for _, n in groups)
+    summing = batch_tokens * (2 + twin) * (2 * size + 4) * c.d_ff + 4 * 3 * widest ** 2
     copies = (1 + twin) * weights * size
     kept = 1 - parse_sparsity(sparsity)[0]
     width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + 0.05
@@ -441,12 +476,14 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
 
 
 @torch.no_grad()
-def compress_model(model: nn.Module, windows: torch.Tensor, solve: Solve, settings: Settings = Settings(), batch_size: int = 4,
+def compress_model(model: nn.Module, windows: torch.Tensor, solve: Solve,
+                   settings: Settings = Settings(), batch_size: int = 4,
                    dtype: torch.dtype | None = None, exact: bool = False) -> list[dict]:
     """The same walk over a Transformer that is in memory, in place; returns one dict a Linear."""
     weight = model.embed_tokens.weight
     dtype = dtype or weight.dtype
-    walk = Walk(model, windows, bool(settings.correct), batch_size, dtype, str(weight.device), exact)
+    walk = Walk(model, windows, bool(settings.correct), batch_size, dtype, str(weight.device),
+                exact)
     stats = []
     for i, block in enumerate(Progress(list(model.blocks), "compressing blocks")):
         done, found = compress_block(i, block, walk, solve, settings)

@@ -14,7 +14,7 @@ A zero-shot item is answered by the choice with the highest summed log-probabili
 the highest one a character (acc_norm), as in lm-evaluation-harness: data/tasks.py has the texts.
 lambada_openai: is every token of the last word the likeliest one?
 """
-from data.flags import PRECISIONS, Flags, fail, flag, read_flags, real, run_program, say, whole
+from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, say, whole
 
 # Flags that belong to one kind of work.
 MODES = {
@@ -90,18 +90,18 @@ from pathlib import Path
 
 import torch
 
-from compress import Stream
+from compress import Walk
 from data import parallel
 from data.chat import ChatTemplate
 from data.checkpoint import read_json, write_atomic
-from data.config import SHIPPED, read_config, resolve
+from data.config import DEFAULTS, SHIPPED, read_config, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.tasks import TASKS, Item, find_task, load_items
 from data.text import FILES as TEXT_SETS, documents, eval_tokens, lines_of
 from data.tokenizer import load_tokenizer
 from model import Checkpoint, load_model
-from prompt import HARD_PROMPT, load_prompt, text_nll, with_prompt
+from prompt import HARD_PROMPT, HeadLoss, load_prompt, text_nll, with_prompt
 
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 
@@ -116,13 +116,7 @@ def perplexity(model, tokens: torch.Tensor, seqlen: int, prompt: torch.Tensor | 
     no window is left out.
 
     ValueError, with the title, as soon as a loss is NaN or infinite."""
-    if seqlen < 2 or batch_size < 1:
-        raise ValueError(f"seqlen {seqlen} and batch size {batch_size} must be at least 2 and 1: "
-                         f"a first token has no score")
-    if len(tokens) < seqlen:
-        raise ValueError(f"{len(tokens)} tokens cannot fill one window of seqlen {seqlen}: "
-                         f"use more text or shorter windows")
-    windows = tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    windows = cut(tokens, seqlen, batch_size)
     device = model.embed_tokens.weight.device
     total, count = 0.0, 0
     for batch in Progress(parallel.mine(windows.split(batch_size)), title):
@@ -131,43 +125,51 @@ def perplexity(model, tokens: torch.Tensor, seqlen: int, prompt: torch.Tensor | 
         count += nll.numel()
         if not math.isfinite(total):
             raise not_finite(title, f"the loss of tokens {count - nll.numel()} to {count}", total, model)
-    total, count = parallel.add_numbers(total, count)
-    return math.exp(min(total / count, 700.0)), int(count)
+    return over_all(total, count)
 
 
 @torch.no_grad()
-def streamed_perplexity(checkpoint: Checkpoint, tokens: torch.Tensor, seqlen: int, batch_size: int = 4,
-                        dtype: torch.dtype = torch.float32, device: str = "cpu",
-                        title: str = "perplexity") -> tuple[float, int]:
-    """The same of a model that does not fit the device: block by block over all windows, one block there at a time."""
-    if len(tokens) < seqlen:
-        raise ValueError(f"{len(tokens)} tokens cannot fill one window of seqlen {seqlen}: use more text or shorter windows")
-    windows = tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
-    batches = parallel.mine(windows.split(batch_size))
+def streamed_perplexity(checkpoint: Checkpoint, tokens: torch.Tensor, seqlen: int,
+                        batch_size: int = 4, dtype: torch.dtype = torch.float32,
+                        device: str = "cpu", title: str = "perplexity") -> tuple[float, int]:
+    """The same of a model that does not fit the device: block by block over all windows, one block
+    there at a time."""
+    windows = cut(tokens, seqlen, batch_size)
     ends = checkpoint.ends(dtype, device)
-    rope = ends.rope(0, seqlen, device)
-    stream = Stream(dtype, device, exact=True)
-    for batch in batches:
-        stream.append(ends.stem(ends.embed(batch.to(device))))
+    walk = Walk(ends, windows, False, batch_size, dtype, device, exact=True)
     for i in Progress(range(checkpoint.config.n_layer), title):
-        block = checkpoint.block(i, dtype, device)
-        for k, h in enumerate(stream):
-            stream[k] = block(h, rope)
+        walk.advance(checkpoint.block(i, dtype, device), None, False)
     total, count = 0.0, 0
-    for h, batch in zip(stream, batches):
-        targets = batch[:, 1:].flatten().to(device)
-        for h_part, t in zip(h[:, :-1].flatten(0, 1).split(512), targets.split(512)):
-            nll = torch.nn.functional.cross_entropy(ends.head(h_part).float(), t, reduction="none")
-            total, count = total + nll.double().sum().item(), count + len(t)
-    total, count = parallel.add_numbers(total, count)
+    for h, batch in zip(walk.stream, parallel.mine(windows.split(batch_size))):
+        z = ends.final(h[:, :-1]).flatten(0, 1)
+        nll = HeadLoss.apply(z, ends.unembed, batch[:, 1:].flatten().to(device))
+        total += nll.double().sum().item()
+        count += nll.numel()
     if not math.isfinite(total):
         raise not_finite(title, "the loss", total, ends)
+    return over_all(total, count)
+
+
+def cut(tokens: torch.Tensor, seqlen: int, batch_size: int) -> torch.Tensor:
+    """1-D tokens -> windows (N, seqlen)."""
+    if seqlen < 2 or batch_size < 1:
+        raise ValueError(f"seqlen {seqlen} and batch size {batch_size} must be at least 2 and 1: "
+                         f"a first token has no score")
+    if len(tokens) < seqlen:
+        raise ValueError(f"{len(tokens)} tokens cannot fill one window of seqlen {seqlen}: "
+                         f"use more text or shorter windows")
+    return tokens[:len(tokens) // seqlen * seqlen].view(-1, seqlen)
+
+
+def over_all(total: float, count: int) -> tuple[float, int]:
+    """(perplexity, scored tokens) from every process's sum of losses and number of tokens."""
+    total, count = parallel.add_numbers(total, count)
     return math.exp(min(total / count, 700.0)), int(count)
 
 
 def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> bool:
     """Is there room on the device for all weights in dtype, and a fifth more?"""
-    need = 1.2 * dtype.itemsize * sum(p.numel() for p in checkpoint.skeleton().parameters())
+    need = 1.2 * dtype.itemsize * checkpoint.count()
     if torch.device(device).type == "cuda":
         return need < torch.cuda.mem_get_info(device)[0]
     try:
@@ -475,17 +477,11 @@ def stored_dtype(folder: Path) -> str:
     return str(said.get("dtype") or said.get("torch_dtype") or "float16")
 
 
-def shipped_settings() -> dict:
-    """Defaults for the tiny models that ship, as in train.py."""
-    from train import SCALES                     # train.py reads this file, so not at the top
-    return SCALES["tiny"]
-
-
 def locate(name: str) -> tuple[Path, dict, str]:
     """(folder of a model, settings of the run that made it, where they are from) for a name, a
     checkpoint folder or the --out folder of a run, which holds its model in compressed/."""
     if name in SHIPPED:
-        return resolve(name), shipped_settings(), "its defaults"
+        return resolve(name), DEFAULTS["tiny"], "its defaults"
     path = Path(name)
     holds_model = any((path / file).exists() for file in ("config.json", "params.json"))
     if not holds_model and (path / "report.json").is_file():

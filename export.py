@@ -22,9 +22,7 @@ Left out: GGUF, compressed-tensors (its sparse forms left vLLM in 2026), and mod
 """
 import argparse
 import io
-import json
 import pickle
-import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -33,18 +31,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.checkpoint import raw, read_json, read_safetensors, verify, write_atomic, write_safetensors
+from data.checkpoint import raw, read_json, read_safetensors, verify, write_atomic, write_json, write_safetensors
 from data.config import Config, hf_config, resolve
 from data.flags import Flags, run_program
-from data.tokenizer import SentencePiece, load_tokenizer
+from data.tokenizer import SentencePiece, copy_tokenizer, load_tokenizer
 from kernels.packing import Packed, groups_of
 from kernels.unpacking import unpack
-from model import HF, META, Checkpoint, Transformer, open_checkpoint, published_name
+from model import HF, META, Checkpoint, open_checkpoint, published_name, skeleton_of
 from prompt import load_prompt, save_prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD = 2_000_000_000                       # bytes of a shard, unless one tensor is larger
-BESIDE = ("tokenizer", "vocab.json", "merges.txt", "special_tokens", "generation_config", "chat_template")
 Make = Callable[[], dict[str, torch.Tensor]]            # what makes some tensors of a file, when their turn comes
 
 
@@ -53,8 +50,7 @@ Make = Callable[[], dict[str, torch.Tensor]]            # what makes some tensor
 
 def shapes_of(c: Config) -> dict[str, torch.Size]:
     """{our name: shape} of every weight of a model."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in Transformer(c).named_parameters()}
+    return {name: p.shape for name, p in skeleton_of(c).named_parameters()}
 
 
 def weight(source: Checkpoint, name: str, dtype: torch.dtype | None) -> torch.Tensor:
@@ -88,15 +84,9 @@ def write_folder(folder: Path, parts: list[tuple[int, Make]]) -> None:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
 
 
-def write_json(path: Path, held: dict) -> None:
-    write_atomic(path, lambda f: f.write(json.dumps(held, indent=1, allow_nan=False).encode()))
-
-
-def copy_tokenizer(source: Path, folder: Path) -> dict:
+def take_tokenizer(source: Path, folder: Path) -> dict:
     """Copy the files that a model's text goes through, and return what config.json says of them."""
-    for file in sorted(source.iterdir()):
-        if file.name.startswith(BESIDE) and file.is_file():
-            write_atomic(folder / file.name, lambda f, file=file: shutil.copyfileobj(open(file, "rb"), f))
+    copy_tokenizer(source, folder)
     try:
         tokenizer = load_tokenizer(source)
     except FileNotFoundError:                                   # weights alone
@@ -157,7 +147,7 @@ def to_hf(source: Checkpoint, folder: Path, dtype: torch.dtype | None = None) ->
     def part(name: str, shape: torch.Size) -> tuple[int, Make]:
         return shape.numel() * 2, lambda: {published_name(name, table): weight(source, name, dtype)}
     write_folder(folder, [part(name, shape) for name, shape in shapes_of(c).items()])
-    config = {**hf_config(c), "torch_dtype": stored_dtype(source, dtype), **copy_tokenizer(source.place, folder)}
+    config = {**hf_config(c), "torch_dtype": stored_dtype(source, dtype), **take_tokenizer(source.place, folder)}
     write_json(folder / "config.json", config)
 
 
@@ -195,7 +185,7 @@ def to_gptq(source: Checkpoint, folder: Path) -> None:
                     "sym": set(zeros) == {1 << bits - 1}, "lm_head": False, "pack_dtype": "int32",
                     "checkpoint_format": "gptq" if old else "gptq_v2"}
     write_json(folder / "quantize_config.json", quantization)
-    config = {**hf_config(c), "torch_dtype": "float16", **copy_tokenizer(source.place, folder)}
+    config = {**hf_config(c), "torch_dtype": "float16", **take_tokenizer(source.place, folder)}
     write_json(folder / "config.json", {**config, "quantization_config": quantization})
 
 
@@ -270,7 +260,7 @@ def to_meta(source: Checkpoint, folder: Path, dtype: torch.dtype | None = None) 
                for n, shape in shapes_of(c).items()]
     folder.mkdir(parents=True, exist_ok=True)
     write_pth(folder / "consolidated.00.pth", entries)
-    copy_tokenizer(source.place, folder)
+    take_tokenizer(source.place, folder)
     write_json(folder / "params.json", params)
 
 

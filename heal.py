@@ -25,7 +25,7 @@ from kernels.linear import PackedLinear, triton_reads
 from kernels.packing import Packed, groups_of
 from kernels.reference import dequantize
 from kernels.unpacking import unpack
-from prompt import Fit, fingerprint, fit, mean_loss, text_loss, windows_at_once
+from prompt import Fit, backward_by_parts, fingerprint, fit, mean_loss, text_loss, windows_at_once
 
 FAR = 1024.0                                                    # a zero beyond all codes
 
@@ -158,17 +158,13 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
                          f"windows")
     device = model.embed_tokens.weight.device
     states, val_states = teacher
-
     at_once = windows_at_once(windows, device)
 
+    def losses_of(part):
+        return text_loss(model, None, windows[part].to(device), states[part])
+
     def loss_of_batch(index):
-        total = 0.0
-        for part in index.split(at_once):                       # gradients add up, not activations
-            losses = text_loss(model, None, windows[part].to(device), states[part])
-            loss = losses.mean() * (len(part) / len(index))
-            loss.backward()
-            total += loss.item()
-        return total
+        return backward_by_parts(losses_of, index, at_once)
 
     def score():
         return mean_loss(model, None, val, at_once, val_states)

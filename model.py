@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import (Tensors, read_folder, read_meta, read_metadata, read_safetensors, write_atomic,
+from data.checkpoint import (Tensors, read_folder, read_meta, read_metadata, read_safetensors, write_json,
                              write_safetensors)
 from data.config import Config, file_sums, hf_config, packed_layers, read_config, resolve
 from kernels.linear import PackedLinear
@@ -304,6 +304,12 @@ def half_split(w, heads: int):
     return w.view(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
+def skeleton_of(config: Config) -> Transformer:
+    """A model on the meta device: names and shapes without weights."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
 class Checkpoint:
     """Weights under our own names: compared with a configuration, mapped, not read.
 
@@ -363,8 +369,11 @@ class Checkpoint:
 
     def skeleton(self) -> "Transformer":
         """The model on the meta device: names and shapes without weights."""
-        with torch.device("meta"):
-            return Transformer(self.config)
+        return skeleton_of(self.config)
+
+    def count(self) -> int:
+        """How many weights the whole model has."""
+        return sum(p.numel() for p in self.skeleton().parameters())
 
     def tensor(self, name: str) -> torch.Tensor:
         """One weight in its stored dtype, a view of the file where the layout allows it."""
@@ -418,9 +427,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = read_config(folder)
     meta = not (folder / "config.json").exists()
     files = read_meta(folder) if meta else read_folder(folder)
-    with torch.device("meta"):
-        skeleton = Transformer(config)
-    return Checkpoint(folder, config, files, packed_layers(folder), skeleton, meta=meta)
+    return Checkpoint(folder, config, files, packed_layers(folder), skeleton_of(config), meta=meta)
 
 
 def check_device(device) -> None:
@@ -463,7 +470,7 @@ def save_config(folder: Path, config: Config, layers: dict, dtype: torch.dtype =
     """config.json; `layers` is what the packed tensors mean, `extra` joins it."""
     files = file_sums(folder) if layers else None                # packed: nobody can put a folder together from two
     held = {**hf_config(config, layers, files), "torch_dtype": str(dtype).removeprefix("torch."), **(extra or {})}
-    write_atomic(folder / "config.json", lambda f: f.write(json.dumps(held, indent=1).encode()))
+    write_json(folder / "config.json", held)
 
 
 def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype = torch.float16, extra: dict | None = None) -> None:
@@ -522,8 +529,7 @@ def save_index(folder: Path, config: Config) -> None:
         total += sum(t.nbytes for t in tensors.values())
         names.update(dict.fromkeys(tensors, path.name))
         layers.update(read_note(path)["layers"])
-    index = json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=1).encode()
-    write_atomic(folder / "model.safetensors.index.json", lambda f: f.write(index))
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
     save_config(folder, config, layers)
 
 

@@ -419,6 +419,18 @@ def windows_at_once(windows: torch.Tensor, device) -> int:
     return len(windows) if torch.device(device).type == "cuda" else max(1, 512 // windows.shape[1])
 
 
+def backward_by_parts(losses_of: Callable, index: torch.Tensor, at_once: int) -> float:
+    """Mean of losses_of(part) (windows of part, tokens) over all of index, its gradient added up
+    part by part: the activations of at_once windows exist at a time. Every window has as many
+    losses."""
+    total = 0.0
+    for part in index.split(at_once):
+        loss = losses_of(part).mean() * (len(part) / len(index))
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor | None = None,
           steps: int = 200, batch_size: int = 4, lr: float | None = None, warmup: int | None = None,
           clip: float = 1.0, val_every: int | None = None, seed: int = 0,
@@ -455,16 +467,15 @@ def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor 
         its keys and values."""
         if not hasattr(model, "hidden"):
             return text_loss(model, now(), windows[index].to(device)).mean()
-        full, total = read_prompt(model, now()), 0.0
+        full = read_prompt(model, now())
         ends = [t for pair in full.kv for t in pair]
         leaves = [t.detach().requires_grad_() for t in ends]
         full.kv = list(zip(leaves[::2], leaves[1::2]))
-        for part in index.split(at_once):
+
+        def losses_of(part):
             wanted = None if states is None else states[part]
-            losses = text_loss(model, full, windows[part].to(device), wanted, mix)
-            loss = losses.mean() * (len(part) / len(index))
-            loss.backward()
-            total += loss.item()
+            return text_loss(model, full, windows[part].to(device), wanted, mix)
+        total = backward_by_parts(losses_of, index, at_once)
         torch.autograd.backward(ends, [t.grad for t in leaves])
         return total
 

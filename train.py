@@ -8,14 +8,10 @@ learns a soft prompt on the compressed model (prompt.py), measures each step and
 after a kill or Ctrl-C the same command with --resume goes on. `torchrun --nproc-per-node N train.py ...` splits the
 windows over N processes. Left out: splitting one model over several devices.
 """
-from data.flags import PRECISIONS, Flags, fail, flag, read_flags, real, run_program, say, whole
+from argparse import BooleanOptionalAction
 
-SCALES = {                                               # what the flags of these names default to, by the model's size
-    "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048, max_tokens=None, batch_size=4,
-                  prompt_tokens=100, steps=200, control=False),
-    "tiny": dict(calib="docs", data="headers", train_data="headers", nsamples=128, seqlen=256, max_tokens=32768,
-                 batch_size=8, prompt_tokens=50, steps=200, control=True),
-}
+from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, whole
+
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid", "act_order", "static_groups",
                "descent", "true_sequential", "correct", "percdamp", "blocksize", "calib", "nsamples")
 NO_SETTINGS = ("out", "resume", "overwrite", "plan")     # what does not change the numbers
@@ -48,11 +44,11 @@ def flags() -> Flags:
     a("--refits", type=whole(0, 1000), help="conjugate gradient iterations on the weights kept")
     a("--grid", choices=["minmax", "uniform", "offset", "auto"],
       help="auto: offset (no level on zero) if pruned, else uniform")
-    a("--act-order", action=flag_pair(), help="quantize columns in order of falling Hessian diagonal")
+    a("--act-order", action=BooleanOptionalAction, help="quantize columns in order of falling Hessian diagonal")
     a("--static-groups", action="store_true", default=None,
       help="plain GPTQ with --act-order: groups stay neighbouring columns")
     a("--descent", type=whole(0, 1000), help="passes over the codes afterwards")
-    a("--true-sequential", action=flag_pair(), help="groups of Linears inside a block one after the other")
+    a("--true-sequential", action=BooleanOptionalAction, help="groups of Linears inside a block one after the other")
     a("--correct", type=real(0, 1), help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
     a("--percdamp", type=real(0, 100), help="damping, as a share of the Hessian's diagonal")
     a("--blocksize", type=whole(1, 1 << 20), help="columns whose errors travel together (default 128)")
@@ -77,14 +73,9 @@ def flags() -> Flags:
     a("--prompt-tokens", type=whole(1, 1 << 20), help="length of the prompt (default 100; tiny models 50)")
     a("--prompt-init", default="text", choices=["text", "vocab", "random"],
       help="start from the text's first tokens, from tokens drawn at random, or from random numbers")
-    a("--control", action=flag_pair(), help="learn a prompt on the dense model too (default: tiny models)")
+    a("--control", action=BooleanOptionalAction, help="learn a prompt on the dense model too (default: tiny models)")
     a("--checkpointing", action="store_true", help="recompute activations to save memory")
     return p
-
-
-def flag_pair():
-    import argparse
-    return argparse.BooleanOptionalAction
 
 
 def groups(text: str) -> int:
@@ -95,10 +86,8 @@ def groups(text: str) -> int:
 if __name__ == "__main__":
     args = read_flags(flags())                           # before torch is loaded: --help and wrong flags answer at once
 
-import os
 import platform
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -107,19 +96,16 @@ import torch
 
 from compress import RECIPES, Settings, compress, make_solver, plan
 from data import parallel
-from data.checkpoint import write_atomic
-from data.config import SHIPPED, packed_layers, resolve
+from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.report import Report, identity
 from data.text import calibration, eval_tokens
-from data.tokenizer import load_tokenizer
+from data.tokenizer import copy_tokenizer, load_tokenizer
 from eval import DTYPES, default_device, default_dtype, fits, perplexity, stored_dtype, streamed_perplexity, usable
-from model import Checkpoint, load_model, open_checkpoint, storage
+from model import Checkpoint, open_checkpoint, storage
 from prompt import default_rate, initial_prompt, learn, owner, save_prompt
-
-TOKENIZER_FILES = ("tokenizer", "vocab.", "merges.", "special_tokens", "generation_config")
-
+from sparsegpt import parse_sparsity
 
 def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
@@ -132,19 +118,20 @@ def settle(args) -> None:
         if given:
             raise ValueError(f"--model {args.model} is compressed already, so {', '.join(given)} cannot be applied: give the "
                              f"dense checkpoint, or leave them out to learn a prompt")
+        if args.control and not args.dense:
+            raise ValueError("--control learns a prompt on the dense model too: say where it is with --dense FOLDER")
     elif args.dense:
         raise ValueError(f"--dense goes with a compressed --model, and {args.model} is dense: leave it out")
-    size = SCALES["tiny" if args.model in SHIPPED else "large"]
+    size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
     general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best", static_groups=False, blocksize=128)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.train_data = args.train_data or args.calib
-    args.device = usable(args.device or default_device())
+    args.device = usable(args.device)
     args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
-    if args.correct and not args.true_sequential:
-        raise ValueError("--correct works group by group: add --true-sequential, or turn it off with --correct 0")
-    if args.sym and (args.grid == "offset" or args.grid == "auto" and str(args.sparsity) not in ("0", "0.0")):
+    Settings(args.true_sequential, args.correct).check()
+    if args.sym and (args.grid == "offset" or args.grid == "auto" and parse_sparsity(args.sparsity)[0]):
         raise ValueError("--sym does nothing for offset grids, which are symmetric: leave it out, or use --grid uniform")
     if args.out is None:
         setting = "prompt" if args.packed else f"{args.bits}bit-{str(args.sparsity).replace(':', 'of')}"
@@ -171,7 +158,8 @@ def check_weights(checkpoint: Checkpoint) -> None:
     """ValueError for a weight that fp16, in which they are saved, cannot hold; reading finds NaN and Inf."""
     for name in Progress(list(checkpoint.keys), "looking at the weights"):
         w = checkpoint.tensor(name)
-        largest = float(w.abs().max()) if w.numel() else 0.0
+        low, high = torch.aminmax(w)                             # no copy, as abs() would be
+        largest = max(-float(low), float(high))
         if not largest <= 65504:
             raise ValueError(f"{checkpoint.place}: {name} holds {largest:g}, beyond float16, in which the compressed model is "
                              f"saved: this checkpoint cannot be compressed")
@@ -194,9 +182,10 @@ class Run:
         self.tokenizer = load_tokenizer(self.folder)
         self.checkpoint = open_checkpoint(self.folder)
         check_positions(args, self.checkpoint)
-        bits = None if args.bits == 16 else args.bits
+        self.bits = None if args.bits == 16 else args.bits
+        self.settings = Settings(args.true_sequential, args.correct)
         steps = {name: getattr(args, name) for name in ("mask", "refits", "grid", "act_order", "descent", "percdamp")}
-        self.solve = None if args.packed else make_solver(bits, args.sparsity, args.recipe, args.groupsize, args.sym,
+        self.solve = None if args.packed else make_solver(self.bits, args.sparsity, args.recipe, args.groupsize, args.sym,
                                                           args.blocksize, args.static_groups, **steps)
         self.read_texts()
         self.made = self.out / "compressed" if self.solve else self.folder       # what the prompt is learned on
@@ -222,17 +211,19 @@ class Run:
         a = self.args
         if not self.solve:
             return "plan: nothing to compress"
-        settings = Settings(a.true_sequential, a.correct)
-        bits = None if a.bits == 16 else a.bits
-        return str(plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen, self.dtype, settings, bits, a.sparsity))
+        return str(plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen, self.dtype, self.settings, self.bits,
+                        a.sparsity))
+
+    def flags(self) -> dict:
+        """The flags that the numbers depend on."""
+        return {k: v for k, v in vars(self.args).items() if k not in NO_SETTINGS}
 
     def identity(self) -> dict:
-        """What tells this run from others: its settings, the checkpoint's files, versions and texts."""
-        settings = {k: v for k, v in vars(self.args).items() if k not in NO_SETTINGS}
+        """What tells this run from others: its flags, the checkpoint's files, versions and texts."""
         names = {self.args.calib, self.args.data, self.args.train_data}
         texts = {name: harvest_name(name) for name in sorted(names & set(HARVESTED))}
         texts |= {name: Path(name).stat().st_size for name in sorted(names) if Path(name).is_file()}
-        return {"settings": settings, "texts": texts, "checkpoint": identity(self.folder),
+        return {"settings": self.flags(), "texts": texts, "checkpoint": identity(self.folder),
                 "versions": {"torch": torch.__version__, "python": platform.python_version()}}
 
     def measure(self, name: str, model, size: dict, prompt=None, making: float = 0.0) -> None:
@@ -246,8 +237,12 @@ class Run:
         self.report.add(name, making, time.monotonic() - start, perplexity=ppl, scored_tokens=count,
                         prompt_tokens=0 if prompt is None else len(prompt), **size)
 
-    def load(self, folder: Path):
-        return load_model(folder, self.dtype, self.args.device, packed=self.args.fused == "on")
+    def load(self, checkpoint: Checkpoint):
+        return checkpoint.model(self.dtype, self.args.device, packed=self.args.fused == "on")
+
+    def measure_compressed(self, making: float = 0.0) -> None:
+        checkpoint = open_checkpoint(self.made)
+        self.measure("compressed", self.load(checkpoint), folder_storage(checkpoint), making=making)
 
     def measure_dense(self, folder: Path) -> None:
         if self.report.has("dense"):
@@ -255,29 +250,27 @@ class Run:
         checkpoint = open_checkpoint(folder)
         whole_model = fits(checkpoint, self.dtype, self.args.device)
         model = checkpoint.model(self.dtype, self.args.device) if whole_model else checkpoint
-        self.measure("dense", model, dense_storage(checkpoint))
+        self.measure("dense", model, storage(checkpoint.skeleton()))
 
     def compress(self) -> None:
         if self.report.has("compressed"):
             return
         a, start = self.args, time.monotonic()
         if parallel.rank() == 0:
+            self.made.mkdir(parents=True, exist_ok=True)
             copy_tokenizer(self.folder, self.made)
-        check_weights(self.checkpoint)
-        settings = Settings(a.true_sequential, a.correct)
-        stats = compress(self.checkpoint, self.made, self.windows, self.solve, settings, a.batch_size, self.dtype, a.device)
-        making = time.monotonic() - start
-        self.report.layers = stats
+        self.report.layers = compress(self.checkpoint, self.made, self.windows, self.solve, self.settings, a.batch_size,
+                                      self.dtype, a.device)
         self.report.save()
-        self.measure("compressed", self.load(self.made), folder_storage(self.made), making=making)
+        self.measure_compressed(time.monotonic() - start)
 
-    def learn(self, folder: Path, name: str, size: dict, file: str) -> None:
+    def learn(self, folder: Path, name: str, file: str) -> None:
         """Rows for the start of a prompt and for the learned one; the prompt is saved before it is measured."""
         a, path = self.args, self.out / file
         rows = f"{name} + initial prompt", f"{name} + learned prompt"
         if all(self.report.has(row) for row in rows):
             return
-        model = self.load(folder)
+        model, size = self.load(open_checkpoint(folder)), self.report.size(name)
         start = initial_prompt(model, a.prompt_tokens, a.prompt_init, self.text, a.seed)
         if not self.report.has(rows[0]):
             self.measure(rows[0], model, size, start)
@@ -286,9 +279,9 @@ class Run:
         lr = a.lr or default_rate(model, start)
         state = path.with_suffix(".state")
         got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, seed=a.seed, state=state, progress=Progress)
-        settings = {k: v for k, v in vars(a).items() if k not in NO_SETTINGS}
         if parallel.rank() == 0:
-            save_prompt(path, got.prompt, {**settings, "lr": lr, "val_loss": got.val_loss}, owner(model, self.tokenizer))
+            told = {**self.flags(), "lr": lr, "val_loss": got.val_loss}
+            save_prompt(path, got.prompt, told, owner(model, self.tokenizer))
         self.report.losses[file] = {"lr": lr, "training": got.losses, "validation": got.scores}
         self.measure(rows[1], model, size, got.prompt, making=time.monotonic() - began)
         if parallel.rank() == 0:
@@ -297,7 +290,9 @@ class Run:
     def run(self) -> None:
         a = self.args
         self.report = Report(self.out, self.identity(), a.resume, a.overwrite) if parallel.rank() == 0 else Quiet()
-        parallel.wait()
+        self.report.rows = parallel.first_object(self.report.rows)               # all skip what is done
+        if self.solve and not self.report.has("compressed"):
+            check_weights(self.checkpoint)
         if not a.packed:
             self.measure_dense(self.folder)
         elif a.dense:
@@ -305,14 +300,11 @@ class Run:
         if self.solve:
             self.compress()
         elif a.packed and not self.report.has("compressed"):
-            self.measure("compressed", self.load(self.folder), folder_storage(self.folder))
+            self.measure_compressed()
         if a.steps:
-            dense = self.name == "dense"
-            size = dense_storage(self.checkpoint) if dense else folder_storage(self.made)
-            self.learn(self.made, self.name, size, "prompt.safetensors")
-            other = resolve(a.dense) if a.dense else self.folder
-            if a.control and not dense and (a.dense or not a.packed):            # how much of it is adaptation
-                self.learn(other, "dense", dense_storage(open_checkpoint(other)), "prompt-dense.safetensors")
+            self.learn(self.made, self.name, "prompt.safetensors")
+            if a.control and self.name != "dense":                               # how much of it is adaptation
+                self.learn(resolve(a.dense) if a.dense else self.folder, "dense", "prompt-dense.safetensors")
 
 
 class Quiet(Report):
@@ -325,23 +317,10 @@ class Quiet(Report):
         pass
 
 
-def dense_storage(checkpoint: Checkpoint) -> dict:
-    with torch.device("meta"):
-        return storage(checkpoint.skeleton())
-
-
-def folder_storage(folder: Path) -> dict:
+def folder_storage(checkpoint: Checkpoint) -> dict:
     """Sizes of a model folder, its files as they are."""
-    stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    return storage(load_model(folder), stored)
-
-
-def copy_tokenizer(source: Path, to: Path) -> None:
-    """The tokenizer goes with the model, each file atomically."""
-    to.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.name.startswith(TOKENIZER_FILES):
-            write_atomic(to / file.name, lambda f: f.write(file.read_bytes()))
+    stored = sum(f.stat().st_size for f in checkpoint.place.glob("*.safetensors"))
+    return storage(checkpoint.model(dtype=None), stored)
 
 
 def how_to_continue(args) -> str:
@@ -355,10 +334,9 @@ def main(args) -> dict:
     args.device = parallel.start(args.device or default_device())
     settle(args)
     run = Run(args)
-    plan = run.plan()
-    size = sum(p.numel() for p in run.checkpoint.skeleton().parameters()) / 1e6
     if parallel.rank() == 0:
-        print(f"{args.model}: {size:.1f} million weights, {describe_machine(args.device)}, {args.dtype}\n{plan}", flush=True)
+        print(f"{args.model}: {run.checkpoint.count() / 1e6:.1f} million weights, {describe_machine(args.device)}, "
+              f"{args.dtype}\n{run.plan()}", flush=True)
     if args.plan:
         return {}
     run.run()
@@ -375,3 +353,4 @@ def main(args) -> dict:
 
 if __name__ == "__main__":
     run_program(main, args, after_interrupt=lambda: how_to_continue(args))
+    parallel.end()

@@ -62,6 +62,12 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not valid JSON with an object in it ({e}): download it again") from None
 
 
+def write_json(path: Path, held: dict) -> None:
+    """Write a JSON object as read_json reads it; ValueError for NaN and Infinity, which JSON does not have."""
+    text = json.dumps(held, indent=1, allow_nan=False).encode()
+    write_atomic(path, lambda f: f.write(text))
+
+
 def write_atomic(path: Path, write, check=None) -> None:
     """Call write(file) on a temporary neighbour of path, then check(its path), then rename: readers see the old file or
     the whole new one, and a failure leaves no part behind. OSError, with the file's name, if it cannot be written."""

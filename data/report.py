@@ -12,10 +12,11 @@ import os
 import shutil
 from pathlib import Path
 
-from data.checkpoint import read_json, write_atomic
+from data.checkpoint import read_json, write_json
 
-OURS = ("report.json", "seconds.json", "compressed", "teacher", "prompt.safetensors", "prompt-dense.safetensors",
-        "prompt.state", "prompt-dense.state", "heal.state", "healed")
+OURS = ("report.json", "seconds.json", "compressed", "prompt.safetensors", "prompt-dense.safetensors", "prompt.state",
+        "prompt-dense.state")                                   # what a run writes
+SIZES = ("megabytes", "bits_per_weight", "linear_bits_per_weight", "nominal")
 
 
 class Report:
@@ -71,11 +72,15 @@ class Report:
     def save(self) -> None:
         held = {**self.run, "rows": self.rows, "layers": self.layers, "losses": self.losses}
         for name, value in (("seconds.json", self.seconds), ("report.json", held)):
-            text = json.dumps(value, indent=1, allow_nan=False).encode()
-            write_atomic(self.folder / name, lambda f: f.write(text))
+            write_json(self.folder / name, value)
 
     def has(self, name: str) -> bool:
         return any(row["name"] == name for row in self.rows)
+
+    def size(self, name: str) -> dict:
+        """The sizes of a model, from its row."""
+        row = next(row for row in self.rows if row["name"] == name)
+        return {key: row[key] for key in SIZES}
 
     def add(self, name: str, making: float, measuring: float, **values) -> None:
         """A row of the table; making and measuring in seconds."""

@@ -21,12 +21,13 @@ tiktoken's. Left out: chat templates, normalizers, padding.
 import base64
 import json
 import re
+import shutil
 from pathlib import Path
 
 import sentencepiece
 
 from data.bpe import ByteLevelBPE, byte_letters, check_ids, merge_order, rank_order, tokens_and_ids
-from data.checkpoint import read_json
+from data.checkpoint import read_json, write_atomic
 from data.config import QUANT_METHOD, in_range, read_config
 
 # How text is cut into words before merging; no merge crosses a cut. GPT-2 keeps a space with the word after it.
@@ -59,6 +60,17 @@ class SentencePiece:
 
     def decode(self, ids) -> str:
         return self.model.decode([int(i) for i in ids if i < self.vocab_size and int(i) not in self.silent])
+
+
+FILES = ("tokenizer", "vocab.", "merges.", "special_tokens", "generation_config", "chat_template")    # names begin so
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files that a model's text goes through into another model folder, each atomically."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name.startswith(FILES):
+            with open(file, "rb") as held:
+                write_atomic(folder / file.name, lambda f: shutil.copyfileobj(held, f))
 
 
 def load_tokenizer(folder: str | Path) -> SentencePiece | ByteLevelBPE:

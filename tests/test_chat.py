@@ -6,7 +6,6 @@ families write theirs.
 import json
 
 import pytest
-import torch
 
 import eval as evaluation
 from data.bpe import ByteLevelBPE

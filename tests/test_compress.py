@@ -223,8 +223,10 @@ model = tiny()
 ppl = perplexity(model, TOKENS, 16, batch_size=1)
 got = learn(model, initial_prompt(model, 4, tokens=TOKENS), TOKENS[:96].view(6, 16), TOKENS[:32].view(2, 16), 6, 2, 1e-2)
 if parallel.rank() == 0:
-    json.dump([[s["error"] for s in stats], ppl, got.losses], open(sys.argv[1], "w"))
+    with open(sys.argv[1], "w") as f:
+        json.dump([[s["error"] for s in stats], ppl, got.losses], f)
 parallel.stop()
+parallel.end()
 """
     (tmp_path / "job.py").write_text(code)
     found = []

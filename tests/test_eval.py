@@ -24,23 +24,9 @@ from data.progress import Progress, duration
 from data.tokenizer import load_tokenizer
 from model import load_model, save_model
 from prompt import as_prefix, save_prompt
-from test_prompt import TOKENS, tiny
+from test_prompt import TOKENS, Foreign, Letters, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class Foreign(torch.nn.Module):
-    """A model with embed and forward alone, as another project's would be."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.m, self.embed_tokens = model, model.embed_tokens
-
-    def embed(self, tokens):
-        return self.m.embed(tokens)
-
-    def forward(self, embeds):
-        return self.m(embeds)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -106,17 +92,6 @@ def test_picking():
     drawn = evaluation.pick(many, 1.0, 1.0, u).bincount(minlength=4) / 2000
     assert torch.allclose(drawn, torch.softmax(logits[0], -1), atol=0.03)
     assert evaluation.pick(logits, 1.0, 1.0, torch.tensor([1 - 2**-24])).tolist() in ([0], [3])   # never past the end
-
-
-class Letters:
-    eos_id = None
-    bos_id = None
-
-    def encode(self, text, bos=True):
-        return [ord(c) % 50 for c in text]
-
-    def decode(self, ids):
-        return "".join(chr(48 + i) for i in ids)
 
 
 def continued(model, text, n=20, tokenizer=Letters(), **how):

@@ -1,5 +1,6 @@
 """export.py: every file it writes is read by the program it is meant for, or by a reader written from that format's text."""
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,7 @@ from test_packed_model import TOKENS, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, OPTForCausalLM
 
 import export
-from data.checkpoint import read_folder, read_metadata, verify, write_safetensors
+from data.checkpoint import read_folder, verify, write_safetensors
 from data.config import SHIPPED, file_sums
 from data.tokenizer import load_tokenizer
 from model import load_model, open_checkpoint, save_model
@@ -328,7 +329,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
     """A full disk: one line with the file's name and no .part."""
     peer("llama", tmp_path / "model")
     (tmp_path / "model/generation_config.json").unlink()
-    monkeypatch.setattr(export.shutil, "copyfileobj", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(shutil, "copyfileobj", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     (tmp_path / "model/tokenizer.model").write_bytes(b"x")
     with pytest.raises(OSError, match="tokenizer.model cannot be written .No space left on device"):
         export.to_hf(open_checkpoint(tmp_path / "model"), tmp_path / "out")

@@ -2,7 +2,6 @@
 import random
 import shutil
 
-import pytest
 from fuzz import Bed, apart, hf, header_damage, load_here, run
 from safetensors import SafetensorError, safe_open
 

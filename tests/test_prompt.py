@@ -1,8 +1,6 @@
 """prompt.py: what is learned, chosen and stored; resuming to the same bits."""
 import dataclasses
-import json
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 from data.config import Config
 from model import Transformer
 from prompt import (HeadLoss, as_prefix, default_rate, fit, initial_prompt, kind_of, learn, load_prompt, mean_loss,
-                    owner, save_prompt, teacher_states, text_loss, text_nll, with_prompt)
+                    owner, save_prompt, teacher_states, text_loss, text_nll)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +32,7 @@ TOKENS = torch.randint(0, 50, (97,), generator=torch.Generator().manual_seed(3))
 
 class Letters:
     eos_id = None
+    bos_id = None
 
     def encode(self, text, bos=True):
         return [ord(c) % 50 for c in text]

@@ -11,7 +11,8 @@ import torch
 
 from data.config import SHIPPED
 from data.report import Report
-from model import load_model
+from data.tokenizer import copy_tokenizer
+from model import load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_tiny = pytest.mark.skipif(not all((p / "tokenizer.model").exists() or (p / "vocab.json").exists() for p in SHIPPED.values()),
@@ -107,6 +108,34 @@ def same_files(one: Path, other: Path) -> list[str]:
             and not ((one / n).exists() and (other / n).exists() and (one / n).read_bytes() == (other / n).read_bytes())]
 
 
+@needs_tiny
+def test_two_processes_make_a_table_and_resume_it(text, tmp_path):
+    """torchrun: all processes skip what the first one finds done, else they would wait for each other for ever."""
+    args = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", "--nsamples", 4, "--seqlen", 64, "--calib", text,
+            "--data", text, "--max-tokens", 512, "--train-data", text, "--steps", 2, "--prompt-tokens", 4, "--batch-size", 2, "--val-windows", 2,
+            "--no-control", "--device", "cpu", "--out", tmp_path / "o"]
+    first = run(*args)
+    names = [r["name"] for r in json.loads((tmp_path / "o/report.json").read_text())["rows"]]
+    assert names == ["dense", "compressed", "compressed + initial prompt", "compressed + learned prompt"]
+    table = [line for line in first.stdout.split("\n") if line.startswith(tuple(names))]
+    assert len(table) == 4                                        # and only one process prints
+    again = run(*args, "--resume")
+    assert [line for line in again.stdout.split("\n") if line.startswith(tuple(names))] == table
+
+
+@needs_tiny
+def test_weights_that_cannot_be_stored_are_found_before_any_work(text, tmp_path):
+    model = load_model("tiny-opt")
+    model.blocks[1].mlp.up.weight.data[3, 5] = 1e6
+    save_model(model, tmp_path / "m", torch.float32)
+    copy_tokenizer(SHIPPED["tiny-opt"], tmp_path / "m")
+    done = run("train.py", "--model", tmp_path / "m", "--nsamples", 2, "--seqlen", 64, "--calib", text, "--data", text, "--steps", 0,
+               "--device", "cpu", "--out", tmp_path / "o", ok=False)
+    last = done.stderr.strip().split("\n")[-1]
+    assert last.startswith("error: ") and "blocks.1.mlp.up.weight holds 1e+06, beyond float16" in last
+    assert "measuring" not in done.stderr
+
+
 def test_a_second_run_in_one_folder_is_refused(tmp_path):
     first = Report(tmp_path / "o", {"settings": {}})
     code = f"from data.report import Report; Report({str(tmp_path / 'o')!r}, {{}}, resume=True)"
@@ -146,8 +175,8 @@ def test_other_settings_without_a_prompt(options, text, tmp_path):
     (["--sparsity", "2"], "between 0 and 1"), (["--sparsity", "5:4"], "n:m"), (["--data", "nothing"], "unknown text set"),
     (["--data", "nothing.txt"], "nothing.txt"), (["--seqlen", "100000"], "--seqlen"), (["--seqlen", "500", "--prompt-tokens", "100"], "600 positions"), (["--recipe", "plain", "--static-groups"], "--act-order"),
     (["--no-true-sequential"], "--correct 0"), (["--prompt-tokens", "0"], "--prompt-tokens"), (["--batch-size", "0"], "--batch-size"), (["--correct", "nan"], "--correct"),
-    (["--lr", "-1"], "--lr"), (["--sym"], "--sym does nothing"), (["--device", "cuda"], "--device cuda"), (["--resume", "--overwrite"], "exclude")])
+    (["--lr", "-1"], "--lr"), (["--sym"], "--sym does nothing"), (["--device", "nowhere"], "--device nowhere"), (["--resume", "--overwrite"], "exclude"), (["--no-true-sequential", "--correct", "1"], "--correct 0")])
 def test_bad_settings_are_one_line_and_leave_nothing(options, message, text, tmp_path):
-    done = run("train.py", "--model", "tiny-llama", "--calib", text, "--data", text, *options, "--device", "cpu", "--out", tmp_path / "o", ok=False)
+    done = run("train.py", "--model", "tiny-llama", "--calib", text, "--data", text, "--device", "cpu", *options, "--out", tmp_path / "o", ok=False)
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().split("\n")) == 1 and message in done.stderr
     assert not (tmp_path / "o").exists()

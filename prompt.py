@@ -84,7 +84,24 @@ def initial_prompt(model, n: int, how: str = "text", tokens: torch.Tensor | None
 def as_prefix(model, prompt: torch.Tensor) -> torch.Tensor:
     """The keys and values that a model computes for an embedding prompt (n, width), in fp32: the
     same prompt as a prefix."""
-    kv = read_prompt(model, prompt).kv                          # (1, n_kv_head, n, head_dim) each
+    return stacked(read_prompt(model, prompt).kv)
+
+
+@torch.no_grad()
+def streamed_prefix(checkpoint, prompt: torch.Tensor, dtype: torch.dtype = torch.float32,
+                    device="cpu") -> torch.Tensor:
+    """as_prefix of the model of a Checkpoint, whose blocks come to the device one by one."""
+    ends = checkpoint.ends(dtype, device)
+    n = len(prompt)
+    cache, rope = ends.new_cache(1, n), ends.rope(0, n, device)
+    h = ends.stem(prompt[None].to(device, dtype))
+    for i, kv in enumerate(cache.kv):
+        h = checkpoint.block(i, dtype, device)(h, rope, (*kv, 0))
+    return stacked(cache.kv)
+
+
+def stacked(kv: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """A cache's pairs (1, n_kv_head, n, head_dim) -> a prefix, fp32."""
     kv = torch.stack([torch.stack(pair) for pair in kv])    # (layers, 2, 1, heads, n, size)
     return kv[:, :, 0].permute(3, 0, 1, 2, 4).float().contiguous()
 

@@ -90,7 +90,7 @@ from pathlib import Path
 
 import torch
 
-from compress import Walk
+from compress import Stream, Walk
 from data import parallel
 from data.chat import ChatTemplate
 from data.checkpoint import read_json, write_atomic
@@ -148,6 +148,28 @@ def streamed_perplexity(checkpoint: Checkpoint, tokens: torch.Tensor, seqlen: in
     if not math.isfinite(total):
         raise not_finite(title, "the loss", total, ends)
     return over_all(total, count)
+
+
+def last_states(checkpoint: Checkpoint, windows: torch.Tensor, batch_size: int = 4,
+                dtype: torch.dtype = torch.float32, device: str = "cpu",
+                title: str = "the dense model's states") -> Iterator[torch.Tensor]:
+    """The last block's outputs (batch, T, d_model) of windows (N, T), batch after batch; a model
+    that does not fit the device goes block by block over all windows."""
+    batches = windows.split(batch_size)
+    if fits(checkpoint, dtype, device):
+        model = checkpoint.model(dtype, device)
+        for batch in Progress(batches, title):
+            yield model.hidden(batch.to(device))
+        return
+    ends, stream = checkpoint.ends(dtype, device), Stream(dtype, device, exact=True)
+    for batch in batches:
+        stream.append(ends.stem(ends.embed(batch.to(device))).to(dtype))
+    rope = ends.rope(0, windows.shape[1], device)
+    for i in Progress(range(checkpoint.config.n_layer), title):
+        block = checkpoint.block(i, dtype, device)
+        for k in range(len(stream)):
+            stream[k] = block(stream[k], rope)
+    yield from stream
 
 
 def cut(tokens: torch.Tensor, seqlen: int, batch_size: int) -> torch.Tensor:

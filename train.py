@@ -16,7 +16,8 @@ COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits
                "descent", "true_sequential", "correct", "percdamp", "blocksize", "nsamples")
 GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent")            # need --bits below 16
 MASKS = ("mask", "refits")                                                               # need a sparsity
-PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "checkpointing")   # need --steps
+PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "checkpointing", "kind", "objective",
+          "prompt_recipe")                                       # need --steps
 NO_SETTINGS = ("out", "resume", "overwrite", "plan")     # what does not change the numbers
 
 
@@ -78,6 +79,14 @@ def flags() -> Flags:
       help="start from the text's first tokens, from tokens drawn at random, or from random numbers")
     a("--control", action=BooleanOptionalAction, help="learn a prompt on the dense model too (default: tiny models)")
     a("--checkpointing", action="store_true", default=None, help="recompute activations to save memory")
+    a("--kind", choices=["embedding", "prefix"],
+      help="embedding: what the first block reads, as in the paper (default); prefix: keys and values of every layer, "
+           "from the dense model's own")
+    a("--objective", choices=["next", "kl"],
+      help="next: next-token loss, as in the paper (default); kl: the dense model's predictions of the same text")
+    a("--prompt-recipe", choices=["ours", "paper"],
+      help="paper: its code's own 30000 steps, batches of 2, seqlen, warm-up and rate, where no flag says otherwise "
+           "(default ours)")
     return p
 
 
@@ -91,6 +100,7 @@ if __name__ == "__main__":
 
 import platform
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -103,11 +113,13 @@ from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.report import Report, identity
-from data.text import FILES as TEXT_SETS, calibration, eval_tokens
+from data.text import FILES as TEXT_SETS, calibration, eval_tokens, learning_windows
 from data.tokenizer import copy_tokenizer, load_tokenizer
-from eval import DTYPES, default_device, default_dtype, fits, perplexity, stored_dtype, streamed_perplexity, usable
+from eval import (DTYPES, default_device, default_dtype, fits, last_states, perplexity, stored_dtype,
+                  streamed_perplexity, usable)
 from model import Checkpoint, open_checkpoint, storage
-from prompt import default_rate, initial_prompt, learn, owner, save_prompt
+from prompt import (PAPER, default_rate, initial_prompt, learn, owner, save_prompt, streamed_prefix,
+                    teacher_states)
 from sparsegpt import parse_sparsity
 
 def settle(args) -> None:
@@ -127,6 +139,7 @@ def settle(args) -> None:
     elif args.dense:
         raise ValueError(f"--dense goes with a compressed --model, and {args.model} is dense: leave it out")
     size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
+    settle_prompt(args)
     general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best", static_groups=False, blocksize=128, seed=0,
                    fused="on", val_windows=8, prompt_init="text", checkpointing=False)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
@@ -175,6 +188,22 @@ def refuse_idle(args, given: set[str]) -> None:
             raise ValueError(f"{', '.join(odd)} {does} nothing {why}: leave {it} out")
 
 
+def settle_prompt(args) -> None:
+    """How the prompt is learned where no flag says so, and what needs the dense model."""
+    paper = PAPER if args.prompt_recipe == "paper" else {}
+    args.warmup, args.clip = None, 1.0                   # None: as `fit` has it
+    for name, value in {"kind": "embedding", "objective": "next", "prompt_recipe": "ours", **paper}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if paper and args.steps < paper["steps"]:            # fewer steps: the same share of them
+        args.warmup = max(1, args.steps * paper["warmup"] // paper["steps"])
+    if args.packed and not args.dense:
+        for name, value, what in (("kind", "prefix", "starts from the dense model's keys and values"),
+                                  ("objective", "kl", "learns from the dense model's predictions")):
+            if getattr(args, name) == value:
+                raise ValueError(f"{flag(name)} {value} {what}: say where that model is with --dense FOLDER")
+
+
 def check_positions(args, checkpoint: Checkpoint) -> None:
     """Prompt and window must fit the model."""
     most, prompt = checkpoint.config.max_positions, args.prompt_tokens if args.steps else 0
@@ -219,6 +248,7 @@ class Run:
                                                           args.blocksize, args.static_groups, **steps)
         self.read_texts()
         self.made = self.out / "compressed" if self.solve else self.folder       # what the prompt is learned on
+        self.dense = resolve(args.dense) if args.dense else None if args.packed else self.folder
         self.name = "compressed" if self.solve or args.packed else "dense"
 
     def read_texts(self) -> None:
@@ -229,13 +259,10 @@ class Run:
         if self.solve:
             self.windows = calibration(self.tokenizer, a.calib, "train", a.nsamples, a.seqlen, a.seed, folder=a.data_dir)
         if a.steps:
-            text = eval_tokens(self.tokenizer, a.train_data, "train", a.seqlen, folder=a.data_dir)
-            pool = text[:len(text) // a.seqlen * a.seqlen].view(-1, a.seqlen)    # windows that do not overlap
-            pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(a.seed))]
-            self.text, self.val, self.pool = text, pool[:a.val_windows], pool[a.val_windows:]
-            if not len(self.pool):
-                raise ValueError(f"{a.train_data} gives {len(pool)} windows of seqlen {a.seqlen}, and --val-windows "
-                                 f"{a.val_windows} takes them all: use more text or shorter windows")
+            self.text, self.val, self.pool = learning_windows(self.tokenizer, a.train_data, a.seqlen, a.val_windows, a.seed,
+                                                              folder=a.data_dir)
+            if a.objective == "kl":
+                self.pool = self.pool[:a.steps * a.batch_size]                   # more would never be read
 
     def plan(self) -> str:
         a = self.args
@@ -302,13 +329,17 @@ class Run:
             return
         model, size = self.load(open_checkpoint(folder)), self.report.size(name)
         start = initial_prompt(model, a.prompt_tokens, a.prompt_init, self.text, a.seed)
+        if a.kind == "prefix":
+            start = streamed_prefix(open_checkpoint(self.dense), start, self.dtype, a.device)
         if not self.report.has(rows[0]):
             self.measure(rows[0], model, size, start)
         began = time.monotonic()
         model.checkpointing = a.checkpointing
         lr = a.lr or default_rate(model, start)
         state = path.with_suffix(".state")
-        got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, seed=a.seed, state=state, progress=Progress)
+        teacher = self.teacher() if a.objective == "kl" else None
+        got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, a.warmup, a.clip, seed=a.seed,
+                    teacher=teacher, state=state, progress=Progress)
         if parallel.rank() == 0:
             told = {**self.flags(), "lr": lr, "val_loss": got.val_loss}
             save_prompt(path, got.prompt, told, owner(model, self.tokenizer))
@@ -316,6 +347,19 @@ class Run:
         self.measure(rows[1], model, size, got.prompt, making=time.monotonic() - began)
         if parallel.rank() == 0:
             state.unlink(missing_ok=True)
+
+    def teacher(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense model's last states of the windows to learn from and to choose by, in out/teacher until the run ends."""
+        a, checkpoint = self.args, open_checkpoint(self.dense)
+        ends = checkpoint.ends(self.dtype, a.device)
+
+        def states(windows):
+            hidden = last_states(checkpoint, windows, a.batch_size, self.dtype, a.device)
+            return teacher_states(ends, windows, self.out / "teacher", hidden=hidden)
+        if parallel.rank() == 0:
+            states(self.pool), states(self.val)
+        parallel.wait()                                                          # the others find what the first has made
+        return states(self.pool), states(self.val)
 
     def run(self) -> None:
         a = self.args
@@ -334,7 +378,9 @@ class Run:
         if a.steps:
             self.learn(self.made, self.name, "prompt.safetensors")
             if a.control and self.name != "dense":                               # how much of it is adaptation
-                self.learn(resolve(a.dense) if a.dense else self.folder, "dense", "prompt-dense.safetensors")
+                self.learn(self.dense, "dense", "prompt-dense.safetensors")
+            if parallel.rank() == 0:
+                shutil.rmtree(self.out / "teacher", ignore_errors=True)
 
 
 class Quiet(Report):

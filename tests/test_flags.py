@@ -169,6 +169,9 @@ TRAIN = {
     "prompt_init": (LEARN, "--prompt-init random", "losses"),
     "control": (LEARN, "--control", "rows"),
     "checkpointing": (LEARN, "--checkpointing", "recomputed"),
+    "kind": (LEARN, "--kind prefix", "losses"),
+    "objective": (LEARN, "--objective kl", "losses"),
+    "prompt_recipe": (LEARN, "--prompt-recipe paper", "losses"),
 }
 TEXT = "P/m --data P/a.txt --seqlen 16 --max-tokens 64"
 PIQA = "P/m --tasks piqa --data-dir P/d"

@@ -28,9 +28,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import (Tensors, read_folder, read_meta, read_metadata, read_safetensors,
-                             write_json, write_safetensors)
-from data.config import Config, file_sums, hf_config, packed_layers, read_config, resolve
+from data.checkpoint import (Tensors, parse_json, read_folder, read_meta, read_metadata,
+                             read_safetensors, write_json, write_safetensors)
+from data.config import (Config, check_layers, file_sums, hf_config, packed_layers, read_config,
+                         resolve)
 from kernels.linear import PackedLinear
 from kernels.packing import Packed, check_packed, count_kept, nbytes
 from kernels.unpacking import unpack
@@ -608,11 +609,18 @@ def save_shard(folder: Path, module: nn.Module, part: int, config: Config,
 
 def read_note(path: Path) -> dict:
     """{"layers": meta of the packed Linears, "note": ...} of a shard that save_shard wrote."""
+    said = read_metadata(path)
     try:
-        return json.loads(read_metadata(path)["compress-then-prompt"])
-    except (ValueError, KeyError):
+        held = parse_json(said["compress-then-prompt"].encode())
+        check_layers(path, held["layers"])
+        found = held["note"].setdefault("layers", [])           # one dict a Linear
+        whole = "crc32" in said and all(type(layer["error"]) is float for layer in found)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
         raise ValueError(f"{path} is not a shard of a compressed model: delete it and compress "
-                         f"again") from None
+                         f"again")
+    return held
 
 
 def load_block(path: Path, i: int, config: Config, dtype: torch.dtype, device="cpu") -> Block:

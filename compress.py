@@ -23,7 +23,7 @@ devices.
 """
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -36,6 +36,7 @@ from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from kernels.unpacking import unpack
 from model import Block, Checkpoint, Half, load_block, read_note, save_index, save_shard, shard_path
+from prompt import teacher_states
 from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
 
 RECIPES = {
@@ -242,6 +243,43 @@ class Walk:
                     continue
                 for half in through.halves():
                     stream[k] = half.write(stream[k], half.mix(stream[k], self.rope))
+
+
+@torch.no_grad()
+def dense_states(checkpoint: Checkpoint, windows: torch.Tensor, folder: str | Path,
+                 batch_size: int = 4, dtype: torch.dtype = torch.float32,
+                 device: str = "cpu") -> torch.Tensor:
+    """`teacher_states` of a model that need not fit the device: block by block from its files, one
+    block there at a time, over windows (N, T). Found in folder, it is not computed again."""
+    ends = checkpoint.ends(dtype, device)
+
+    def last_block() -> Iterator[torch.Tensor]:
+        rope, stream = ends.rope(0, windows.shape[1], device), Stream(dtype, device)
+        for batch in windows.split(batch_size):
+            stream.append(ends.stem(ends.embed(batch.to(device))).to(dtype))
+        for i in Progress(range(checkpoint.config.n_layer), "the dense model's states"):
+            block = checkpoint.block(i, dtype, device)
+            for k, h in enumerate(stream):
+                stream[k] = block(h, rope)
+        yield from stream
+
+    return teacher_states(ends, windows, folder, hidden=last_block())
+
+
+def hold_out(drawn: torch.Tensor, nsamples: int, count: int,
+             run: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """(windows, held) of drawn (N, T) int64: the first nsamples of them, and of the others the
+    `count` that share least text with those, counted in runs of so many tokens. Windows are drawn
+    from anywhere in a text, so that some overlap; of a long text these share nothing."""
+    run = min(run, drawn.shape[1])
+    places = drawn.shape[1] - run + 1
+    marks = torch.zeros(len(drawn), places, dtype=torch.int64)  # of the run that begins there
+    for i in range(run):
+        marks = marks * 1_000_003 + drawn[:, i:i + places]      # wraps around, as a hash may
+    windows, others = drawn[:nsamples], drawn[nsamples:]
+    shared = torch.isin(marks[nsamples:], marks[:nsamples]).sum(1)
+    best = shared.argsort(stable=True)[:count].sort().values
+    return windows, others[best]
 
 
 class Settings(NamedTuple):

@@ -1,10 +1,11 @@
-"""Compress, then prompt (arXiv 2305.11186): measure -> compress -> measure -> prompt -> measure, as a program.
+"""Compress, then prompt (arXiv 2305.11186): measure -> compress -> heal -> prompt, measured after each, as a program.
 
     python train.py --model llama-7b --bits 4 --sparsity 0.5
 
 prunes half of the weights of a LLaMA or OPT checkpoint and quantizes the rest to 4 bits, block by block (compress.py),
-learns a soft prompt on the compressed model (prompt.py), measures each step and prints one table. Everything lands in
---out: compressed/ (load_model reads it), prompt.safetensors, report.json. What is done is written when it is done;
+tunes what is stored beside the codes (heal.py), learns a soft prompt on the result (prompt.py), measures each step and
+prints one table. Everything lands in --out: compressed/ (load_model reads it; once it is complete, the healed model
+takes its place), prompt.safetensors, report.json. What is done is written when it is done;
 after a kill or Ctrl-C the same command with --resume goes on. `torchrun --nproc-per-node N train.py ...` splits the
 windows over N processes. Left out: splitting one model over several devices.
 """
@@ -13,8 +14,9 @@ from argparse import BooleanOptionalAction
 from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, whole
 
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid", "act_order", "static_groups",
-               "descent", "true_sequential", "correct", "percdamp", "blocksize", "calib", "nsamples")
+               "descent", "true_sequential", "correct", "percdamp", "blocksize", "calib", "nsamples", "heal")
 NO_SETTINGS = ("out", "resume", "overwrite", "plan")     # what does not change the numbers
+HELD_OUT = 8                                             # windows of the calibration text that healing is judged by
 
 
 def flags() -> Flags:
@@ -55,6 +57,8 @@ def flags() -> Flags:
     a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path (default c4; "
                       "tiny models docs)")
     a("--nsamples", type=whole(1, 1 << 24), help="calibration windows (default 128)")
+    a("--heal", type=whole(0, 10**7), metavar="STEPS", help="then tune grids, norms and biases of the packed model against "
+      "the dense one on the same windows, in so many steps (default 64; 0 with --bits 16)")
 
     a = p.add_argument_group("measuring").add_argument
     a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models headers)")
@@ -88,13 +92,14 @@ if __name__ == "__main__":
 
 import platform
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from compress import RECIPES, Settings, compress, make_solver, plan
+from compress import RECIPES, Settings, compress, dense_states, hold_out, make_solver, plan
 from data import parallel
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
@@ -103,6 +108,7 @@ from data.report import Report, identity
 from data.text import calibration, eval_tokens
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from eval import DTYPES, default_device, default_dtype, fits, perplexity, stored_dtype, streamed_perplexity, usable
+from heal import heal, save_healed
 from model import Checkpoint, open_checkpoint, storage
 from prompt import default_rate, initial_prompt, learn, owner, save_prompt
 from sparsegpt import parse_sparsity
@@ -122,6 +128,10 @@ def settle(args) -> None:
             raise ValueError("--control learns a prompt on the dense model too: say where it is with --dense FOLDER")
     elif args.dense:
         raise ValueError(f"--dense goes with a compressed --model, and {args.model} is dense: leave it out")
+    if args.heal and args.bits == 16:
+        raise ValueError(f"--heal {args.heal} tunes the grids of quantized weights, and --bits 16 makes none: leave it out")
+    if args.packed or args.bits == 16:
+        args.heal = 0
     size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
     general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best", static_groups=False, blocksize=128)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
@@ -197,7 +207,9 @@ class Run:
         split = "validation" if a.data == "c4" else "test"                       # C4 publishes no test split
         self.test = eval_tokens(self.tokenizer, a.data, split, a.seqlen, a.max_tokens, folder=a.data_dir)
         if self.solve:
-            self.windows = calibration(self.tokenizer, a.calib, "train", a.nsamples, a.seqlen, a.seed, folder=a.data_dir)
+            drawn = calibration(self.tokenizer, a.calib, "train", a.nsamples + 4 * HELD_OUT, a.seqlen, a.seed,
+                                folder=a.data_dir)
+            self.windows, self.held = hold_out(drawn, a.nsamples, HELD_OUT)
         if a.steps:
             text = eval_tokens(self.tokenizer, a.train_data, "train", a.seqlen, folder=a.data_dir)
             pool = text[:len(text) // a.seqlen * a.seqlen].view(-1, a.seqlen)    # windows that do not overlap
@@ -264,6 +276,41 @@ class Run:
         self.report.save()
         self.measure_compressed(time.monotonic() - start)
 
+    def heal(self) -> None:
+        """The row of the healed model. It is written beside compressed/, and takes its place when it is complete: from
+        the moment on that the report holds its losses."""
+        a, began, row = self.args, time.monotonic(), "compressed + healed"
+        if not a.heal or self.report.has(row):
+            return
+        healed, state, teacher = (self.out / name for name in ("healed", "heal.state", "teacher"))
+        first = parallel.rank() == 0
+        if not parallel.first_object("compressed" in self.report.losses):
+            text = torch.cat([self.windows, self.held])
+            if first:
+                dense_states(self.checkpoint, text, teacher, a.batch_size, self.dtype, a.device)
+            parallel.wait()                                                      # the others find it in the folder
+            states = dense_states(self.checkpoint, text, teacher, a.batch_size, self.dtype, a.device)
+            model = open_checkpoint(self.made).model(self.dtype, a.device)
+            model.checkpointing = a.checkpointing
+            n = len(self.windows)
+            got = heal(model, self.windows, self.held, (states[:n], states[n:]), a.heal, a.batch_size, seed=a.seed,
+                       state=state, progress=Progress)
+            if first:
+                save_healed(model, self.made, healed)
+                copy_tokenizer(self.made, healed)
+            self.report.losses["compressed"] = {"training": got.losses, "validation": got.scores}
+            self.report.save()
+            del model, states
+        if first:
+            if healed.exists():
+                shutil.rmtree(self.made, ignore_errors=True)
+                healed.rename(self.made)
+            shutil.rmtree(teacher, ignore_errors=True)
+            state.unlink(missing_ok=True)
+        parallel.wait()
+        checkpoint = open_checkpoint(self.made)
+        self.measure(row, self.load(checkpoint), folder_storage(checkpoint), making=time.monotonic() - began)
+
     def learn(self, folder: Path, name: str, file: str) -> None:
         """Rows for the start of a prompt and for the learned one; the prompt is saved before it is measured."""
         a, path = self.args, self.out / file
@@ -299,6 +346,7 @@ class Run:
             self.measure_dense(resolve(a.dense))
         if self.solve:
             self.compress()
+            self.heal()
         elif a.packed and not self.report.has("compressed"):
             self.measure_compressed()
         if a.steps:

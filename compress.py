@@ -23,7 +23,7 @@ devices.
 """
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -36,7 +36,6 @@ from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from kernels.unpacking import unpack
 from model import Block, Checkpoint, Half, load_block, read_note, save_index, save_shard, shard_path
-from prompt import teacher_states
 from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
 
 RECIPES = {
@@ -45,8 +44,9 @@ RECIPES = {
     "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, percdamp=0.03,
                  true_sequential=True, correct=0.5),
 }
-# matrices of W's and of H's size that a solver holds at its peak, W and H among them
-SOLVER_ROWS, SOLVER_SQUARES = 8, 4
+# What a solver holds at its peak, counted (tests/test_compress.py): so many matrices of W's and of
+# H's size, W and H among them, and copies of the 2^20 weights whose grids are searched at a time.
+SOLVER_ROWS, SOLVER_SQUARES, SOLVER_COPIES = 10, 3, 7
 Solve = Callable[[torch.Tensor, torch.Tensor, list[int]], Compressed]
 
 
@@ -243,27 +243,6 @@ class Walk:
                     continue
                 for half in through.halves():
                     stream[k] = half.write(stream[k], half.mix(stream[k], self.rope))
-
-
-@torch.no_grad()
-def dense_states(checkpoint: Checkpoint, windows: torch.Tensor, folder: str | Path,
-                 batch_size: int = 4, dtype: torch.dtype = torch.float32,
-                 device: str = "cpu") -> torch.Tensor:
-    """`teacher_states` of a model that need not fit the device: block by block from its files, one
-    block there at a time, over windows (N, T). Found in folder, it is not computed again."""
-    ends = checkpoint.ends(dtype, device)
-
-    def last_block() -> Iterator[torch.Tensor]:
-        rope, stream = ends.rope(0, windows.shape[1], device), Stream(dtype, device)
-        for batch in windows.split(batch_size):
-            stream.append(ends.stem(ends.embed(batch.to(device))).to(dtype))
-        for i in Progress(range(checkpoint.config.n_layer), "the dense model's states"):
-            block = checkpoint.block(i, dtype, device)
-            for k, h in enumerate(stream):
-                stream[k] = block(h, rope)
-        yield from stream
-
-    return teacher_states(ends, windows, folder, hidden=last_block())
 
 
 def hold_out(drawn: torch.Tensor, nsamples: int, count: int,
@@ -502,15 +481,18 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
                block.get_submodule(names[0]).in_features)
               for half in block.halves() for names in (half.reads, half.writes)]
     twin = bool(settings.correct)
-    solving = max(4 * (SOLVER_ROWS * rows * n + SOLVER_SQUARES * n * n) for rows, n in groups)
+    solving = 4 * max(SOLVER_ROWS * rows * n + SOLVER_SQUARES * n * n
+                      + SOLVER_COPIES * min(rows * n, 2 ** 20) for rows, n in groups)
     widest = max(n for _, n in groups)
+    # of the other groups, where all are summed before any is solved
+    others = 0 if settings.true_sequential else 4 * sum(n * n for _, n in groups)
     summing = batch_tokens * (2 + twin) * (2 * size + 4) * c.d_ff + 4 * 3 * widest ** 2
     copies = (1 + twin) * weights * size
     kept = 1 - parse_sparsity(sparsity)[0]
     width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + 0.05
     disk = c.n_layer * weights * width / 8 + 2 * ends
     host = (1 + twin) * tokens * c.d_model * 2 + ends * size + 2 * weights
-    return Plan(c.n_layer, int(copies + max(solving, summing)), int(host), int(disk))
+    return Plan(c.n_layer, int(copies + others + max(solving, summing)), int(host), int(disk))
 
 
 @torch.no_grad()

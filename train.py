@@ -14,7 +14,11 @@ from argparse import BooleanOptionalAction
 from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, whole
 
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid", "act_order", "static_groups",
-               "descent", "true_sequential", "correct", "percdamp", "blocksize", "calib", "nsamples", "heal")
+               "descent", "true_sequential", "correct", "percdamp", "blocksize", "nsamples", "heal")
+GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent", "heal")    # need --bits below 16
+MASKS = ("mask", "refits")                                                               # need a sparsity
+PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "kind", "objective",
+          "prompt_recipe")                                       # need --steps
 NO_SETTINGS = ("out", "resume", "overwrite", "plan")     # what does not change the numbers
 HELD_OUT = 8                                             # windows of the calibration text that healing is judged by
 
@@ -33,7 +37,7 @@ def flags() -> Flags:
     a("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     a("--dtype", choices=PRECISIONS,
       help="of activations (default: 16 bits where the device multiplies them fast, else float32)")
-    a("--seed", type=whole(0, 2**62), default=0, help="of the windows drawn and of the prompt's learning (default 0)")
+    a("--seed", type=whole(0, 2**62), help="of the windows drawn and of the prompt's learning (default 0)")
 
     a = p.add_argument_group("compression").add_argument
     a("--bits", type=int, choices=[2, 3, 4, 8, 16], help="bits a weight kept; 16 does not quantize (default 4)")
@@ -66,19 +70,27 @@ def flags() -> Flags:
     a("--seqlen", type=whole(2, 1 << 20), help="tokens a window, everywhere (default 2048; tiny models 256)")
     a("--max-tokens", type=whole(2, 1 << 40), help="measure on the first so many tokens (default all; tiny models 32768)")
     a("--batch-size", type=whole(1, 4096), help="windows at a time, and a step of learning (default 4; tiny models 8)")
-    a("--fused", default="on", choices=["on", "off"],
+    a("--fused", choices=["on", "off"],
       help="off: unpack the compressed weights once, run ordinary Linears")
 
     a = p.add_argument_group("the prompt").add_argument
     a("--steps", type=whole(0, 10**7), help="learning steps (default 200); 0 skips the prompt")
     a("--lr", type=real(0, 1e3, above=True), help="peak learning rate (default: 0.35 x the embeddings' deviation)")
     a("--train-data", help="text the prompt is learned on (default: --calib; tiny models headers)")
-    a("--val-windows", type=whole(0, 10**6), default=8, help="windows of it held out to choose the best prompt (default 8)")
+    a("--val-windows", type=whole(0, 10**6), help="windows of it held out to choose the best prompt (default 8)")
     a("--prompt-tokens", type=whole(1, 1 << 20), help="length of the prompt (default 100; tiny models 50)")
-    a("--prompt-init", default="text", choices=["text", "vocab", "random"],
+    a("--prompt-init", choices=["text", "vocab", "random"],
       help="start from the text's first tokens, from tokens drawn at random, or from random numbers")
     a("--control", action=BooleanOptionalAction, help="learn a prompt on the dense model too (default: tiny models)")
-    a("--checkpointing", action="store_true", help="recompute activations to save memory")
+    a("--checkpointing", action="store_true", default=None, help="recompute activations to save memory")
+    a("--kind", choices=["embedding", "prefix"],
+      help="embedding: what the first block reads, as in the paper (default); prefix: keys and values of every layer, "
+           "from the dense model's own")
+    a("--objective", choices=["next", "kl"],
+      help="next: next-token loss, as in the paper (default); kl: the dense model's predictions of the same text")
+    a("--prompt-recipe", choices=["ours", "paper"],
+      help="paper: its code's own 30000 steps, batches of 2, seqlen, warm-up and rate, where no flag says otherwise "
+           "(default ours)")
     return p
 
 
@@ -99,45 +111,49 @@ from pathlib import Path
 
 import torch
 
-from compress import RECIPES, Settings, compress, dense_states, hold_out, make_solver, plan
+from compress import RECIPES, Settings, compress, hold_out, make_solver, plan
 from data import parallel
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.report import Report, identity
-from data.text import calibration, eval_tokens
+from data.text import FILES as TEXT_SETS, calibration, eval_tokens, learning_windows
 from data.tokenizer import copy_tokenizer, load_tokenizer
-from eval import DTYPES, default_device, default_dtype, fits, perplexity, stored_dtype, streamed_perplexity, usable
+from eval import (DTYPES, default_device, default_dtype, fits, last_states, perplexity, stored_dtype,
+                  streamed_perplexity, usable)
 from heal import heal, save_healed
 from model import Checkpoint, open_checkpoint, storage
-from prompt import default_rate, initial_prompt, learn, owner, save_prompt
+from prompt import (PAPER, default_rate, initial_prompt, learn, owner, save_prompt, streamed_prefix,
+                    teacher_states)
 from sparsegpt import parse_sparsity
 
 def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
     folder = resolve(args.model)
+    given = {name for name, value in vars(args).items() if value is not None}
+    given -= {"heal"} if args.heal == 0 else set()       # asks for nothing
     args.packed = bool(packed_layers(folder))
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: the one continues what the other clears")
     if args.packed:
-        given = [flag(name) for name in COMPRESSION if getattr(args, name) is not None and name not in ("calib", "nsamples")]
-        if given:
-            raise ValueError(f"--model {args.model} is compressed already, so {', '.join(given)} cannot be applied: give the "
+        odd = [flag(name) for name in COMPRESSION if name in given]
+        if odd:
+            raise ValueError(f"--model {args.model} is compressed already, so {', '.join(odd)} cannot be applied: give the "
                              f"dense checkpoint, or leave them out to learn a prompt")
         if args.control and not args.dense:
             raise ValueError("--control learns a prompt on the dense model too: say where it is with --dense FOLDER")
     elif args.dense:
         raise ValueError(f"--dense goes with a compressed --model, and {args.model} is dense: leave it out")
-    if args.heal and args.bits == 16:
-        raise ValueError(f"--heal {args.heal} tunes the grids of quantized weights, and --bits 16 makes none: leave it out")
-    if args.packed or args.bits == 16:
-        args.heal = 0
     size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
-    general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best", static_groups=False, blocksize=128)
+    settle_prompt(args)
+    general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best", static_groups=False, blocksize=128, seed=0,
+                   fused="on", val_windows=8, prompt_init="text", checkpointing=False)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.heal = 0 if args.packed or args.bits == 16 else args.heal
     args.train_data = args.train_data or args.calib
+    refuse_idle(args, given)
     args.device = usable(args.device)
     args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
     Settings(args.true_sequential, args.correct).check()
@@ -153,6 +169,47 @@ def settle(args) -> None:
                          f"--out")
     if parallel.world() > 1 and args.batch_size % parallel.world():
         raise ValueError(f"--batch-size {args.batch_size} cannot be split over {parallel.world()} processes: use a multiple")
+
+
+def refuse_idle(args, given: set[str]) -> None:
+    """ValueError for flags that were given and do nothing beside the others, which are settled."""
+    rounds = not args.packed and args.bits < 16
+    prunes = not args.packed and parse_sparsity(args.sparsity)[0] > 0
+    solves = rounds or prunes
+    learns = args.steps > 0
+    texts = {args.data, *([args.calib] if solves else []), *([args.train_data] if learns else [])}
+    idle = [
+        (not learns, PROMPT, "with --steps 0"),
+        (not learns and not args.heal, ("checkpointing",), "where neither a prompt is learned nor a model healed"),
+        (not solves and not args.packed, (*COMPRESSION[2:], "fused", "control"), "with --bits 16 --sparsity 0"),
+        (prunes and not rounds, (*GRIDS, "fused"), "with --bits 16"),
+        (rounds and not prunes, MASKS, "with --sparsity 0"),
+        (prunes and not rounds and args.mask == "admm", ("blocksize",), "with --bits 16 and --mask admm"),
+        (args.groupsize == -1, ("static_groups",), "without --groupsize"),
+        (not solves and ("train_data" in given or not learns), ("calib",), "where nothing is compressed"),
+        (not solves and not learns, ("seed",), "where nothing is compressed and no prompt is learned"),
+        (not texts & set(TEXT_SETS), ("data_dir",), f"where {', '.join(map(str, sorted(texts)))} is read")]
+    for holds, names, why in idle:
+        odd = [flag(name) for name in names if holds and name in given]
+        if odd:
+            does, it = ("does", "it") if len(odd) == 1 else ("do", "them")
+            raise ValueError(f"{', '.join(odd)} {does} nothing {why}: leave {it} out")
+
+
+def settle_prompt(args) -> None:
+    """How the prompt is learned where no flag says so, and what needs the dense model."""
+    paper = PAPER if args.prompt_recipe == "paper" else {}
+    args.warmup, args.clip = None, 1.0                   # None: as `fit` has it
+    for name, value in {"kind": "embedding", "objective": "next", "prompt_recipe": "ours", **paper}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if paper and args.steps < paper["steps"]:            # fewer steps: the same share of them
+        args.warmup = max(1, args.steps * paper["warmup"] // paper["steps"])
+    if args.packed and not args.dense:
+        for name, value, what in (("kind", "prefix", "starts from the dense model's keys and values"),
+                                  ("objective", "kl", "learns from the dense model's predictions")):
+            if getattr(args, name) == value:
+                raise ValueError(f"{flag(name)} {value} {what}: say where that model is with --dense FOLDER")
 
 
 def check_positions(args, checkpoint: Checkpoint) -> None:
@@ -199,6 +256,7 @@ class Run:
                                                           args.blocksize, args.static_groups, **steps)
         self.read_texts()
         self.made = self.out / "compressed" if self.solve else self.folder       # what the prompt is learned on
+        self.dense = resolve(args.dense) if args.dense else None if args.packed else self.folder
         self.name = "compressed" if self.solve or args.packed else "dense"
 
     def read_texts(self) -> None:
@@ -211,13 +269,10 @@ class Run:
                                 folder=a.data_dir)
             self.windows, self.held = hold_out(drawn, a.nsamples, HELD_OUT)
         if a.steps:
-            text = eval_tokens(self.tokenizer, a.train_data, "train", a.seqlen, folder=a.data_dir)
-            pool = text[:len(text) // a.seqlen * a.seqlen].view(-1, a.seqlen)    # windows that do not overlap
-            pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(a.seed))]
-            self.text, self.val, self.pool = text, pool[:a.val_windows], pool[a.val_windows:]
-            if not len(self.pool):
-                raise ValueError(f"{a.train_data} gives {len(pool)} windows of seqlen {a.seqlen}, and --val-windows "
-                                 f"{a.val_windows} takes them all: use more text or shorter windows")
+            self.text, self.val, self.pool = learning_windows(self.tokenizer, a.train_data, a.seqlen, a.val_windows, a.seed,
+                                                              folder=a.data_dir)
+            if a.objective == "kl":
+                self.pool = self.pool[:a.steps * a.batch_size]                   # more would never be read
 
     def plan(self) -> str:
         a = self.args
@@ -282,30 +337,24 @@ class Run:
         a, began, row = self.args, time.monotonic(), "compressed + healed"
         if not a.heal or self.report.has(row):
             return
-        healed, state, teacher = (self.out / name for name in ("healed", "heal.state", "teacher"))
+        healed, state = self.out / "healed", self.out / "heal.state"
         first = parallel.rank() == 0
         if not parallel.first_object("compressed" in self.report.losses):
-            text = torch.cat([self.windows, self.held])
-            if first:
-                dense_states(self.checkpoint, text, teacher, a.batch_size, self.dtype, a.device)
-            parallel.wait()                                                      # the others find it in the folder
-            states = dense_states(self.checkpoint, text, teacher, a.batch_size, self.dtype, a.device)
+            teacher = self.teacher(self.windows, self.held)
             model = open_checkpoint(self.made).model(self.dtype, a.device)
             model.checkpointing = a.checkpointing
-            n = len(self.windows)
-            got = heal(model, self.windows, self.held, (states[:n], states[n:]), a.heal, a.batch_size, seed=a.seed,
-                       state=state, progress=Progress)
+            got = heal(model, self.windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed, state=state,
+                       progress=Progress)
             if first:
                 save_healed(model, self.made, healed)
                 copy_tokenizer(self.made, healed)
             self.report.losses["compressed"] = {"training": got.losses, "validation": got.scores}
             self.report.save()
-            del model, states
+            del model
         if first:
             if healed.exists():
                 shutil.rmtree(self.made, ignore_errors=True)
                 healed.rename(self.made)
-            shutil.rmtree(teacher, ignore_errors=True)
             state.unlink(missing_ok=True)
         parallel.wait()
         checkpoint = open_checkpoint(self.made)
@@ -319,13 +368,17 @@ class Run:
             return
         model, size = self.load(open_checkpoint(folder)), self.report.size(name)
         start = initial_prompt(model, a.prompt_tokens, a.prompt_init, self.text, a.seed)
+        if a.kind == "prefix":
+            start = streamed_prefix(open_checkpoint(self.dense), start, self.dtype, a.device)
         if not self.report.has(rows[0]):
             self.measure(rows[0], model, size, start)
         began = time.monotonic()
         model.checkpointing = a.checkpointing
         lr = a.lr or default_rate(model, start)
         state = path.with_suffix(".state")
-        got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, seed=a.seed, state=state, progress=Progress)
+        teacher = self.teacher(self.pool, self.val) if a.objective == "kl" else None
+        got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, a.warmup, a.clip, seed=a.seed,
+                    teacher=teacher, state=state, progress=Progress)
         if parallel.rank() == 0:
             told = {**self.flags(), "lr": lr, "val_loss": got.val_loss}
             save_prompt(path, got.prompt, told, owner(model, self.tokenizer))
@@ -333,6 +386,19 @@ class Run:
         self.measure(rows[1], model, size, got.prompt, making=time.monotonic() - began)
         if parallel.rank() == 0:
             state.unlink(missing_ok=True)
+
+    def teacher(self, windows: torch.Tensor, val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense model's last states of the windows to learn from and to choose by, in out/teacher until the run ends."""
+        a, checkpoint = self.args, open_checkpoint(self.dense)
+        ends = checkpoint.ends(self.dtype, a.device)
+
+        def states(windows):
+            hidden = last_states(checkpoint, windows, a.batch_size, self.dtype, a.device)
+            return teacher_states(ends, windows, self.out / "teacher", hidden=hidden)
+        if parallel.rank() == 0:
+            states(windows), states(val)
+        parallel.wait()                                                          # the others find what the first has made
+        return states(windows), states(val)
 
     def run(self) -> None:
         a = self.args
@@ -352,7 +418,9 @@ class Run:
         if a.steps:
             self.learn(self.made, self.name, "prompt.safetensors")
             if a.control and self.name != "dense":                               # how much of it is adaptation
-                self.learn(resolve(a.dense) if a.dense else self.folder, "dense", "prompt-dense.safetensors")
+                self.learn(self.dense, "dense", "prompt-dense.safetensors")
+        if parallel.rank() == 0:
+            shutil.rmtree(self.out / "teacher", ignore_errors=True)
 
 
 class Quiet(Report):
@@ -378,9 +446,9 @@ def how_to_continue(args) -> str:
 
 
 def main(args) -> dict:
-    torch.manual_seed(args.seed)
     args.device = parallel.start(args.device or default_device())
     settle(args)
+    torch.manual_seed(args.seed)
     run = Run(args)
     if parallel.rank() == 0:
         print(f"{args.model}: {run.checkpoint.count() / 1e6:.1f} million weights, {describe_machine(args.device)}, "

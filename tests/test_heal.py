@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from compress import compress, dense_states, hold_out, make_solver
+from compress import compress, hold_out, make_solver
 from data.config import Config
 from heal import GridLinear, Tuned, heal, planes, save_healed, tuned
 from kernels.linear import PackedLinear
@@ -164,19 +164,6 @@ def test_checkpointing_gives_the_same_gradients(tmp_path):
             text_loss(model, None, text, states).mean().backward()
             grads.append([p.grad for m in parts.values() for p in (m.u, m.v, m.b) if p is not None])
     assert len(grads[0]) > 20 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
-
-
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_dense_states_block_by_block_are_the_models(family, tmp_path):
-    dense, _ = model_pair(family)
-    save_model(dense, tmp_path / "dense", torch.float32)
-    text = torch.randint(0, 50, (7, 16))
-    whole = teacher_states(dense, text, tmp_path / "a")
-    streamed = dense_states(open_checkpoint(tmp_path / "dense"), text, tmp_path / "b", batch_size=3)
-    assert torch.allclose(streamed.float(), whole.float(), atol=0.02) and streamed.shape == (7, 16, 32)
-    made = next((tmp_path / "b").iterdir()).stat().st_mtime_ns
-    again = dense_states(open_checkpoint(tmp_path / "dense"), text, tmp_path / "b", batch_size=3)
-    assert torch.equal(again, streamed) and next((tmp_path / "b").iterdir()).stat().st_mtime_ns == made
 
 
 def test_windows_held_out_share_no_text_with_the_others():

@@ -85,8 +85,8 @@ def test_main_job_end_to_end(model, text, tmp_path):
 
     again = run("train.py", "--model", tmp_path / "a/compressed", "--bits", 3, "--out", tmp_path / "c", ok=False).stderr
     assert "compressed already" in again and "--bits" in again    # a packed model: a prompt only
-    short = ["--seqlen", 128, "--data", text, "--train-data", text, "--calib", text, "--max-tokens", 1024, "--prompt-tokens", 8,
-             "--steps", 2, "--device", "cpu"]
+    short = ["--seqlen", 128, "--data", text, "--train-data", text, "--max-tokens", 1024, "--prompt-tokens", 8, "--steps", 2,
+             "--device", "cpu"]
     run("train.py", "--model", tmp_path / "a/compressed", "--dense", model, "--out", tmp_path / "c", *short)
     names = [r["name"] for r in json.loads((tmp_path / "c/report.json").read_text())["rows"]]
     assert names == ["dense", "compressed", "compressed + initial prompt", "compressed + learned prompt"]
@@ -165,12 +165,13 @@ def test_at_the_defaults_compression_hurts_and_the_prompt_helps(model, tmp_path)
                                      ["--recipe", "plain"], ["--mask", "sparsegpt", "--refits", "0", "--grid", "uniform", "--no-act-order", "--correct", "0"],
                                      ["--sparsity", "0", "--bits", "16"]])
 def test_other_settings_without_a_prompt(options, text, tmp_path):
+    nothing = options == ["--sparsity", "0", "--bits", "16"]
+    calibration = [] if nothing else ["--nsamples", 4, "--calib", text]
     healed = [] if "16" in options else ["--heal", 2]
-    run("train.py", "--model", "tiny-llama", *options, *healed, "--nsamples", 4, "--seqlen", 64, "--calib", text, "--data", text, "--max-tokens", 512,
+    run("train.py", "--model", "tiny-llama", *options, *calibration, *healed, "--seqlen", 64, "--data", text, "--max-tokens", 512,
         "--steps", 0, "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
     names = [r["name"] for r in json.loads((tmp_path / "report.json").read_text())["rows"]]
-    made = [] if options == ["--sparsity", "0", "--bits", "16"] else ["compressed"]
-    assert names == ["dense", *made, *(["compressed + healed"] if healed else [])]
+    assert names == ["dense", *([] if nothing else ["compressed"]), *(["compressed + healed"] if healed else [])]
     assert not (tmp_path / "prompt.safetensors").exists()
 
 
@@ -178,9 +179,9 @@ def test_other_settings_without_a_prompt(options, text, tmp_path):
 @pytest.mark.parametrize("options,message", [
     (["--model", "nowhere"], "no checkpoint folder nowhere"), (["--model", "llama-7b"], "hf download huggyllama/llama-7b"),
     (["--sparsity", "2"], "between 0 and 1"), (["--sparsity", "5:4"], "n:m"), (["--data", "nothing"], "unknown text set"),
-    (["--data", "nothing.txt"], "nothing.txt"), (["--seqlen", "100000"], "--seqlen"), (["--seqlen", "500", "--prompt-tokens", "100"], "600 positions"), (["--recipe", "plain", "--static-groups"], "--act-order"),
+    (["--data", "nothing.txt"], "nothing.txt"), (["--seqlen", "100000"], "--seqlen"), (["--seqlen", "500", "--prompt-tokens", "100"], "600 positions"), (["--recipe", "plain", "--static-groups", "--groupsize", "64"], "--act-order"),
     (["--no-true-sequential"], "--correct 0"), (["--prompt-tokens", "0"], "--prompt-tokens"), (["--batch-size", "0"], "--batch-size"), (["--correct", "nan"], "--correct"),
-    (["--lr", "-1"], "--lr"), (["--sym"], "--sym does nothing"), (["--device", "nowhere"], "--device nowhere"), (["--resume", "--overwrite"], "exclude"), (["--no-true-sequential", "--correct", "1"], "--correct 0"), (["--bits", "16", "--heal", "8"], "--bits 16 makes none")])
+    (["--lr", "-1"], "--lr"), (["--sym"], "--sym does nothing"), (["--device", "nowhere"], "--device nowhere"), (["--resume", "--overwrite"], "exclude"), (["--no-true-sequential", "--correct", "1"], "--correct 0"), (["--bits", "16", "--heal", "8"], "--heal does nothing with --bits 16")])
 def test_bad_settings_are_one_line_and_leave_nothing(options, message, text, tmp_path):
     done = run("train.py", "--model", "tiny-llama", "--calib", text, "--data", text, "--device", "cpu", *options, "--out", tmp_path / "o", ok=False)
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().split("\n")) == 1 and message in done.stderr

@@ -245,6 +245,22 @@ class Walk:
                     stream[k] = half.write(stream[k], half.mix(stream[k], self.rope))
 
 
+def hold_out(drawn: torch.Tensor, nsamples: int, count: int,
+             run: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """(windows, held) of drawn (N, T) int64: the first nsamples of them, and of the others the
+    `count` that share least text with those, counted in runs of so many tokens. Windows are drawn
+    from anywhere in a text, so that some overlap; of a long text these share nothing."""
+    run = min(run, drawn.shape[1])
+    places = drawn.shape[1] - run + 1
+    marks = torch.zeros(len(drawn), places, dtype=torch.int64)  # of the run that begins there
+    for i in range(run):
+        marks = marks * 1_000_003 + drawn[:, i:i + places]      # wraps around, as a hash may
+    windows, others = drawn[:nsamples], drawn[nsamples:]
+    shared = torch.isin(marks[nsamples:], marks[:nsamples]).sum(1)
+    best = shared.argsort(stable=True)[:count].sort().values
+    return windows, others[best]
+
+
 class Settings(NamedTuple):
     """How the walk goes, beside the solver."""
     # True: a group of Linears is solved behind the compressed ones before it; False: all four from

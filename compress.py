@@ -36,7 +36,7 @@ from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from kernels.unpacking import unpack
 from model import Block, Checkpoint, Half, load_block, read_note, save_index, save_shard, shard_path
-from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
+from sparsegpt import SLAB, parse_sparsity, prune_and_round, sparsegpt
 
 RECIPES = {
     "plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, percdamp=0.01,     # as published
@@ -44,9 +44,6 @@ RECIPES = {
     "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, percdamp=0.03,
                  true_sequential=True, correct=0.5),
 }
-# What a solver holds at its peak, counted (tests/test_compress.py): so many matrices of W's and of
-# H's size, W and H among them, and copies of the 2^20 weights whose grids are searched at a time.
-SOLVER_ROWS, SOLVER_SQUARES, SOLVER_COPIES = 10, 3, 7
 Solve = Callable[[torch.Tensor, torch.Tensor, list[int]], Compressed]
 
 
@@ -468,6 +465,15 @@ class Plan(NamedTuple):
                 f"mapped files, {gb[2]} on disk; the time is told from the first block on")
 
 
+def solver_bytes(rows: int, n: int) -> int:
+    """What solving W (rows, n) holds at its peak in fp32, W and H among it: copies of W while the
+    mask is found or, of some rows at a time, while they are rounded; of H; and of the 2^20 weights
+    whose grids are searched at a time. Counted by tests/test_compress.py."""
+    whole = rows * n
+    rounding = 10 * whole if whole < SLAB else 5 * whole + 8 * SLAB
+    return 4 * (max(7 * whole, rounding) + 3 * n * n + 7 * min(whole, 2 ** 20))
+
+
 def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype,
          settings: Settings, bits: int | None, sparsity: float | str) -> Plan:
     """tokens: of all calibration windows; batch_tokens: of one batch. On a CPU, device and host
@@ -481,8 +487,7 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
                block.get_submodule(names[0]).in_features)
               for half in block.halves() for names in (half.reads, half.writes)]
     twin = bool(settings.correct)
-    solving = 4 * max(SOLVER_ROWS * rows * n + SOLVER_SQUARES * n * n
-                      + SOLVER_COPIES * min(rows * n, 2 ** 20) for rows, n in groups)
+    solving = max(solver_bytes(rows, n) for rows, n in groups)
     widest = max(n for _, n in groups)
     # of the other groups, where all are summed before any is solved
     others = 0 if settings.true_sequential else 4 * sum(n * n for _, n in groups)

@@ -44,8 +44,9 @@ RECIPES = {
     "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, percdamp=0.03,
                  true_sequential=True, correct=0.5),
 }
-# matrices of W's and of H's size that a solver holds at its peak, W and H among them
-SOLVER_ROWS, SOLVER_SQUARES = 8, 4
+# What a solver holds at its peak, counted (tests/test_compress.py): so many matrices of W's and of
+# H's size, W and H among them, and copies of the 2^20 weights whose grids are searched at a time.
+SOLVER_ROWS, SOLVER_SQUARES, SOLVER_COPIES = 10, 3, 7
 Solve = Callable[[torch.Tensor, torch.Tensor, list[int]], Compressed]
 
 
@@ -242,6 +243,22 @@ class Walk:
                     continue
                 for half in through.halves():
                     stream[k] = half.write(stream[k], half.mix(stream[k], self.rope))
+
+
+def hold_out(drawn: torch.Tensor, nsamples: int, count: int,
+             run: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """(windows, held) of drawn (N, T) int64: the first nsamples of them, and of the others the
+    `count` that share least text with those, counted in runs of so many tokens. Windows are drawn
+    from anywhere in a text, so that some overlap; of a long text these share nothing."""
+    run = min(run, drawn.shape[1])
+    places = drawn.shape[1] - run + 1
+    marks = torch.zeros(len(drawn), places, dtype=torch.int64)  # of the run that begins there
+    for i in range(run):
+        marks = marks * 1_000_003 + drawn[:, i:i + places]      # wraps around, as a hash may
+    windows, others = drawn[:nsamples], drawn[nsamples:]
+    shared = torch.isin(marks[nsamples:], marks[:nsamples]).sum(1)
+    best = shared.argsort(stable=True)[:count].sort().values
+    return windows, others[best]
 
 
 class Settings(NamedTuple):
@@ -464,15 +481,18 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
                block.get_submodule(names[0]).in_features)
               for half in block.halves() for names in (half.reads, half.writes)]
     twin = bool(settings.correct)
-    solving = max(4 * (SOLVER_ROWS * rows * n + SOLVER_SQUARES * n * n) for rows, n in groups)
+    solving = 4 * max(SOLVER_ROWS * rows * n + SOLVER_SQUARES * n * n
+                      + SOLVER_COPIES * min(rows * n, 2 ** 20) for rows, n in groups)
     widest = max(n for _, n in groups)
+    # of the other groups, where all are summed before any is solved
+    others = 0 if settings.true_sequential else 4 * sum(n * n for _, n in groups)
     summing = batch_tokens * (2 + twin) * (2 * size + 4) * c.d_ff + 4 * 3 * widest ** 2
     copies = (1 + twin) * weights * size
     kept = 1 - parse_sparsity(sparsity)[0]
     width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + 0.05
     disk = c.n_layer * weights * width / 8 + 2 * ends
     host = (1 + twin) * tokens * c.d_model * 2 + ends * size + 2 * weights
-    return Plan(c.n_layer, int(copies + max(solving, summing)), int(host), int(disk))
+    return Plan(c.n_layer, int(copies + others + max(solving, summing)), int(host), int(disk))
 
 
 @torch.no_grad()

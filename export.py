@@ -397,7 +397,7 @@ def main(args) -> None:
     print(f"written: {out}")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def flags() -> Flags:
     p = Flags(description="Models and prompts in the files of other programs, and theirs in ours.")
     p.add_argument("model", help="a checkpoint folder, packed or not, or a name such as llama-7b")
     p.add_argument("out", nargs="?", help="the new folder (--to prompt: file)")
@@ -405,7 +405,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--prompt", help="--to peft: a prompt file; --to prompt: PEFT's adapter folder")
     p.add_argument("--dtype", choices=DTYPES, help="hf and meta: round weights to this (default: as they are stored)")
     p.add_argument("--verify", action="store_true", help="compare every tensor with the checksum it was written with")
-    return p.parse_intermixed_args(arguments)
+    return p
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    return flags().parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

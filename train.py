@@ -1,10 +1,11 @@
-"""Compress, then prompt (arXiv 2305.11186): measure -> compress -> measure -> prompt -> measure, as a program.
+"""Compress, then prompt (arXiv 2305.11186): measure -> compress -> heal -> prompt, measured after each, as a program.
 
     python train.py --model llama-7b --bits 4 --sparsity 0.5
 
 prunes half of the weights of a LLaMA or OPT checkpoint and quantizes the rest to 4 bits, block by block (compress.py),
-learns a soft prompt on the compressed model (prompt.py), measures each step and prints one table. Everything lands in
---out: compressed/ (load_model reads it), prompt.safetensors, report.json. What is done is written when it is done;
+tunes what is stored beside the codes (heal.py), learns a soft prompt on the result (prompt.py), measures each step and
+prints one table. Everything lands in --out: compressed/ (load_model reads it; once it is complete, the healed model
+takes its place), prompt.safetensors, report.json. What is done is written when it is done;
 after a kill or Ctrl-C the same command with --resume goes on. `torchrun --nproc-per-node N train.py ...` splits the
 windows over N processes. Left out: splitting one model over several devices.
 """
@@ -13,8 +14,13 @@ from argparse import BooleanOptionalAction
 from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, whole
 
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid", "act_order", "static_groups",
-               "descent", "true_sequential", "correct", "percdamp", "blocksize", "calib", "nsamples")
+               "descent", "true_sequential", "correct", "percdamp", "blocksize", "nsamples", "heal")
+GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent", "heal")    # need --bits below 16
+MASKS = ("mask", "refits")                                                               # need a sparsity
+PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "kind", "objective",
+          "prompt_recipe")                                       # need --steps
 NO_SETTINGS = ("out", "resume", "overwrite", "plan")     # what does not change the numbers
+HELD_OUT = 8                                             # windows of the calibration text that healing is judged by
 
 
 def flags() -> Flags:
@@ -31,7 +37,7 @@ def flags() -> Flags:
     a("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     a("--dtype", choices=PRECISIONS,
       help="of activations (default: 16 bits where the device multiplies them fast, else float32)")
-    a("--seed", type=whole(0, 2**62), default=0, help="of the windows drawn and of the prompt's learning (default 0)")
+    a("--seed", type=whole(0, 2**62), help="of the windows drawn and of the prompt's learning (default 0)")
 
     a = p.add_argument_group("compression").add_argument
     a("--bits", type=int, choices=[2, 3, 4, 8, 16], help="bits a weight kept; 16 does not quantize (default 4)")
@@ -55,6 +61,8 @@ def flags() -> Flags:
     a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path (default c4; "
                       "tiny models docs)")
     a("--nsamples", type=whole(1, 1 << 24), help="calibration windows (default 128)")
+    a("--heal", type=whole(0, 10**7), metavar="STEPS", help="then tune grids, norms and biases of the packed model against "
+      "the dense one on the same windows, in so many steps (default 64; 0 with --bits 16)")
 
     a = p.add_argument_group("measuring").add_argument
     a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models headers)")
@@ -62,19 +70,19 @@ def flags() -> Flags:
     a("--seqlen", type=whole(2, 1 << 20), help="tokens a window, everywhere (default 2048; tiny models 256)")
     a("--max-tokens", type=whole(2, 1 << 40), help="measure on the first so many tokens (default all; tiny models 32768)")
     a("--batch-size", type=whole(1, 4096), help="windows at a time, and a step of learning (default 4; tiny models 8)")
-    a("--fused", default="on", choices=["on", "off"],
+    a("--fused", choices=["on", "off"],
       help="off: unpack the compressed weights once, run ordinary Linears")
 
     a = p.add_argument_group("the prompt").add_argument
     a("--steps", type=whole(0, 10**7), help="learning steps (default 200); 0 skips the prompt")
     a("--lr", type=real(0, 1e3, above=True), help="peak learning rate (default: 0.35 x the embeddings' deviation)")
     a("--train-data", help="text the prompt is learned on (default: --calib; tiny models headers)")
-    a("--val-windows", type=whole(0, 10**6), default=8, help="windows of it held out to choose the best prompt (default 8)")
+    a("--val-windows", type=whole(0, 10**6), help="windows of it held out to choose the best prompt (default 8)")
     a("--prompt-tokens", type=whole(1, 1 << 20), help="length of the prompt (default 100; tiny models 50)")
-    a("--prompt-init", default="text", choices=["text", "vocab", "random"],
+    a("--prompt-init", choices=["text", "vocab", "random"],
       help="start from the text's first tokens, from tokens drawn at random, or from random numbers")
     a("--control", action=BooleanOptionalAction, help="learn a prompt on the dense model too (default: tiny models)")
-    a("--checkpointing", action="store_true", help="recompute activations to save memory")
+    a("--checkpointing", action="store_true", default=None, help="recompute activations to save memory")
     a("--kind", choices=["embedding", "prefix"],
       help="embedding: what the first block reads, as in the paper (default); prefix: keys and values of every layer, "
            "from the dense model's own")
@@ -103,16 +111,17 @@ from pathlib import Path
 
 import torch
 
-from compress import RECIPES, Settings, compress, make_solver, plan
+from compress import RECIPES, Settings, compress, hold_out, make_solver, plan
 from data import parallel
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.report import Report, identity
-from data.text import calibration, eval_tokens, learning_windows
+from data.text import FILES as TEXT_SETS, calibration, eval_tokens, learning_windows
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from eval import (DTYPES, default_device, default_dtype, fits, last_states, perplexity, stored_dtype,
                   streamed_perplexity, usable)
+from heal import heal, save_healed
 from model import Checkpoint, open_checkpoint, storage
 from prompt import (PAPER, default_rate, initial_prompt, learn, owner, save_prompt, streamed_prefix,
                     teacher_states)
@@ -121,13 +130,15 @@ from sparsegpt import parse_sparsity
 def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
     folder = resolve(args.model)
+    given = {name for name, value in vars(args).items() if value is not None}
+    given -= {"heal"} if args.heal == 0 else set()       # asks for nothing
     args.packed = bool(packed_layers(folder))
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: the one continues what the other clears")
     if args.packed:
-        given = [flag(name) for name in COMPRESSION if getattr(args, name) is not None and name not in ("calib", "nsamples")]
-        if given:
-            raise ValueError(f"--model {args.model} is compressed already, so {', '.join(given)} cannot be applied: give the "
+        odd = [flag(name) for name in COMPRESSION if name in given]
+        if odd:
+            raise ValueError(f"--model {args.model} is compressed already, so {', '.join(odd)} cannot be applied: give the "
                              f"dense checkpoint, or leave them out to learn a prompt")
         if args.control and not args.dense:
             raise ValueError("--control learns a prompt on the dense model too: say where it is with --dense FOLDER")
@@ -135,11 +146,14 @@ def settle(args) -> None:
         raise ValueError(f"--dense goes with a compressed --model, and {args.model} is dense: leave it out")
     size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
     settle_prompt(args)
-    general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best", static_groups=False, blocksize=128)
+    general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best", static_groups=False, blocksize=128, seed=0,
+                   fused="on", val_windows=8, prompt_init="text", checkpointing=False)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.heal = 0 if args.packed or args.bits == 16 else args.heal
     args.train_data = args.train_data or args.calib
+    refuse_idle(args, given)
     args.device = usable(args.device)
     args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
     Settings(args.true_sequential, args.correct).check()
@@ -157,11 +171,33 @@ def settle(args) -> None:
         raise ValueError(f"--batch-size {args.batch_size} cannot be split over {parallel.world()} processes: use a multiple")
 
 
+def refuse_idle(args, given: set[str]) -> None:
+    """ValueError for flags that were given and do nothing beside the others, which are settled."""
+    rounds = not args.packed and args.bits < 16
+    prunes = not args.packed and parse_sparsity(args.sparsity)[0] > 0
+    solves = rounds or prunes
+    learns = args.steps > 0
+    texts = {args.data, *([args.calib] if solves else []), *([args.train_data] if learns else [])}
+    idle = [
+        (not learns, PROMPT, "with --steps 0"),
+        (not learns and not args.heal, ("checkpointing",), "where neither a prompt is learned nor a model healed"),
+        (not solves and not args.packed, (*COMPRESSION[2:], "fused", "control"), "with --bits 16 --sparsity 0"),
+        (prunes and not rounds, (*GRIDS, "fused"), "with --bits 16"),
+        (rounds and not prunes, MASKS, "with --sparsity 0"),
+        (prunes and not rounds and args.mask == "admm", ("blocksize",), "with --bits 16 and --mask admm"),
+        (args.groupsize == -1, ("static_groups",), "without --groupsize"),
+        (not solves and ("train_data" in given or not learns), ("calib",), "where nothing is compressed"),
+        (not solves and not learns, ("seed",), "where nothing is compressed and no prompt is learned"),
+        (not texts & set(TEXT_SETS), ("data_dir",), f"where {', '.join(map(str, sorted(texts)))} is read")]
+    for holds, names, why in idle:
+        odd = [flag(name) for name in names if holds and name in given]
+        if odd:
+            does, it = ("does", "it") if len(odd) == 1 else ("do", "them")
+            raise ValueError(f"{', '.join(odd)} {does} nothing {why}: leave {it} out")
+
+
 def settle_prompt(args) -> None:
     """How the prompt is learned where no flag says so, and what needs the dense model."""
-    for name in ("kind", "objective", "prompt_recipe"):
-        if args.steps == 0 and getattr(args, name):
-            raise ValueError(f"{flag(name)} does nothing with --steps 0, which learns no prompt: leave it out")
     paper = PAPER if args.prompt_recipe == "paper" else {}
     args.warmup, args.clip = None, 1.0                   # None: as `fit` has it
     for name, value in {"kind": "embedding", "objective": "next", "prompt_recipe": "ours", **paper}.items():
@@ -229,7 +265,9 @@ class Run:
         split = "validation" if a.data == "c4" else "test"                       # C4 publishes no test split
         self.test = eval_tokens(self.tokenizer, a.data, split, a.seqlen, a.max_tokens, folder=a.data_dir)
         if self.solve:
-            self.windows = calibration(self.tokenizer, a.calib, "train", a.nsamples, a.seqlen, a.seed, folder=a.data_dir)
+            drawn = calibration(self.tokenizer, a.calib, "train", a.nsamples + 4 * HELD_OUT, a.seqlen, a.seed,
+                                folder=a.data_dir)
+            self.windows, self.held = hold_out(drawn, a.nsamples, HELD_OUT)
         if a.steps:
             self.text, self.val, self.pool = learning_windows(self.tokenizer, a.train_data, a.seqlen, a.val_windows, a.seed,
                                                               folder=a.data_dir)
@@ -293,6 +331,35 @@ class Run:
         self.report.save()
         self.measure_compressed(time.monotonic() - start)
 
+    def heal(self) -> None:
+        """The row of the healed model. It is written beside compressed/, and takes its place when it is complete: from
+        the moment on that the report holds its losses."""
+        a, began, row = self.args, time.monotonic(), "compressed + healed"
+        if not a.heal or self.report.has(row):
+            return
+        healed, state = self.out / "healed", self.out / "heal.state"
+        first = parallel.rank() == 0
+        if not parallel.first_object("compressed" in self.report.losses):
+            teacher = self.teacher(self.windows, self.held)
+            model = open_checkpoint(self.made).model(self.dtype, a.device)
+            model.checkpointing = a.checkpointing
+            got = heal(model, self.windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed, state=state,
+                       progress=Progress)
+            if first:
+                save_healed(model, self.made, healed)
+                copy_tokenizer(self.made, healed)
+            self.report.losses["compressed"] = {"training": got.losses, "validation": got.scores}
+            self.report.save()
+            del model
+        if first:
+            if healed.exists():
+                shutil.rmtree(self.made, ignore_errors=True)
+                healed.rename(self.made)
+            state.unlink(missing_ok=True)
+        parallel.wait()
+        checkpoint = open_checkpoint(self.made)
+        self.measure(row, self.load(checkpoint), folder_storage(checkpoint), making=time.monotonic() - began)
+
     def learn(self, folder: Path, name: str, file: str) -> None:
         """Rows for the start of a prompt and for the learned one; the prompt is saved before it is measured."""
         a, path = self.args, self.out / file
@@ -309,7 +376,7 @@ class Run:
         model.checkpointing = a.checkpointing
         lr = a.lr or default_rate(model, start)
         state = path.with_suffix(".state")
-        teacher = self.teacher() if a.objective == "kl" else None
+        teacher = self.teacher(self.pool, self.val) if a.objective == "kl" else None
         got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, a.warmup, a.clip, seed=a.seed,
                     teacher=teacher, state=state, progress=Progress)
         if parallel.rank() == 0:
@@ -320,7 +387,7 @@ class Run:
         if parallel.rank() == 0:
             state.unlink(missing_ok=True)
 
-    def teacher(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def teacher(self, windows: torch.Tensor, val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense model's last states of the windows to learn from and to choose by, in out/teacher until the run ends."""
         a, checkpoint = self.args, open_checkpoint(self.dense)
         ends = checkpoint.ends(self.dtype, a.device)
@@ -329,9 +396,9 @@ class Run:
             hidden = last_states(checkpoint, windows, a.batch_size, self.dtype, a.device)
             return teacher_states(ends, windows, self.out / "teacher", hidden=hidden)
         if parallel.rank() == 0:
-            states(self.pool), states(self.val)
+            states(windows), states(val)
         parallel.wait()                                                          # the others find what the first has made
-        return states(self.pool), states(self.val)
+        return states(windows), states(val)
 
     def run(self) -> None:
         a = self.args
@@ -345,14 +412,15 @@ class Run:
             self.measure_dense(resolve(a.dense))
         if self.solve:
             self.compress()
+            self.heal()
         elif a.packed and not self.report.has("compressed"):
             self.measure_compressed()
         if a.steps:
             self.learn(self.made, self.name, "prompt.safetensors")
             if a.control and self.name != "dense":                               # how much of it is adaptation
                 self.learn(self.dense, "dense", "prompt-dense.safetensors")
-            if parallel.rank() == 0:
-                shutil.rmtree(self.out / "teacher", ignore_errors=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(self.out / "teacher", ignore_errors=True)
 
 
 class Quiet(Report):
@@ -378,9 +446,9 @@ def how_to_continue(args) -> str:
 
 
 def main(args) -> dict:
-    torch.manual_seed(args.seed)
     args.device = parallel.start(args.device or default_device())
     settle(args)
+    torch.manual_seed(args.seed)
     run = Run(args)
     if parallel.rank() == 0:
         print(f"{args.model}: {run.checkpoint.count() / 1e6:.1f} million weights, {describe_machine(args.device)}, "

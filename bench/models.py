@@ -8,6 +8,7 @@ Both models hold the same weights and run in turn, a token or a step each, so th
 both; times are medians. Memory: what a model holds, and on a GPU the peak while it runs, without the other model and
 without keys and values of earlier tokens.
 """
+import os
 import statistics
 import time
 
@@ -62,11 +63,31 @@ def pair(path: str, format: str, grid: str, dtype, device) -> tuple[Transformer,
     return dense, packed
 
 
+def mapped(t: torch.Tensor) -> bool:
+    """Does it lie in a mapped file? Such pages are read when they are needed, and dropped when memory is. Linux only."""
+    if t.device.type != "cpu" or not os.path.exists("/proc/self/maps"):
+        return False
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            span, *_, inode, path = line.split(maxsplit=5) if line.count("/") else (*line.split()[:5], "")
+            start, end = (int(part, 16) for part in span.split("-"))
+            if start <= t.data_ptr() < end:
+                return bool(path.strip()) and int(inode) > 0
+    return False
+
+
 def held(model: Transformer) -> int:
-    """Bytes of weights, packed or not, and of the caches that decoding on a CPU makes."""
+    """Bytes of memory that weights take, packed or not, and the forms that decoding on a CPU makes. What a layer decodes
+    from is counted instead of the packed tensors that it was made of, if those lie in a mapped file."""
     tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
-    caches = sum(m.decode_bytes() for _, m in model.linears() if isinstance(m, PackedLinear))
-    return sum(t.numel() * t.element_size() for t in tensors.values()) + caches
+    total = 0
+    for _, m in model.linears():
+        if isinstance(m, PackedLinear) and m.decode_bytes():
+            total += m.decode_bytes()
+            for t in m.packed.tensors.values():
+                if mapped(t):
+                    tensors.pop(t.data_ptr(), None)
+    return total + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def in_turn(calls: list, repeats: int, device) -> list[float]:

@@ -30,6 +30,7 @@ def fits(meta: dict) -> bool:
 class Int4:
     """words: A above T (or A alone) in torch's layout; grid: its (groups, rows, 2) scales and shifts; outer: fp32
     factors."""
+    most_tokens = MOST_TOKENS
 
     def __init__(self, packed: Packed):
         codes, mask = unpack_codes(packed)

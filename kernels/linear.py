@@ -4,17 +4,17 @@
     layer.fused = False                                                    # compare: unpack, then F.linear, always
 
 No weight gets a gradient and nothing dense is kept for the backward pass: dx = dy W unpacks (or decodes) once more,
-which is what lets a prompt be trained through a compressed model. CPU decoding keeps a second copy of the weight: in
-bf16 as int4 (cpu_int4.py), else, and where int4 does not fit, unpacked. `decode_bytes()` tells its size and
-`decode_cache = False` forbids it. On a CPU fp16 is computed in fp32, because fp16 products are some sixty times slower
-there. On a GPU, fp32 activations and what `triton_reads` refuses unpack the whole weight for every product. Left out:
-torch.compile; it must not look inside (torch.compiler.disable(layer)).
+which is what lets a prompt be trained through a compressed model. CPU decoding makes a form of its own of the weight: in
+bf16 int4 (cpu_int4.py), else bags (cpu_bags.py). `decode_bytes()` tells its size and `decode_cache = False` forbids it.
+The packed tensors are not read then: where a file is mapped they need no memory. On a CPU fp16 is computed in fp32,
+because fp16 products are some sixty times slower there. On a GPU, fp32 activations and what `triton_reads` refuses unpack
+the whole weight for every product. torch.compile goes around these layers.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import cpu_int4
+from kernels import cpu_bags, cpu_int4
 from kernels.packing import Packed
 from kernels.reference import dequantize
 from kernels.unpacking import unpack
@@ -44,17 +44,24 @@ def triton_reads(packed: Packed) -> bool:
 
 
 class Unpacked:
-    """The decode cache where int4 does not fit: the whole weight."""
+    """The decode cache of 8-bit codes: the whole weight."""
     most_tokens = cpu_int4.MOST_TOKENS
 
-    def __init__(self, packed: Packed, dtype: torch.dtype):
-        self.weight = unpack(packed, dtype)
+    def __init__(self, packed: Packed):
+        self.weight = unpack(packed, torch.float32)
 
     def nbytes(self) -> int:
         return self.weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+        return F.linear(x.float(), self.weight).to(x.dtype)
+
+
+def decode_form(packed: Packed, dtype: torch.dtype) -> type:
+    """What decodes x of this dtype fastest without the whole weight in memory, where there is such a thing."""
+    if dtype == torch.bfloat16 and cpu_int4.fits(packed.meta) and "g_idx" not in packed.tensors:
+        return cpu_int4.Int4
+    return cpu_bags.Bags if cpu_bags.fits(packed.meta) else Unpacked
 
 
 def computed_in(x: torch.Tensor) -> torch.dtype:
@@ -72,7 +79,7 @@ class PackedLinear(nn.Module):
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.decoder = None, None                           # (dtype of x, its decode cache), made at the first use
+        self.decoder = None, None                           # (form, what decodes in it), made at the first use
         self.in_triton = triton_reads(packed)
 
     @property
@@ -88,6 +95,14 @@ class PackedLinear(nn.Module):
         return 0 if self.decoder[1] is None else self.decoder[1].nbytes()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():                   # disable() would load the compiler, so not before it is there
+            return torch.compiler.disable(self.multiply)(x)
+        return self.multiply(x)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
         y = self.decoder[1](x) if self.fused and self.decodes(x) else PackedMatmul.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -98,16 +113,19 @@ class PackedLinear(nn.Module):
             with torch.cuda.device_of(x):
                 return matmul_transposed(x, self.packed) if transposed else matmul(x, self.packed)
         weight = self.weight_dequantized(computed_in(x))
-        return F.linear(x.to(weight.dtype), weight.T if transposed else weight).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(weight.dtype), weight.T if transposed else weight).to(x.dtype)
 
     def decodes(self, x: torch.Tensor) -> bool:
         """Is this a CPU decoding step? Makes the cache if so."""
         learns, tokens = x.requires_grad and torch.is_grad_enabled(), x.numel() // self.in_features
-        if x.device.type != "cpu" or not self.decode_cache or learns or not 0 < tokens <= cpu_int4.MOST_TOKENS:
+        if x.device.type != "cpu" or not self.decode_cache or learns or not tokens or x.dtype == torch.float64:
             return False
-        if self.decoder[0] != x.dtype:
-            int4 = x.dtype == torch.bfloat16 and cpu_int4.fits(self.meta) and "g_idx" not in self.names
-            self.decoder = x.dtype, cpu_int4.Int4(self.packed) if int4 else Unpacked(self.packed, computed_in(x))
+        form = decode_form(self.packed, x.dtype)
+        if tokens > form.most_tokens:
+            return False
+        if self.decoder[0] != form:
+            self.decoder = form, form(self.packed)
         return tokens <= self.decoder[1].most_tokens
 
     def _apply(self, fn, recurse=True):

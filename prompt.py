@@ -354,6 +354,7 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
         if state is not None and parallel.rank() == 0:
             held = {"settings": run, "done": done, "losses": losses, "scores": scores,
                     "params": copy_of_params(), "best": best, "optimizer": opt.state_dict()}
+            held["mark"] = mark_of(held)
             write_atomic(Path(state), lambda f: torch.save(held, f))
 
     held = read_run(state, run)
@@ -404,14 +405,28 @@ def read_run(path: str | Path | None, run: dict) -> dict | None:
     advice = "delete it to start anew, or name another file"
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)  # numbers name its tensors
-        theirs = held["settings"]
+        theirs, mark = held["settings"], held.pop("mark")
+        whole = mark == mark_of(held)
     except Exception:                                       # torch raises a dozen for damaged files
-        raise ValueError(f"{path} holds no state of a learning run: {advice}") from None
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged, or holds no state of a learning run: {advice}")
     for name in {**theirs, **run}:
         if theirs.get(name) != run.get(name):
             raise ValueError(f"{path} is of another run: {name} was {theirs.get(name)}, is "
                              f"{run.get(name)}; {advice}")
     return held
+
+
+def mark_of(held) -> str:
+    """16 hexadecimal digits of all that lies in dictionaries and lists of tensors and plain values."""
+    if torch.is_tensor(held):
+        return fingerprint(held)
+    if isinstance(held, dict):
+        held = [(repr(name), mark_of(value)) for name, value in held.items()]
+    elif isinstance(held, (list, tuple)):
+        held = [mark_of(value) for value in held]
+    return hashlib.sha256(repr(held).encode()).hexdigest()[:16]
 
 
 def fingerprint(*tensors: torch.Tensor) -> str:

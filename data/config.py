@@ -243,15 +243,22 @@ def packed_layers(folder: Path) -> dict[str, dict]:
     version, layers = q.get("version", 1), q.get("layers")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(f"{path} is of packed format {str(version)[:60]}, and this code reads 1 to {VERSION}: update it")
-    if not isinstance(layers, dict) or not layers:
+    if not layers:
         raise ValueError(f"{path} says of no Linear how it is packed: it is damaged, compress again")
+    check_layers(path, layers)
+    if version > 1:
+        check_files(path, q.get("files"))
+    return dict(layers)
+
+
+def check_layers(path: Path, layers) -> None:
+    """ValueError unless layers is {name of a Linear: how it is packed}."""
+    if not isinstance(layers, dict):
+        raise ValueError(f"{path} says as {str(layers)[:60]!r} how its Linears are packed: it is damaged, compress again")
     for name, meta in layers.items():
         if not isinstance(meta, dict) or any(type(meta.get(key)) is not kind for key, kind in PACKING.items()) or any(
                 type(size) is not int for size in meta["shape"]):
             raise ValueError(f"{path}: {name[:200]} is packed as {str(meta)[:200]}, which is damaged: compress again")
-    if version > 1:
-        check_files(path, q.get("files"))
-    return dict(layers)
 
 
 def check_files(path: Path, files: dict[str, str] | None) -> None:

@@ -20,7 +20,7 @@ MASKS = ("mask", "refits")                                                      
 PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "kind", "objective",
           "prompt_recipe")                                       # need --steps
 NO_SETTINGS = ("out", "resume", "overwrite", "plan")     # what does not change the numbers
-HELD_OUT = 8                                             # windows of the calibration text that healing is judged by
+HELD_OUT = 8                                             # windows of the calibration text that only judge
 
 
 def flags() -> Flags:
@@ -111,7 +111,7 @@ from pathlib import Path
 
 import torch
 
-from compress import RECIPES, Settings, compress, hold_out, make_solver, plan
+from compress import RECIPES, Settings, compress, hold_out, make_solver, mean_errors, plan
 from data import parallel
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
@@ -327,7 +327,7 @@ class Run:
             self.made.mkdir(parents=True, exist_ok=True)
             copy_tokenizer(self.folder, self.made)
         self.report.layers = compress(self.checkpoint, self.made, self.windows, self.solve, self.settings, a.batch_size,
-                                      self.dtype, a.device)
+                                      self.dtype, a.device, held=self.held[:max(1, a.nsamples // 16)])
         self.report.save()
         self.measure_compressed(time.monotonic() - start)
 
@@ -459,9 +459,10 @@ def main(args) -> dict:
     report = run.report
     if parallel.rank() == 0:
         texts = "".join(f"{text}\n" for text in report.run["texts"].values() if isinstance(text, str))
+        errors = f"{mean_errors(report.layers)}, relative, of what a Linear gives\n" if report.layers else ""
         what = "compressed before" if args.packed else f"{args.bits} bits, sparsity {args.sparsity}"
         print(f"\n{args.model}, {args.data}, {report.rows[0]['scored_tokens']} scored tokens, seqlen {args.seqlen}, {what}, "
-              f"seed {args.seed}\n{report.table()}\n{texts}\nsaved in {run.out}: "
+              f"seed {args.seed}\n{report.table()}\n{errors}{texts}\nsaved in {run.out}: "
               + ", ".join(sorted(f.name for f in run.out.iterdir() if not f.name.startswith("."))))
     parallel.stop()
     return {"rows": report.rows}

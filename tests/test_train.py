@@ -54,6 +54,7 @@ def test_main_job_end_to_end(model, text, tmp_path):
         assert r["scored_tokens"] == 16 * 127
     assert report["settings"]["seed"] == 0 and report["settings"]["nsamples"] == 16
     assert {layer["against"] for layer in report["layers"]} == {"corrected weights"}
+    assert all(0 < layer["error_heldout"] < 1 for layer in report["layers"]) and ", held out 0." in done.stdout
     assert report["losses"]["prompt.safetensors"] != report["losses"]["prompt-dense.safetensors"]
     seconds = json.loads((tmp_path / "a/seconds.json").read_text())
     assert set(seconds) == set(rows) and all(s["measuring"] > 0 for s in seconds.values())

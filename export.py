@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.checkpoint import raw, read_json, read_safetensors, verify, write_atomic, write_json, write_safetensors
+from data.checkpoint import raw, read_json, read_safetensors, verify, write_json, write_safetensors, write_torch
 from data.config import Config, hf_config, resolve
 from data.flags import Flags, run_program
 from data.tokenizer import SentencePiece, copy_tokenizer, load_tokenizer
@@ -317,7 +317,7 @@ def write_pth(path: Path, entries: list[tuple[str, torch.Size, torch.dtype, Call
             data = bytes(raw(make()))
             out.write_record(f"data/{i}", data, len(data))
         out.write_end_of_file()
-    write_atomic(path, write)
+    write_torch(path, write)
 
 
 # --------------------------------------------------------------------------------------------------------------------

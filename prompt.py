@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 
 from data import parallel
-from data.checkpoint import (check_tensor, read_safetensors, read_torch, write_atomic,
-                             write_safetensors)
+from data.checkpoint import (check_tensor, read_safetensors, read_torch, write_safetensors,
+                             write_torch)
 
 HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary "
                "adjustments to ensure optimal performance.")    # the paper's own, section 3.2
@@ -355,7 +355,7 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
             held = {"settings": run, "done": done, "losses": losses, "scores": scores,
                     "params": copy_of_params(), "best": best, "optimizer": opt.state_dict()}
             held["mark"] = mark_of(held)
-            write_atomic(Path(state), lambda f: torch.save(held, f))
+            write_torch(Path(state), lambda f: torch.save(held, f))
 
     held = read_run(state, run)
     if held is None:

@@ -740,7 +740,7 @@ def zip_damage(file: Path, r: random.Random) -> str:
     elif how == "twice":
         held.append((name, data[::-1]))
     elif how == "names":
-        held[at] = r.choice(["", "x", name + "\0", name.upper(), "/" + name]), data
+        held[at] = r.choice(["x", name + "\0", name.upper(), "/" + name]), data
     elif how == "version":
         held = [(n, r.choice([b"", b"99", b"x"]) if n.endswith("version") else d) for n, d in held]
     elif how == "empty":

@@ -149,11 +149,12 @@ def test_factor_is_the_inverse():
     assert torch.allclose(U.T @ U @ (H + 0.01 * H.diagonal().mean() * torch.eye(96)), torch.eye(96, dtype=H.dtype), atol=1e-8)
 
 
-def test_inputs_are_left_alone_and_factor_can_be_shared():
+def test_inputs_are_left_alone_and_the_factor_can_be_shared():
     W, H = layer()
     W0, H0 = W.clone(), H.clone()
-    shared = sparsegpt(W, H, 0.5, 4, U=inverse_factor(H, 0.01))
-    assert torch.equal(shared.weight, sparsegpt(W, H, 0.5, 4).weight)
+    shared = gptq(W, H, 4, U=inverse_factor(H, 0.01))
+    assert torch.equal(shared.weight, gptq(W, H, 4).weight)
+    sparsegpt(W, H, 0.5, 4)
     assert torch.equal(W, W0) and torch.equal(H, H0)
 
 

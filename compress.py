@@ -309,6 +309,8 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve,
         twin = copy_block(source, walk.dtype, walk.device) if walk.dense is not None else None
         for half, dense_half in zip(work.halves(), twin.halves() if twin else (None, None)):
             step_sequential(half, dense_half, walk, solve_group)
+            release(half)
+            release(dense_half)
     else:
         moments, held = all_moments(work, walk.stream, walk.rope), all_moments(work, walk.held, walk.rope)
         for names in list(moments):
@@ -350,6 +352,12 @@ def moments_of(stream: Stream, read: Callable) -> Moments:
     for h in stream:
         moments.add(read(h))
     return moments
+
+
+def release(half: Half | None) -> None:
+    """The weights of a half-block of a copy are not needed any more."""
+    for p in half.part.parameters() if half else ():
+        p.data = p.data.new_empty(0)
 
 
 def step_sequential(half: Half, dense: Half | None, walk: Walk, solve_group) -> None:

@@ -102,6 +102,9 @@ def main() -> None:
     if not (args.folder / "config.json").exists():
         make_checkpoint(args.folder, config)
     checkpoint = open_checkpoint(args.folder)
+    if checkpoint.config != config:
+        raise SystemExit(f"{args.folder} holds another checkpoint than {args.shape} of "
+                         f"{args.blocks} blocks: name another --folder")
     recipe = RECIPES[args.recipe]
     settings = Settings(recipe["true_sequential"], recipe["correct"])
     solve = make_solver(args.bits, args.sparsity, args.recipe)

@@ -155,7 +155,7 @@ class Case:
         self.made = read_json(maker)["settings"] if s.packed and maker.is_file() else vars(s)
         self.n = s.prompt_tokens
         self.tokenizer = load_tokenizer(source)
-        self.label = made_how(self.made) or "dense"
+        self.label = (made_how(self.made) or "dense") + (" + healed" if self.made.get("heal") else "")
 
     def place(self, which: str) -> Path:
         return self.dense if which == "dense" else self.compressed
@@ -250,7 +250,7 @@ class Lab:
         dense = str(case.dense) if case.dense and which == "compressed" else None
         asked = {**vars(s), "model": str(case.place(which)), "dense": dense, "bits": 16, "sparsity": "0",
                  "packed": bool(packed_layers(case.place(which))), "control": False,
-                 "train_data": text, "prompt_tokens": n, "max_tokens": s.seqlen}
+                 "heal": 0, "train_data": text, "prompt_tokens": n, "max_tokens": s.seqlen}
 
         def make():
             folder = self.cache / f"run-{mark(asked)}"

@@ -31,7 +31,8 @@ def flags() -> Flags:
     a = p.add_argument
     a("study", choices=STUDIES)
     a("runs", nargs="+", metavar="RUN", help="--out folders of train.py")
-    a("--out", default="runs/study", help="folder of tables and of what is kept (default runs/study)")
+    a("--out", default="runs/study", help="folder of tables and of what is kept (default "
+                                       "runs/study)")
     a("--texts", help="names or files, parted by commas, for transfer, recipes and robust; "
                       "LEARN:MEASURE names two (default: the run's; tiny models docs and code too)")
     a("--data-dir", metavar="FOLDER", help="folder of the text sets and of the tasks' files")
@@ -68,14 +69,14 @@ from data.text import eval_tokens
 from data.tokenizer import load_tokenizer
 from eval import DTYPES, cut, decode, generate, not_finite, zero_shot
 from model import load_model, open_checkpoint
-from prompt import (HARD_PROMPT, fingerprint, initial_prompt, load_prompt, streamed_prefix, text_nll,
-                    with_prompt)
+from prompt import (HARD_PROMPT, fingerprint, initial_prompt, load_prompt, streamed_prefix,
+                    text_nll, with_prompt)
 from train import Run, describe_machine
 
-NEUTRAL = ("The river rises in the hills, a long way from the sea, and for the first miles it is no "
-           "wider than a road. Farmers keep sheep on both banks, and in spring the lower meadows "
-           "are under water for a week or two. There is a stone bridge, then a mill that has not "
-           "turned for many years, and a row of poplars that someone planted to mark the way to "
+NEUTRAL = ("The river rises in the hills, a long way from the sea, and for the first miles it is "
+           "no wider than a road. Farmers keep sheep on both banks, and in spring the lower "
+           "meadows are under water for a week or two. There is a stone bridge, then a mill that has "
+           "not turned for many years, and a row of poplars that someone planted to mark the way to "
            "the village. On market days people come from all sides with bread, cheese and apples. "
            "They stand about, talk of the weather and of the price of hay, and go home before it "
            "gets dark. ")
@@ -115,7 +116,8 @@ def change(losses: torch.Tensor, base: torch.Tensor) -> str:
 
 
 def mcnemar(ours: torch.Tensor, base: torch.Tensor) -> tuple[int, int, float]:
-    """(items that turned right, that turned wrong, two-sided exact p) of answers (items,) 0 or 1."""
+    """(items that turned right, that turned wrong, two-sided exact p) of answers (items,), 0 or
+    1."""
     right, wrong = int((ours > base).sum()), int((ours < base).sum())
     n = right + wrong
     tail = sum(math.comb(n, k) for k in range(min(right, wrong) + 1)) / 2 ** n
@@ -137,7 +139,8 @@ class Case:
         self.folder = Path(folder)
         path = self.folder / "report.json"
         if not path.is_file():
-            raise FileNotFoundError(f"no report {path}: a RUN is a folder that train.py has written")
+            raise FileNotFoundError(f"no report {path}: a RUN is a folder that train.py has "
+                                    f"written")
         held = read_json(path)
         try:
             self.settings = s = argparse.Namespace(**held["settings"])
@@ -146,7 +149,8 @@ class Case:
             source = resolve(s.model)
             self.dense = resolve(s.dense) if s.dense else None if s.packed else source
         except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path} is not a report of this version's train.py: run it again") from None
+            raise ValueError(f"{path} is not a report of this version's train.py: run it "
+                             f"again") from None
         made = self.folder / "compressed"
         self.compressed = source if s.packed else made if (made / "config.json").is_file() else None
         if self.compressed is None and "compressed" in self.rows:
@@ -156,6 +160,7 @@ class Case:
         self.n = s.prompt_tokens
         self.tokenizer = load_tokenizer(source)
         self.label = made_how(self.made) or "dense"
+        self.label += " + healed" if self.made.get("heal") else ""
 
     def place(self, which: str) -> Path:
         return self.dense if which == "dense" else self.compressed
@@ -171,8 +176,8 @@ class Case:
         s = self.settings
         return (f"{self.folder.name}: {Path(s.model).name}, {self.label}, {self.n} positions "
                 f"({s.kind}, {s.objective}), {s.steps} steps of {s.batch_size} windows of "
-                f"{Path(s.train_data).name}, measured on the first {s.max_tokens or 'all'} tokens of "
-                f"{Path(s.data).name}, seqlen {s.seqlen}, seed {s.seed}, {s.dtype}")
+                f"{Path(s.train_data).name}, measured on the first {s.max_tokens or 'all'} tokens "
+                f"of {Path(s.data).name}, seqlen {s.seqlen}, seed {s.seed}, {s.dtype}")
 
 
 class Lab:
@@ -248,9 +253,10 @@ class Lab:
         if not s.steps:
             raise ValueError(f"{case.folder} learned no prompt (--steps 0): name a run that did")
         dense = str(case.dense) if case.dense and which == "compressed" else None
-        asked = {**vars(s), "model": str(case.place(which)), "dense": dense, "bits": 16, "sparsity": "0",
-                 "packed": bool(packed_layers(case.place(which))), "control": False,
-                 "train_data": text, "prompt_tokens": n, "max_tokens": s.seqlen}
+        asked = {**vars(s), "model": str(case.place(which)), "dense": dense, "bits": 16,
+                 "sparsity": "0", "packed": bool(packed_layers(case.place(which))),
+                 "control": False,
+                 "heal": 0, "train_data": text, "prompt_tokens": n, "max_tokens": s.seqlen}
 
         def make():
             folder = self.cache / f"run-{mark(asked)}"
@@ -265,7 +271,8 @@ class Lab:
     def start(self, case: Case, which: str, n: int | None = None) -> torch.Tensor:
         """Where a run's prompt starts from."""
         s, n = case.settings, n or case.n
-        tokens = eval_tokens(case.tokenizer, s.train_data, "train", max(n, 2), max(n, 2), s.data_dir)
+        least = max(n, 2)
+        tokens = eval_tokens(case.tokenizer, s.train_data, "train", least, least, s.data_dir)
         start = initial_prompt(self.model(case, which), n, s.prompt_init, tokens, s.seed)
         if s.kind == "prefix":
             return streamed_prefix(open_checkpoint(case.dense), start, DTYPES[s.dtype], s.device)
@@ -273,7 +280,7 @@ class Lab:
 
     def words(self, case: Case, which: str, text: str, n: int | None = None,
               shuffled: bool = False) -> torch.Tensor:
-        """Text as a prompt (n, width), repeated or cut to n tokens; shuffled: its tokens by seed."""
+        """Text as a prompt (n, width), repeated or cut to n tokens; shuffled: these by seed."""
         ids = torch.tensor(case.tokenizer.encode(text, bos=False))
         ids = ids if n is None else ids.repeat(-(-n // len(ids)))[:n]
         if shuffled:
@@ -390,10 +397,12 @@ def commit() -> str:
     here = Path(__file__).resolve().parent
 
     def git(*words):
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip()
     try:
         mark = git("rev-parse", "--short", "HEAD")
-        return mark + (", changed" if mark and git("status", "--porcelain", "-uno") else "") or "unknown"
+        changed = mark and git("status", "--porcelain", "-uno")
+        return mark + (", changed" if changed else "") or "unknown"
     except OSError:
         return "unknown"
 
@@ -411,7 +420,8 @@ def publish(lab: Lab, name: str, tables: list[Table], says: list[str], drawing: 
     write_json(lab.out / f"{name}.json", held)
     for path, content in (("md", "\n".join(text)), ("svg", drawing)):
         write_atomic(lab.out / f"{name}.{path}", lambda f: f.write(content.encode()))
-    print("\n\n".join([*(t.plain() for t in tables), *says, f"saved in {lab.out}: {name}.md, .json, .svg"]))
+    saved = f"saved in {lab.out}: {name}.md, .json, .svg"
+    print("\n\n".join([*(t.plain() for t in tables), *says, saved]))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -445,9 +455,11 @@ def levels(lab: Lab) -> None:
                 best = row["perplexity"][name][0]
                 front.append(f"{row['row']} ({row['bits']:.2f} bits, {best:.2f})")
         behind = "without a prompt" if name == "no prompt" else "behind the learned prompt"
-        says.append(f"Worth its bytes {behind}, as no smaller model is as good: {', '.join(front)}.")
+        says.append(f"Worth its bytes {behind}, as no smaller model is as good: "
+                    f"{', '.join(front)}.")
     rows = [(f"{row['row']}: {row['bits']:.2f} bits",
-             [row["perplexity"]["no prompt"], row["perplexity"]["learned"]]) for row in table.values]
+             [row["perplexity"]["no prompt"], row["perplexity"]["learned"]])
+            for row in table.values]
     publish(lab, "levels", [table], says, dot_plot(
         "Perplexity by real bits a weight, masks and grids counted", "lower is better", rows,
         [("no prompt", HURT), ("learned prompt", HEALED)], log=True))
@@ -457,8 +469,8 @@ def recipes(lab: Lab) -> None:
     """What the compressed model loses to the dense one, before and behind a prompt of each kind and
     objective: what is healed is the difference; the rest of a prompt's gain is adaptation."""
     table = Table("Perplexity, and the gap between compressed and dense in nats a token", "prompt",
-                  "text", "dense", "compressed", "+ start", "+ learned", "dense + learned", "gap without",
-                  "gap with prompts", "healed", "gained, of the gap")
+                  "text", "dense", "compressed", "+ start", "+ learned", "dense + learned",
+                  "gap without", "gap with prompts", "healed", "gained, of the gap")
     rows = []
     for case in lab.cases:
         for label, (_, measure) in lab.texts(case).items():
@@ -468,7 +480,8 @@ def recipes(lab: Lab) -> None:
             before = losses["compressed"] - losses["dense"]
             after = losses["+ learned"] - losses["dense + learned"]
             healed = spread(before - after)
-            recovered = 100 * float((losses["compressed"] - losses["+ learned"]).mean() / before.mean())
+            gained = losses["compressed"] - losses["+ learned"]
+            recovered = 100 * float(gained.mean() / before.mean())
             name = f"{case.settings.kind}, {case.settings.objective}"
             numbers = {key: ppl(value) for key, value in losses.items()}
             gaps = spread(before), spread(after)
@@ -513,8 +526,8 @@ def transfer(lab: Lab) -> None:
         if len(cases) > 1:
             prompts = {case.label: lab.learned(case, "compressed") for case in cases}
             matrix(title, prompts, {case.label: (case, None) for case in cases})
-    says = ["Learned on the row, read by the column; below zero is better than no prompt, a star marks "
-            "what the interval tells from zero."]
+    says = ["Learned on the row, read by the column; below zero is better than no prompt, a star "
+            "marks what the interval tells from zero."]
     publish(lab, "transfer", tables, says, dot_plot(
         "Change of the loss by a prompt from elsewhere, nats a token", "lower is better", rows,
         [("learned on → read by", HEALED)]))
@@ -525,10 +538,12 @@ def length(lab: Lab) -> None:
     case = lab.cases[0]
     tokens, rows = case.measured(), []
     table = Table("Perplexity by the number of positions", "positions", "compressed + start",
-                  "compressed + learned", "dense + learned", "prefill, ms", "decode, ms a token", "cache, KB")
+                  "compressed + learned", "dense + learned", "prefill, ms", "decode, ms a token",
+                  "cache, KB")
     asked = (lab.args.lengths or "10,25,50,100,200").split(",")
     if not all(n.isdecimal() and int(n) for n in asked):
-        raise ValueError(f"--lengths {lab.args.lengths} is not numbers of positions parted by commas")
+        raise ValueError(f"--lengths {lab.args.lengths} is not numbers of positions parted by "
+                         f"commas")
     longest = open_checkpoint(case.compressed).config.max_positions - case.settings.seqlen
     for n in [0, *(int(n) for n in asked if int(n) <= longest)]:
         if n:
@@ -544,14 +559,14 @@ def length(lab: Lab) -> None:
         cost = lab.keep("seconds", made_of, lambda: seconds(lab, case, prompts[1]))
         numbers = [ppl(values) for values in losses]
         table.add(str(n), *(show(v) for v in numbers), *([] if case.dense else [""]),
-                  f"{1e3 * cost['prefill']:.1f}", f"{1e3 * cost['decode']:.2f}", f"{cost['bytes'] / 1e3:.0f}",
-                  perplexity=numbers, **cost)
+                  f"{1e3 * cost['prefill']:.1f}", f"{1e3 * cost['decode']:.2f}",
+                  f"{cost['bytes'] / 1e3:.0f}", perplexity=numbers, **cost)
         rows.append((f"{n} positions", numbers[1:]))
     series = [("compressed", HURT), ("dense, a prompt learned alike", DENSE)]
-    says = [f"Prefill: the prompt and {case.settings.seqlen} tokens of text; decoding: a token behind "
-            f"them; the best of three."]
-    publish(lab, "length", [table], says, dot_plot("Perplexity behind a learned prompt",
-                                                   "lower is better", rows, series[:len(rows[0][1])]))
+    says = [f"Prefill: the prompt and {case.settings.seqlen} tokens of text; decoding: a token "
+            f"behind them; the best of three."]
+    publish(lab, "length", [table], says, dot_plot(
+        "Perplexity behind a learned prompt", "lower is better", rows, series[:len(rows[0][1])]))
 
 
 @torch.no_grad()
@@ -575,13 +590,14 @@ def seconds(lab: Lab, case: Case, prompt, count: int = 16) -> dict:
 
 
 def hard(lab: Lab) -> None:
-    """Prompts in words: does a compressed model use what they say, or only that there are tokens?"""
+    """Prompts in words: does a compressed model use what they say, or only their being there?"""
     case = lab.cases[0]
     which = [w for w in ("compressed", "dense") if case.place(w)]
     tokens, tasks = case.measured(), lab.items(case)
     heads = [f"{task}: {what}" for task in tasks for what in ("acc", "turned right, wrong", "p")]
-    table = Table("Perplexity, change in nats a token, and answers that a prompt in words changes", "prompt",
-                  *(f"{w}{what}" for w in which for what in (", perplexity", ", change")), *heads)
+    table = Table("Perplexity, change in nats a token, and answers that a prompt in words changes",
+                  "prompt", *(f"{w}, {what}" for w in which for what in ("perplexity", "change")),
+                  *heads)
     rows, made = [], {}
     for name in ["no prompt", *HARD, "neutral, as long", "the paper's, shuffled", "learned"]:
         cells, numbers, prompts = [], {}, {}
@@ -591,7 +607,8 @@ def hard(lab: Lab) -> None:
             numbers[w] = {"perplexity": ppl(losses), "change": spread(losses - base)}
             cells += [show(numbers[w]["perplexity"]), change(losses, base)]
         for task, items in tasks.items():
-            got, base = (lab.answers(case, which[0], p, items, task) for p in (prompts[which[0]], None))
+            got, base = (lab.answers(case, which[0], p, items, task)
+                         for p in (prompts[which[0]], None))
             flips = mcnemar(got, base)
             numbers[task] = {"acc": spread(got), "turned right, turned wrong, p": flips}
             cells += [show(spread(got), ".3f"), f"{flips[0]}, {flips[1]}", f"{flips[2]:.2f}"]
@@ -657,7 +674,8 @@ def tasks(lab: Lab) -> None:
     """Zero-shot accuracy of all controls; McNemar's test against the compressed model."""
     case = lab.cases[0]
     asked, controls = lab.items(case), lab.controls(case)
-    heads = [f"{task}{what}" for task in asked for what in (f", {len(asked[task])} items", ": turned right, wrong", ": p")]
+    heads = [f"{task}{what}" for task, items in asked.items()
+             for what in (f", {len(items)} items", ": turned right, wrong", ": p")]
     table = Table("Accuracy, and answers that differ from the compressed model's", "model", *heads)
     rows = []
     for name, (which, prompt) in controls.items():
@@ -668,8 +686,10 @@ def tasks(lab: Lab) -> None:
             numbers[task] = {"acc": spread(got), "turned right, turned wrong, p": flips}
             cells += [show(spread(got), ".3f"), f"{flips[0]}, {flips[1]}", f"{flips[2]:.2f}"]
         table.add(name, *cells, tasks=numbers)
-        rows += [(f"{name}: {task}" if len(asked) > 1 else name, [v["acc"]]) for task, v in numbers.items()]
-    publish(lab, "tasks", [table], [], dot_plot("Accuracy", "higher is better", rows, [("accuracy", HEALED)]))
+        rows += [(f"{name}: {task}" if len(asked) > 1 else name, [v["acc"]])
+                 for task, v in numbers.items()]
+    publish(lab, "tasks", [table], [], dot_plot("Accuracy", "higher is better", rows,
+                                                [("accuracy", HEALED)]))
 
 
 def main(args) -> None:
@@ -680,12 +700,14 @@ def main(args) -> None:
         raise ValueError(f"study {args.study} takes one RUN, not {len(args.runs)}")
     lab = Lab(args)
     if args.study != "levels" and not all(case.compressed for case in lab.cases):
-        raise ValueError(f"study {args.study} compares compressed models: a RUN has compressed nothing")
+        raise ValueError(f"study {args.study} compares compressed models: a RUN has none")
     if args.study in ("recipes", "tasks") and not all(case.dense for case in lab.cases):
-        raise ValueError(f"study {args.study} compares with the dense model: run train.py with --dense FOLDER")
-    {f.__name__: f for f in (levels, recipes, transfer, length, hard, robust, tasks)}[args.study](lab)
+        raise ValueError(f"study {args.study} compares with the dense model: run train.py with "
+                         f"--dense FOLDER")
+    studies = levels, recipes, transfer, length, hard, robust, tasks
+    {f.__name__: f for f in studies}[args.study](lab)
 
 
 if __name__ == "__main__":
-    run_program(main, args, after_interrupt=lambda: f"stopped; what is done is in {args.out}: the same "
-                                                    f"command goes on")
+    run_program(main, args, after_interrupt=lambda: f"stopped; what is done is in {args.out}: the "
+                                                    f"same command goes on")

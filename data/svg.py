@@ -61,8 +61,8 @@ class Drawing:
 def ticks(low: float, high: float, log: bool) -> list[float]:
     """Up to six round numbers from low to high."""
     if log:
-        steps = [k * 10.0 ** e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-                 for k in ((1, 2, 5) if high / low < 1000 else (1,))]
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        steps = [k * 10.0 ** e for e in powers for k in ((1, 2, 5) if high / low < 1000 else (1,))]
     else:
         raw = (high - low) / 5
         unit = 10.0 ** math.floor(math.log10(raw))
@@ -88,7 +88,8 @@ def dot_plot(title: str, better: str, rows: list[tuple[str, list[list[float]]]],
         return names + (right - names) * min(max(share, 0.0), 1.0)
     d, bottom = Drawing(), top + step * len(rows)
     d.text(8, 20, f"{title}: {better}", kind="title")
-    d.text(8, 40, f"dots: measured; lines: 95% intervals{'; logarithmic scale' if log else ''}", "small")
+    scale = "; logarithmic scale" if log else ""
+    d.text(8, 40, f"dots: measured; lines: 95% intervals{scale}", "small")
     for k, (name, color) in enumerate(series):
         x = names + 150 * k
         d.dot(x, top - 12, 4, color)
@@ -105,5 +106,6 @@ def dot_plot(title: str, better: str, rows: list[tuple[str, list[list[float]]]],
             d.dot(place(value), y, 3.5, color)
             form = f"{value:+.3f}" if low < 0 else f"{value:.3f}" if high < 10 else f"{value:.2f}"
             d.text(right + 12 + number * (k + 1), middle + 4, form, "small", "end")
-    about = "; ".join(f"{label}: {', '.join(f'{v[0]:.3g}' for v in values)}" for label, values in rows)
+    about = "; ".join(f"{label}: {', '.join(f'{v[0]:.3g}' for v in values)}"
+                      for label, values in rows)
     return d.svg(width, round(bottom + 26), f"{title}, {better}. {about}")

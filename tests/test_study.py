@@ -11,7 +11,6 @@ import study
 import train
 from data.checkpoint import read_json
 from data.svg import dot_plot
-from data.tokenizer import load_tokenizer
 from eval import perplexity
 from model import load_model
 from prompt import load_prompt
@@ -32,7 +31,7 @@ def place(tmp_path_factory):
     (place / "two.txt").write_text("\n\n".join(p.read_text() for p in sources[1::2]))
     texts = ["--calib", place / "one.txt", "--data", place / "two.txt", "--train-data", place / "one.txt"]
     for name, flags in (("a", ["--control"]), ("b", ["--no-control", "--sparsity", "2:4"])):
-        asked = ["--recipe", "plain", "--nsamples", "4", *texts, *SMALL, *flags, "--out", place / name]
+        asked = ["--recipe", "plain", "--heal", "0", "--nsamples", "4", *texts, *SMALL, *flags, "--out", place / name]
         train.main(train.flags().parse_args(list(map(str, asked))))
     return place
 

@@ -58,8 +58,8 @@ def flags() -> Flags:
     a("--correct", type=real(0, 1), help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
     a("--percdamp", type=real(0, 100), help="damping, as a share of the Hessian's diagonal")
     a("--blocksize", type=whole(1, 1 << 20), help="columns whose errors travel together (default 128)")
-    a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path (default c4; "
-                      "tiny models docs)")
+    a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path, or several as a,b, "
+      "which share the windows evenly (default c4; tiny models docs)")
     a("--nsamples", type=whole(1, 1 << 24), help="calibration windows (default 128)")
     a("--heal", type=whole(0, 10**7), metavar="STEPS", help="then tune grids, norms and biases of the packed model against "
       "the dense one on the same windows, in so many steps (default 64; 0 with --bits 16)")
@@ -76,7 +76,7 @@ def flags() -> Flags:
     a = p.add_argument_group("the prompt").add_argument
     a("--steps", type=whole(0, 10**7), help="learning steps (default 200); 0 skips the prompt")
     a("--lr", type=real(0, 1e3, above=True), help="peak learning rate (default: 0.35 x the embeddings' deviation)")
-    a("--train-data", help="text the prompt is learned on (default: --calib; tiny models headers)")
+    a("--train-data", help="text the prompt is learned on (default: the first of --calib; tiny models headers)")
     a("--val-windows", type=whole(0, 10**6), help="windows of it held out to choose the best prompt (default 8)")
     a("--prompt-tokens", type=whole(1, 1 << 20), help="length of the prompt (default 100; tiny models 50)")
     a("--prompt-init", choices=["text", "vocab", "random"],
@@ -152,7 +152,9 @@ def settle(args) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.heal = 0 if args.packed or args.bits == 16 else args.heal
-    args.train_data = args.train_data or args.calib
+    if args.nsamples < len(calibration_texts(args)):
+        raise ValueError(f"--nsamples {args.nsamples} leaves some texts of --calib {args.calib} without a window: use more")
+    args.train_data = args.train_data or calibration_texts(args)[0]
     refuse_idle(args, given)
     args.device = usable(args.device)
     args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
@@ -177,7 +179,7 @@ def refuse_idle(args, given: set[str]) -> None:
     prunes = not args.packed and parse_sparsity(args.sparsity)[0] > 0
     solves = rounds or prunes
     learns = args.steps > 0
-    texts = {args.data, *([args.calib] if solves else []), *([args.train_data] if learns else [])}
+    texts = {args.data, *(calibration_texts(args) if solves else []), *([args.train_data] if learns else [])}
     idle = [
         (not learns, PROMPT, "with --steps 0"),
         (not learns and not args.heal, ("checkpointing",), "where neither a prompt is learned nor a model healed"),
@@ -210,6 +212,11 @@ def settle_prompt(args) -> None:
                                   ("objective", "kl", "learns from the dense model's predictions")):
             if getattr(args, name) == value:
                 raise ValueError(f"{flag(name)} {value} {what}: say where that model is with --dense FOLDER")
+
+
+def calibration_texts(args) -> list[str]:
+    """The texts of --calib a,b."""
+    return list(dict.fromkeys(args.calib.split(",")))
 
 
 def check_positions(args, checkpoint: Checkpoint) -> None:
@@ -265,14 +272,24 @@ class Run:
         split = "validation" if a.data == "c4" else "test"                       # C4 publishes no test split
         self.test = eval_tokens(self.tokenizer, a.data, split, a.seqlen, a.max_tokens, folder=a.data_dir)
         if self.solve:
-            drawn = calibration(self.tokenizer, a.calib, "train", a.nsamples + 4 * HELD_OUT, a.seqlen, a.seed,
-                                folder=a.data_dir)
-            self.windows, self.held = hold_out(drawn, a.nsamples, HELD_OUT)
+            self.windows, self.held = self.calibration_windows()
         if a.steps:
             self.text, self.val, self.pool = learning_windows(self.tokenizer, a.train_data, a.seqlen, a.val_windows, a.seed,
                                                               folder=a.data_dir)
             if a.objective == "kl":
                 self.pool = self.pool[:a.steps * a.batch_size]                   # more would never be read
+
+    def calibration_windows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """--nsamples windows, evenly from every text of --calib, and HELD_OUT of the same texts in turn, one at least of each."""
+        a, names = self.args, calibration_texts(self.args)
+        judging = -(-HELD_OUT // len(names))
+        windows, held = [], []
+        for k, name in enumerate(names):
+            n = a.nsamples // len(names) + (k < a.nsamples % len(names))
+            drawn = calibration(self.tokenizer, name, "train", n + 4 * judging, a.seqlen, a.seed, folder=a.data_dir)
+            for found, mine in zip((windows, held), hold_out(drawn, n, judging)):
+                found.append(mine)
+        return torch.cat(windows), torch.stack(held, 1).flatten(0, 1)
 
     def plan(self) -> str:
         a = self.args
@@ -287,7 +304,7 @@ class Run:
 
     def identity(self) -> dict:
         """What tells this run from others: its flags, the checkpoint's files, versions and texts."""
-        names = {self.args.calib, self.args.data, self.args.train_data}
+        names = {*calibration_texts(self.args), self.args.data, self.args.train_data}
         texts = {name: harvest_name(name) for name in sorted(names & set(HARVESTED))}
         texts |= {name: Path(name).stat().st_size for name in sorted(names) if Path(name).is_file()}
         return {"settings": self.flags(), "texts": texts, "checkpoint": identity(self.folder),

@@ -258,6 +258,21 @@ def test_a_flag_does_something(program, name, place):
     assert without[what] != with_it[what]
 
 
+def test_several_calibration_texts_share_the_windows(place):
+    base = "--steps 0 --nsamples 5"
+    one, two = (run_train(place, [*base.split(), "--calib", text])["weights"] for text in ("P/a.txt", "P/a.txt,P/b.txt"))
+    assert one != two
+    args = train.flags().parse_args(at(place, "--model P/m --data P/a.txt --calib P/a.txt,P/b.txt --seqlen 16 --max-tokens 64 "
+                                             "--nsamples 5 --steps 0 --device cpu --out P/out".split()))
+    train.settle(args)
+    run = train.Run(args)
+    texts = [run.tokenizer.encode((place / name).read_text()) for name in ("a.txt", "b.txt")]
+    inside = lambda window, text: any(text[i:i + 16] == window for i in range(len(text)))
+    assert [[inside(w, text) for text in texts] for w in run.windows.tolist()] == [[True, False]] * 3 + [[False, True]] * 2
+    assert [inside(w, texts[0]) for w in run.held.tolist()] == [True, False] * 4
+    assert "without a window" in run_train(place, "--steps 0 --nsamples 1 --calib P/a.txt,P/b.txt".split())["error"]
+
+
 @pytest.mark.parametrize("program, rest, words", IDLE)
 def test_a_flag_that_would_do_nothing_is_refused(program, rest, words, place):
     error = RUN[program](place, [*rest.split(), *words.split()])["error"]

@@ -230,6 +230,13 @@ class Rounder:
         return torch.stack(list(self.scale)), torch.stack(list(self.zero))
 
 
+def column_order(H: torch.Tensor, act_order: bool) -> torch.Tensor:
+    """The columns (in,) in the order of the loop: as they are, or in order of falling H diagonal."""
+    if act_order:
+        return torch.argsort(H.diagonal(), descending=True, stable=True)
+    return torch.arange(len(H), device=H.device)
+
+
 def column_groups(n: int, groupsize: int, order: torch.Tensor | None = None) -> list[int]:
     """Group of every column in the order of the loop; with `order`, groups are neighbours of the original matrix."""
     place = torch.arange(n) if order is None else order.cpu()
@@ -277,7 +284,7 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
     dead = H.diagonal() == 0                                       # inputs that are always 0: any weight will do
     start = W.masked_fill(dead, 0) if mask is None else W.masked_fill(mask | dead, 0)
     keep = torch.ones_like(W, dtype=torch.bool) if mask is None else ~mask
-    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(n, device=W.device)
+    order = column_order(H, act_order)
     group = column_groups(n, groupsize, order if static else None)
     U = inverse_factor(H, percdamp, order) if U is None else U
     kind = "uniform" if grid == "minmax" else grid

@@ -8,7 +8,8 @@ in any case, are tuned end to end by KL(dense || packed) on text: the second sta
 the healed model has the same bytes and the same speed.
 
     teacher = teacher_states(dense, windows, folder), teacher_states(dense, val, folder)
-    heal(packed_model, windows, val, teacher, steps=64)         # in place; save_model writes it
+    heal(packed_model, windows, val, teacher, steps=64)         # in place; save_model writes it,
+    save_healed(packed_model, "compressed", "healed")           # or this in shards, as they were
 
 The grid moves relative to itself: scale = scale_0 (1 + u), zero = zero_0 + v; a norm's weight =
 weight_0 (1 + u). With dW = dy^T x, dscale = sum dW (A + zero T) and dzero = scale sum dW T, over
@@ -25,6 +26,7 @@ from kernels.linear import PackedLinear, triton_reads
 from kernels.packing import Packed, groups_of
 from kernels.reference import dequantize
 from kernels.unpacking import unpack
+from model import open_checkpoint, read_note, save_index, save_shard, shard_path
 from prompt import Fit, backward_by_parts, fingerprint, fit, mean_loss, text_loss, windows_at_once
 
 FAR = 1024.0                                                    # a zero beyond all codes
@@ -180,3 +182,18 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
         for part in parts.values():
             part.settle()
     return got
+
+
+def save_healed(model, source: str | Path, folder: str | Path) -> None:
+    """Write a healed model of the compressed folder `source` into another one, in the same shards
+    with the same notes; config.json comes last: a folder without it is not complete."""
+    source, folder, config = Path(source), Path(folder), model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    ends = open_checkpoint(source).ends()
+    for name, p in ends.named_parameters():
+        p.data = model.get_parameter(name).data
+    save_shard(folder, ends, 0, config)
+    for i, block in enumerate(model.blocks):
+        note = read_note(shard_path(source, i + 1, config.n_layer))["note"]
+        save_shard(folder, block, i + 1, config, note)
+    save_index(folder, config)

@@ -24,8 +24,10 @@ import math
 
 import torch
 
-from gptq import (Compressed, Rounder, check, column_groups, encode, gptq, inverse_factor, quick_dtype, relative_error,
-                  static_grids, sweep)
+from gptq import (Compressed, Rounder, check, column_groups, column_order, encode, gptq,
+                  inverse_factor, quick_dtype, relative_error, static_grids, sweep)
+
+SLAB = 2 ** 25          # weights that `prune_and_round` holds many copies of at a time
 
 
 def parse_sparsity(sparsity: float | str) -> tuple[float, int, int]:
@@ -47,12 +49,28 @@ def parse_sparsity(sparsity: float | str) -> tuple[float, int, int]:
     return fraction, 0, 0
 
 
+def kth_smallest(flat: torch.Tensor, k: int) -> torch.Tensor:
+    """flat.kthvalue(k), which copies all of flat three times over. Of a large one, every so many
+    entries tell between which two values it lies, and only what lies there is sorted."""
+    n = len(flat)
+    if n > 2 ** 22:
+        sample = flat[::n // 2 ** 16].sort().values
+        place = len(sample) * k // n
+        low = sample[max(0, place - 2000)]
+        high = sample[min(len(sample) - 1, place + 2000)]
+        below = int((flat < low).sum())
+        middle = flat[(flat >= low) & (flat <= high)]
+        if below < k <= below + len(middle):
+            return middle.kthvalue(k - below).values
+    return flat.kthvalue(k).values
+
+
 def prune_smallest(score: torch.Tensor, k: int) -> torch.Tensor:
     """True at exactly k smallest entries of score, by selection; ties go to the first in memory order."""
     mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
     if k > 0:
         flat = score.flatten()
-        edge = flat.kthvalue(k).values                         # the k-th smallest
+        edge = kth_smallest(flat, k)
         mask = flat < edge
         ties = (flat == edge).nonzero().squeeze(1)             # the reference prunes all of them: too many
         mask[ties[:k - int(mask.sum())]] = True
@@ -190,6 +208,7 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
             shrink = torch.cholesky_inverse(shrink).mul_(rho).to(fast)
         gap = torch.where(keep, Z, -Z).sub_(Wn).to(fast)                     # D - U - W
         Z = Z.masked_fill_(keep, 0).add_(Wn).add_(gap @ shrink)
+        del gap                                                              # `kept` needs room too
         keep = kept(Z, exact=i == iterations - 1)
     return ~keep, Z.masked_fill_(~keep, 0).div_(d)
 
@@ -223,7 +242,8 @@ def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bit
 
     mask: "admm" or "sparsegpt"; refits: conjugate gradient iterations, 0 keeps the mask's own values; grid, act_order,
     descent: see gptq.gptq, "auto" being "offset" behind a mask and "uniform" without; groups are neighbouring columns.
-    sparsity 0 only quantizes, bits None only prunes."""
+    sparsity 0 only quantizes, bits None only prunes. Behind the mask every row is a problem of its own, and large matrices
+    are solved some rows at a time."""
     check(W, H, bits, blocksize, groupsize)
     if mask not in ("admm", "sparsegpt"):
         raise ValueError(f"mask={mask!r}: known are admm and sparsegpt")
@@ -234,10 +254,27 @@ def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bit
             pruned, V = admm(W, H, sparsity, percdamp=percdamp)
         else:
             V, pruned = sparsegpt(W, H, sparsity, None, percdamp=percdamp, blocksize=blocksize)[:2]
-        V = refit(W, H, pruned, V, refits, percdamp) if refits else V
     grid = ("uniform" if pruned is None else "offset") if grid == "auto" else grid
-    if bits is None:
-        pruned = torch.zeros_like(W, dtype=torch.bool) if pruned is None else pruned
-        return Compressed(V, pruned, None, None, None, None, relative_error(W, V, H))
-    return gptq(V, H, bits, groupsize, sym, act_order, static_groups=True, percdamp=percdamp, blocksize=blocksize, grid=grid,
-                mask=pruned, descent=descent, target=W)
+    slabs = [slice(r, r + max(1, SLAB // W.shape[1])) for r in range(0, len(W), max(1, SLAB // W.shape[1]))]
+    U = inverse_factor(H, percdamp, column_order(H, act_order)) if bits and len(slabs) > 1 else None     # once for all
+
+    def solve(rows: slice) -> Compressed:
+        w, v = W[rows], V[rows]
+        cut = None if pruned is None else pruned[rows]
+        if cut is not None and refits:
+            v = refit(w, H, cut, v, refits, percdamp)
+        if bits is None:
+            cut = torch.zeros_like(w, dtype=torch.bool) if cut is None else cut
+            return Compressed(v, cut, None, None, None, None, relative_error(w, v, H))
+        return gptq(v, H, bits, groupsize, sym, act_order, static_groups=True, percdamp=percdamp, blocksize=blocksize,
+                    U=U, grid=grid, mask=cut, descent=descent, target=w)
+
+    solved = [solve(rows) for rows in slabs]
+    if len(solved) == 1:
+        return solved[0]
+    del V, U
+    held = torch.tensor([float(((W[rows] @ H) * W[rows]).sum()) for rows in slabs], dtype=torch.float64)
+    error = float((held * torch.tensor([one.error for one in solved], dtype=torch.float64)).sum() / held.sum().clamp(min=1e-30))
+    whole = {name: torch.cat([getattr(one, name) for one in solved]) for name in ("weight", "mask", "codes", "scale", "zero")
+             if getattr(solved[0], name) is not None}
+    return solved[0]._replace(**whole, error=error)

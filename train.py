@@ -1,10 +1,11 @@
-"""Compress, then prompt (arXiv 2305.11186): measure -> compress -> measure -> prompt -> measure, as a program.
+"""Compress, then prompt (arXiv 2305.11186): measure -> compress -> heal -> prompt, measured after each, as a program.
 
     python train.py --model llama-7b --bits 4 --sparsity 0.5
 
 prunes half of the weights of a LLaMA or OPT checkpoint and quantizes the rest to 4 bits, block by block (compress.py),
-learns a soft prompt on the compressed model (prompt.py), measures each step and prints one table. Everything lands in
---out: compressed/ (load_model reads it), prompt.safetensors, report.json. What is done is written when it is done;
+tunes what is stored beside the codes (heal.py), learns a soft prompt on the result (prompt.py), measures each step and
+prints one table. Everything lands in --out: compressed/ (load_model reads it; once it is complete, the healed model
+takes its place), prompt.safetensors, report.json. What is done is written when it is done;
 after a kill or Ctrl-C the same command with --resume goes on. `torchrun --nproc-per-node N train.py ...` splits the
 windows over N processes. Left out: splitting one model over several devices.
 """
@@ -13,12 +14,13 @@ from argparse import BooleanOptionalAction
 from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, whole
 
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid", "act_order", "static_groups",
-               "descent", "true_sequential", "correct", "percdamp", "blocksize", "nsamples")
-GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent")            # need --bits below 16
+               "descent", "true_sequential", "correct", "percdamp", "blocksize", "nsamples", "heal")
+GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent", "heal")    # need --bits below 16
 MASKS = ("mask", "refits")                                                               # need a sparsity
-PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "checkpointing", "kind", "objective",
+PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "kind", "objective",
           "prompt_recipe")                                       # need --steps
 NO_SETTINGS = ("out", "resume", "overwrite", "plan")     # what does not change the numbers
+HELD_OUT = 8                                             # windows of the calibration text that only judge
 
 
 def flags() -> Flags:
@@ -59,6 +61,8 @@ def flags() -> Flags:
     a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path (default c4; "
                       "tiny models docs)")
     a("--nsamples", type=whole(1, 1 << 24), help="calibration windows (default 128)")
+    a("--heal", type=whole(0, 10**7), metavar="STEPS", help="then tune grids, norms and biases of the packed model against "
+      "the dense one on the same windows, in so many steps (default 64; 0 with --bits 16)")
 
     a = p.add_argument_group("measuring").add_argument
     a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models headers)")
@@ -107,7 +111,7 @@ from pathlib import Path
 
 import torch
 
-from compress import RECIPES, Settings, compress, make_solver, plan
+from compress import RECIPES, Settings, compress, hold_out, make_solver, mean_errors, plan
 from data import parallel
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
@@ -117,6 +121,7 @@ from data.text import FILES as TEXT_SETS, calibration, eval_tokens, learning_win
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from eval import (DTYPES, default_device, default_dtype, fits, last_states, perplexity, stored_dtype,
                   streamed_perplexity, usable)
+from heal import heal, save_healed
 from model import Checkpoint, open_checkpoint, storage
 from prompt import (PAPER, default_rate, initial_prompt, learn, owner, save_prompt, streamed_prefix,
                     teacher_states)
@@ -126,6 +131,7 @@ def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
     folder = resolve(args.model)
     given = {name for name, value in vars(args).items() if value is not None}
+    given -= {"heal"} if args.heal == 0 else set()       # asks for nothing
     args.packed = bool(packed_layers(folder))
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: the one continues what the other clears")
@@ -145,6 +151,7 @@ def settle(args) -> None:
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.heal = 0 if args.packed or args.bits == 16 else args.heal
     args.train_data = args.train_data or args.calib
     refuse_idle(args, given)
     args.device = usable(args.device)
@@ -173,6 +180,7 @@ def refuse_idle(args, given: set[str]) -> None:
     texts = {args.data, *([args.calib] if solves else []), *([args.train_data] if learns else [])}
     idle = [
         (not learns, PROMPT, "with --steps 0"),
+        (not learns and not args.heal, ("checkpointing",), "where neither a prompt is learned nor a model healed"),
         (not solves and not args.packed, (*COMPRESSION[2:], "fused", "control"), "with --bits 16 --sparsity 0"),
         (prunes and not rounds, (*GRIDS, "fused"), "with --bits 16"),
         (rounds and not prunes, MASKS, "with --sparsity 0"),
@@ -257,7 +265,9 @@ class Run:
         split = "validation" if a.data == "c4" else "test"                       # C4 publishes no test split
         self.test = eval_tokens(self.tokenizer, a.data, split, a.seqlen, a.max_tokens, folder=a.data_dir)
         if self.solve:
-            self.windows = calibration(self.tokenizer, a.calib, "train", a.nsamples, a.seqlen, a.seed, folder=a.data_dir)
+            drawn = calibration(self.tokenizer, a.calib, "train", a.nsamples + 4 * HELD_OUT, a.seqlen, a.seed,
+                                folder=a.data_dir)
+            self.windows, self.held = hold_out(drawn, a.nsamples, HELD_OUT)
         if a.steps:
             self.text, self.val, self.pool = learning_windows(self.tokenizer, a.train_data, a.seqlen, a.val_windows, a.seed,
                                                               folder=a.data_dir)
@@ -317,9 +327,38 @@ class Run:
             self.made.mkdir(parents=True, exist_ok=True)
             copy_tokenizer(self.folder, self.made)
         self.report.layers = compress(self.checkpoint, self.made, self.windows, self.solve, self.settings, a.batch_size,
-                                      self.dtype, a.device)
+                                      self.dtype, a.device, held=self.held[:max(1, a.nsamples // 16)])
         self.report.save()
         self.measure_compressed(time.monotonic() - start)
+
+    def heal(self) -> None:
+        """The row of the healed model. It is written beside compressed/, and takes its place when it is complete: from
+        the moment on that the report holds its losses."""
+        a, began, row = self.args, time.monotonic(), "compressed + healed"
+        if not a.heal or self.report.has(row):
+            return
+        healed, state = self.out / "healed", self.out / "heal.state"
+        first = parallel.rank() == 0
+        if not parallel.first_object("compressed" in self.report.losses):
+            teacher = self.teacher(self.windows, self.held)
+            model = open_checkpoint(self.made).model(self.dtype, a.device)
+            model.checkpointing = a.checkpointing
+            got = heal(model, self.windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed, state=state,
+                       progress=Progress)
+            if first:
+                save_healed(model, self.made, healed)
+                copy_tokenizer(self.made, healed)
+            self.report.losses["compressed"] = {"training": got.losses, "validation": got.scores}
+            self.report.save()
+            del model
+        if first:
+            if healed.exists():
+                shutil.rmtree(self.made, ignore_errors=True)
+                healed.rename(self.made)
+            state.unlink(missing_ok=True)
+        parallel.wait()
+        checkpoint = open_checkpoint(self.made)
+        self.measure(row, self.load(checkpoint), folder_storage(checkpoint), making=time.monotonic() - began)
 
     def learn(self, folder: Path, name: str, file: str) -> None:
         """Rows for the start of a prompt and for the learned one; the prompt is saved before it is measured."""
@@ -337,7 +376,7 @@ class Run:
         model.checkpointing = a.checkpointing
         lr = a.lr or default_rate(model, start)
         state = path.with_suffix(".state")
-        teacher = self.teacher() if a.objective == "kl" else None
+        teacher = self.teacher(self.pool, self.val) if a.objective == "kl" else None
         got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, a.warmup, a.clip, seed=a.seed,
                     teacher=teacher, state=state, progress=Progress)
         if parallel.rank() == 0:
@@ -348,7 +387,7 @@ class Run:
         if parallel.rank() == 0:
             state.unlink(missing_ok=True)
 
-    def teacher(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def teacher(self, windows: torch.Tensor, val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense model's last states of the windows to learn from and to choose by, in out/teacher until the run ends."""
         a, checkpoint = self.args, open_checkpoint(self.dense)
         ends = checkpoint.ends(self.dtype, a.device)
@@ -357,9 +396,9 @@ class Run:
             hidden = last_states(checkpoint, windows, a.batch_size, self.dtype, a.device)
             return teacher_states(ends, windows, self.out / "teacher", hidden=hidden)
         if parallel.rank() == 0:
-            states(self.pool), states(self.val)
+            states(windows), states(val)
         parallel.wait()                                                          # the others find what the first has made
-        return states(self.pool), states(self.val)
+        return states(windows), states(val)
 
     def run(self) -> None:
         a = self.args
@@ -373,14 +412,15 @@ class Run:
             self.measure_dense(resolve(a.dense))
         if self.solve:
             self.compress()
+            self.heal()
         elif a.packed and not self.report.has("compressed"):
             self.measure_compressed()
         if a.steps:
             self.learn(self.made, self.name, "prompt.safetensors")
             if a.control and self.name != "dense":                               # how much of it is adaptation
                 self.learn(self.dense, "dense", "prompt-dense.safetensors")
-            if parallel.rank() == 0:
-                shutil.rmtree(self.out / "teacher", ignore_errors=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(self.out / "teacher", ignore_errors=True)
 
 
 class Quiet(Report):
@@ -419,9 +459,10 @@ def main(args) -> dict:
     report = run.report
     if parallel.rank() == 0:
         texts = "".join(f"{text}\n" for text in report.run["texts"].values() if isinstance(text, str))
+        errors = f"{mean_errors(report.layers)}, relative, of what a Linear gives\n" if report.layers else ""
         what = "compressed before" if args.packed else f"{args.bits} bits, sparsity {args.sparsity}"
         print(f"\n{args.model}, {args.data}, {report.rows[0]['scored_tokens']} scored tokens, seqlen {args.seqlen}, {what}, "
-              f"seed {args.seed}\n{report.table()}\n{texts}\nsaved in {run.out}: "
+              f"seed {args.seed}\n{report.table()}\n{errors}{texts}\nsaved in {run.out}: "
               + ", ".join(sorted(f.name for f in run.out.iterdir() if not f.name.startswith("."))))
     parallel.stop()
     return {"rows": report.rows}

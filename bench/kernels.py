@@ -142,7 +142,8 @@ def main(args: argparse.Namespace) -> None:
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)                           # events and graphs belong to the current one
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype or ("fp16" if gpu else "bf16")]
+    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    dtype = names[args.dtype or ("fp16" if gpu else "bf16")]
     if args.generate or args.tune:
         from bench import models as bench_model                     # here, because it needs model.py
         return bench_model.main(args, dtype, device)
@@ -170,7 +171,7 @@ if __name__ == "__main__":
                         help="a model of random weights takes the last")
     parser.add_argument("--grid", default="uniform", choices=["uniform", "offset"])
     parser.add_argument("--groupsize", type=int, default=-1)
-    parser.add_argument("--dtype", choices=["fp16", "bf16"], help="default: fp16 on a GPU, bf16 on a CPU")
+    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="default: fp16 on a GPU, bf16 on a CPU")
     parser.add_argument("--device")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--directions", nargs="*", default=["forward", "backward"], choices=["forward", "backward"])

@@ -16,7 +16,7 @@ from pathlib import Path
 from data.checkpoint import read_json, write_json
 
 OURS = ("report.json", "seconds.json", "compressed", "prompt.safetensors", "prompt-dense.safetensors", "prompt.state",
-        "prompt-dense.state", "teacher")                        # what a run writes
+        "prompt-dense.state", "healed", "heal.state", "teacher")      # what a run writes
 SIZES = ("megabytes", "bits_per_weight", "linear_bits_per_weight", "nominal")
 
 

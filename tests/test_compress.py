@@ -1,5 +1,6 @@
 """compress.py: the walk against one written by hand, what it keeps alive, what it writes, and how it goes on."""
 import ast
+import copy
 import json
 import os
 import subprocess
@@ -63,6 +64,33 @@ def test_walk_equals_one_written_by_hand(family, sequential):
         assert int((a.weight == 0).sum()) >= a.weight.numel() // 2
         if name.startswith("blocks.0.attn"):                      # later a tie that falls the other way spreads
             assert ((a.weight - b.weight).abs() > 1e-3).float().mean() < 0.02, name
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_errors_on_held_out_windows(family, sequential):
+    """Against hooks: on windows that the solver has not seen, relative to the dense weights; and nothing else changes."""
+    windows, held = TOKENS[:96].view(6, 16), TOKENS.flip(0)[:80].view(5, 16)
+    model, dense, alone = tiny(family), tiny(family), tiny(family)
+    stats = compress_model(model, windows, solve, Settings(sequential, 0.0), 2, exact=True, held=held)
+    compress_model(alone, windows, solve, Settings(sequential, 0.0), 2, exact=True)
+    assert torch.equal(model(held), alone(held))
+    seen = copy.deepcopy(model)                                   # its inputs are those of the walk
+    if not sequential:
+        seen.blocks[0] = dense.blocks[0]
+    caught = {}
+    for name, m in seen.linears():
+        m.register_forward_hook(lambda m, a, o, n=name: caught.update({n: a[0]}))
+    seen(held)
+    new = {n: m.weight_dequantized(torch.float32) for n, m in model.linears()}
+    old = {n: m.weight.data for n, m in dense.linears()}
+    groups = [["attn.q", "attn.k", "attn.v"], ["attn.o"], ["mlp.gate", "mlp.up"] if family == "llama" else ["mlp.up"], ["mlp.down"]]
+    found = {s["name"]: s for s in stats}
+    for i in range(1 if not sequential else 2):
+        for names in ([f"blocks.{i}.{n}" for n in group] for group in groups):
+            want = relative_error(torch.cat([old[n] for n in names]), torch.cat([new[n] for n in names]), hessian(caught[names[0]]))
+            assert all(found[n]["error_heldout"] == pytest.approx(want, rel=1e-3) for n in names)
+            assert found[names[0]]["error_heldout"] != found[names[0]]["error"]
 
 
 @needs_tiny

@@ -102,7 +102,7 @@ def at(place: Path, words: list[str]) -> list[str]:
 
 def run_train(place: Path, words: list[str]) -> dict:
     base = ("--model P/m --data P/a.txt --calib P/a.txt --seqlen 16 --max-tokens 64 --nsamples 2 --batch-size 2 --device cpu "
-            "--dtype float32 --out P/out").split()
+            "--dtype float32 --heal 0 --out P/out").split()
     out = Path(at(place, words)[words.index("--out") + 1]) if "--out" in words else place / "out"
     if "--keep" in words:
         words = [word for word in words if word != "--keep"]
@@ -157,6 +157,7 @@ TRAIN = {
     "blocksize": ("--steps 0 --recipe plain", "--blocksize 16", "weights"),
     "calib": ("--steps 0", "--calib P/b.txt", "weights"),
     "nsamples": ("--steps 0", "--nsamples 4", "weights"),
+    "heal": ("--steps 0", "--heal 3", "rows"),
     "data": ("--steps 0", "--data P/b.txt", "perplexity"),
     "data_dir": ("--steps 0 --data ptb --data-dir P/d", "--data-dir P/e", "perplexity"),
     "seqlen": ("--steps 0", "--seqlen 8", "perplexity"),
@@ -217,7 +218,8 @@ PACKED = "--model P/run/compressed no--calib no--nsamples --steps 0"
 IDLE = [
     ("train", "--steps 0", "--lr 1"), ("train", "--steps 0", "--train-data P/b.txt"), ("train", "--steps 0", "--val-windows 2"),
     ("train", "--steps 0", "--prompt-tokens 4"), ("train", "--steps 0", "--prompt-init random"), ("train", "--steps 0", "--control"),
-    ("train", "--steps 0", "--checkpointing"), ("train", "--steps 0 --bits 16", "--groupsize 16"),
+    ("train", "--steps 0", "--checkpointing"), ("train", "--steps 0 --bits 16", "--heal 2"), ("train", "--steps 0 --sparsity 0 --bits 16", "--heal 2"),
+    ("train", "--steps 0 --bits 16", "--groupsize 16"),
     ("train", "--steps 0 --bits 16", "--sym"), ("train", "--steps 0 --bits 16", "--grid uniform"),
     ("train", "--steps 0 --bits 16", "--act-order"), ("train", "--steps 0 --bits 16", "--descent 1"),
     ("train", "--steps 0 --bits 16", "--fused off"), ("train", "--steps 0 --bits 16", "--blocksize 16"),

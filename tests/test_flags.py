@@ -9,6 +9,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -279,3 +281,10 @@ def test_a_flag_that_would_do_nothing_is_refused(program, rest, words, place):
     name = words.split()[0]
     assert name in error and "\n" not in error and ("nothing" in error or "takes no" in error), error
     assert not (place / "out/report.json").exists()
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "export.py"])
+def test_help_answers_without_packages(program):
+    """-S: no torch to be found, so it cannot be waited for."""
+    done = subprocess.run([sys.executable, "-S", program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr

@@ -947,8 +947,10 @@ class Bed:
             return "other"
         path = folder / file
         summed = file.endswith(".safetensors") and path.is_file() and b'"crc32"' in path.read_bytes()[:200_000]
-        if how.startswith(("tensors+sums", "header:tree", "file:other", "tensors")) or not summed:
+        if how.startswith(("tensors", "metadata", "header:tree", "file:other")) or not summed:
             free = kind.name.startswith(("hf", "meta", "prompt", "adapter", "packed-old"))
+            if free and how.startswith("metadata"):             # what a file says of its tensors has no checksum
+                return "other"
             return "bytes" if free or kind.writes and "+sums" in how else "unnoticed"        # a shard with sums is a shard
         return "unnoticed"
 

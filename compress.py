@@ -510,7 +510,7 @@ class Plan(NamedTuple):
     blocks: int
     device: int                         # at the peak: copies of a block, a batch or the solver
     host: int                           # streams, embedding and head, beside mapped files
-    disk: int                           # of the compressed model, about
+    disk: int                           # of the compressed model, and of what healing needs, about
 
     def __str__(self) -> str:
         gb = [f"{n / 1e9:.2f} GB" for n in (self.device, self.host, self.disk)]
@@ -528,9 +528,11 @@ def solver_bytes(rows: int, n: int) -> int:
 
 
 def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype,
-         settings: Settings, bits: int | None, sparsity: float | str) -> Plan:
-    """tokens: of all calibration windows; batch_tokens: of one batch. On a CPU, device and host
-    memory are one: add them."""
+         settings: Settings, bits: int | None, sparsity: float | str, held_tokens: int = 0,
+         taught_tokens: int = 0) -> Plan:
+    """tokens: of all calibration windows; batch_tokens: of one batch; held_tokens: of the windows
+    held out of the Hessians; taught_tokens: whose last states in the dense model healing keeps on
+    disk. On a CPU, device and host memory are one: add them."""
     c = checkpoint.config
     size = dtype.itemsize
     block = checkpoint.skeleton().blocks[0]
@@ -548,8 +550,8 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
     copies = (1 + twin) * weights * size
     kept = 1 - parse_sparsity(sparsity)[0]
     width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + 0.05
-    disk = c.n_layer * weights * width / 8 + 2 * ends
-    host = (1 + twin) * tokens * c.d_model * 2 + ends * size + 2 * weights
+    disk = c.n_layer * weights * width / 8 + 2 * ends + 2 * taught_tokens * c.d_embed
+    host = 2 * ((1 + twin) * tokens + held_tokens) * c.d_model + ends * size + 2 * weights
     return Plan(c.n_layer, int(copies + others + max(solving, summing)), int(host), int(disk))
 
 

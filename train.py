@@ -84,7 +84,7 @@ def flags() -> Flags:
     a("--nsamples", type=whole(1, 1 << 24), help="calibration windows (default 128)")
     a("--heal", type=whole(0, 10**7), metavar="STEPS",
       help="then tune grids, norms and biases of the packed model against the dense one on the "
-           "same windows, in so many steps (default 64; tiny models 16; 0 with --bits 16)")
+           "same windows, in so many steps (default 64; tiny models and --bits 16: 0)")
 
     a = p.add_argument_group("measuring").add_argument
     a("--data",

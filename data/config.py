@@ -98,7 +98,7 @@ DEFAULTS = {                              # what the programs' flags of these na
     "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048, max_tokens=None, batch_size=4,
                   heal=64, prompt_tokens=100, steps=200, control=False),
     "tiny": dict(calib="docs", data="headers", train_data="headers", nsamples=128, seqlen=256, max_tokens=32768,
-                 batch_size=8, heal=16, prompt_tokens=50, steps=200, control=True),
+                 batch_size=8, heal=0, prompt_tokens=50, steps=200, control=True),
 }
 SHIPPED = {"tiny-llama": HERE / "data/tiny/llama", "tiny-opt": HERE / "data/tiny/opt"}
 

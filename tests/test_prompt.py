@@ -437,12 +437,12 @@ def held(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in ("seconds.json", ".lock")}
 
 
-@pytest.mark.parametrize("kind, objective", [("embedding", "next"), ("embedding", "kl"), ("prefix", "next"), ("prefix", "kl")])
+@pytest.mark.parametrize("kind, objective", [("embedding", "kl"), ("prefix", "next")])
 def test_kinds_and_objectives_of_a_run_and_its_resuming(kind, objective, job, monkeypatch):
     """Each flag changes what it says; killed between two looks at the validation windows, the run goes on to the same
     bytes, and the teacher's states are gone at its end."""
     options = ["--dense", "tiny-llama", "--kind", kind, "--objective", objective]
-    options += ["--control"] if (kind, objective) == ("prefix", "kl") else []
+    options += ["--control"] if kind == "prefix" else []
     folder, rows = job(*options, out=f"{kind}-{objective}")
     prompt, told = load_prompt(folder / "prompt.safetensors", load_model("tiny-llama"))
     assert (kind_of(prompt), told["kind"], told["objective"], len(prompt)) == (kind, kind, objective, 6)

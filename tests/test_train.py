@@ -76,7 +76,7 @@ def test_main_job_end_to_end(model, text, tmp_path):
 
     if model == "tiny-opt":
         return                                                    # what follows is the same for both
-    kill_and_resume([*args, "--out", tmp_path / "b"], kills=2)
+    kill_and_resume([*args, "--out", tmp_path / "b"], kills=1)
     assert same_files(tmp_path / "a", tmp_path / "b") == []       # killed, gone on, and the same to the last byte
 
     refused = run(*args, "--out", tmp_path / "a", ok=False).stderr                        # a folder belongs to one run
@@ -151,9 +151,9 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path):
 
 
 @needs_tiny
-def test_at_the_defaults_compression_hurts_and_the_prompt_helps(tmp_path):
+def test_near_the_defaults_compression_hurts_and_the_prompt_helps(tmp_path):
     """With fewer steps and less text, to be quick."""
-    run("train.py", "--max-tokens", 8192, "--heal", 8, "--steps", 30, "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
+    run("train.py", "--nsamples", 32, "--max-tokens", 4096, "--steps", 30, "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
     rows = {r["name"]: r["perplexity"] for r in json.loads((tmp_path / "report.json").read_text())["rows"]}
     assert rows["compressed"] > 1.04 * rows["dense"]
     assert rows["compressed + learned prompt"] < 0.95 * min(rows["compressed"], rows["compressed + initial prompt"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from data.config import SHIPPED
 from data.report import Report
 from data.tokenizer import copy_tokenizer
@@ -184,7 +185,17 @@ def test_other_settings_without_a_prompt(options, text, tmp_path):
     (["--data", "nothing.txt"], "nothing.txt"), (["--seqlen", "100000"], "--seqlen"), (["--seqlen", "500", "--prompt-tokens", "100"], "600 positions"), (["--recipe", "plain", "--static-groups", "--groupsize", "64"], "--act-order"),
     (["--no-true-sequential"], "--correct 0"), (["--prompt-tokens", "0"], "--prompt-tokens"), (["--batch-size", "0"], "--batch-size"), (["--correct", "nan"], "--correct"),
     (["--lr", "-1"], "--lr"), (["--sym"], "--sym does nothing"), (["--device", "nowhere"], "--device nowhere"), (["--resume", "--overwrite"], "exclude"), (["--no-true-sequential", "--correct", "1"], "--correct 0"), (["--bits", "16", "--heal", "8"], "--heal does nothing with --bits 16")])
-def test_bad_settings_are_one_line_and_leave_nothing(options, message, text, tmp_path):
-    done = run("train.py", "--model", "tiny-llama", "--calib", text, "--data", text, "--device", "cpu", *options, "--out", tmp_path / "o", ok=False)
-    assert done.stderr.startswith("error: ") and len(done.stderr.strip().split("\n")) == 1 and message in done.stderr
+def test_bad_settings_are_one_line_and_leave_nothing(options, message, text, tmp_path, capsys):
+    """What `run_program` prints behind "error: "; without a process of its own, which would take most of the time."""
+    words = ["--model", "tiny-llama", "--calib", text, "--data", text, "--device", "cpu", *options, "--out", tmp_path / "o"]
+    with pytest.raises((ValueError, OSError, SystemExit)) as raised:
+        train.main(train.flags().parse_args(list(map(str, words))))
+    said = capsys.readouterr().err if raised.type is SystemExit else str(raised.value)
+    assert message in said and len(said.strip().split("\n")) == 1
     assert not (tmp_path / "o").exists()
+
+
+@needs_tiny
+def test_an_error_of_the_program_is_one_line_and_exit_code_2(text, tmp_path):
+    done = run("train.py", "--calib", text, "--data", "nothing.txt", "--device", "cpu", "--out", tmp_path / "o", ok=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.strip().split("\n")) == 1

@@ -634,9 +634,9 @@ def measure(args, model, tokenizer, prompt) -> dict:
     n = 0 if prompt is None else len(prompt)
     positions = model.config.max_positions
     if n + args.seqlen > positions:
-        fits = f"--seqlen {positions - n} fits" if positions - n > 1 else "use a shorter prompt"
+        advice = f"--seqlen {positions - n} fits" if positions - n > 1 else "use a shorter prompt"
         raise ValueError(f"--seqlen {args.seqlen} and {n} prompt tokens need {n + args.seqlen} "
-                         f"positions, but {args.model} has {positions}: {fits}")
+                         f"positions, but {args.model} has {positions}: {advice}")
     split = args.split or ("validation" if args.data == "c4" else "test")   # C4 has no test split
     tokens = eval_tokens(tokenizer, args.data, split, args.seqlen, args.max_tokens, args.data_dir)
     title = f"perplexity of {args.model}"

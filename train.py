@@ -413,10 +413,10 @@ class Run:
         checkpoint = open_checkpoint(self.made)
         self.measure(name, self.load(checkpoint), folder_storage(checkpoint), making=making)
 
-    def measure_dense(self, folder: Path) -> None:
+    def measure_dense(self) -> None:
         if self.report.has("dense"):
             return
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(self.dense)
         model = checkpoint
         if fits(checkpoint, self.dtype, self.args.device):
             model = checkpoint.model(self.dtype, self.args.device)
@@ -517,10 +517,8 @@ class Run:
         self.report.rows = parallel.first_object(self.report.rows)      # all skip what is done
         if self.solve and not self.report.has("compressed"):
             check_weights(self.checkpoint)
-        if not a.packed:
-            self.measure_dense(self.folder)
-        elif a.dense:
-            self.measure_dense(resolve(a.dense))
+        if self.dense:
+            self.measure_dense()
         if self.solve:
             self.compress()
             self.heal()

@@ -4,7 +4,7 @@
     python tests/fuzz.py --only packed-nm-offset/1/17        # one case again, with its traceback
 
 A load may end in two ways: one line (ValueError or OSError) that names a file of the folder, or a model. Everything else
-is a finding: other exceptions, more than 10 seconds, a file opened outside the folder, a program started, a message
+is a finding: other exceptions, more than 10 seconds of computing, a file opened outside the folder, a program started, a message
 without its file. Loads that end in a model are compared with the undamaged one:
 
     same        the damage changed nothing that is used
@@ -31,6 +31,7 @@ import signal
 import struct
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 import zipfile
@@ -58,7 +59,8 @@ from kernels.unpacking import unpack
 from model import Transformer, load_model, save_index, save_model, save_shard
 from prompt import load_prompt, save_prompt
 
-LIMIT = 10                                                      # seconds a load may take
+LIMIT = 10                                                      # seconds of computing a load may take,
+STUCK = 60                                                      # and of waiting, which a busy machine makes longer
 MEMORY = 4 << 30                                                # bytes it may take
 SAMPLES = [" hello hell\u00e9\0\n", "aZ 12 \u4e2d </s> <|eot_id|>", "def f(x):\n    return x\n"]
 TOKENS = torch.arange(12).view(1, 12)
@@ -886,7 +888,7 @@ def apart(jobs: list):
         held, ready = b"", True
         while done < len(jobs):
             if b"\n" not in held:
-                ready = bool(select.select([read], [], [], LIMIT)[0])
+                ready = answers(read, child)
                 part = os.read(read, 65_536) if ready else b""
                 if not part:
                     break
@@ -902,6 +904,21 @@ def apart(jobs: list):
         if done < len(jobs):
             done += 1
             yield {"finding": f"the process died, status {status}" if ready else f"no end after {LIMIT} s"}
+
+
+def answers(read: int, child: int) -> bool:
+    """Wait until there is something to read; False once the child has computed for LIMIT or waited for STUCK seconds."""
+    began, spent = time.monotonic(), computed(child)
+    while time.monotonic() - began < STUCK and computed(child) - spent < LIMIT:
+        if select.select([read], [], [], 1)[0]:
+            return True
+    return False
+
+
+def computed(child: int) -> float:
+    """Seconds of processor time that a process has had."""
+    fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Bed:

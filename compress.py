@@ -36,7 +36,7 @@ from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from kernels.unpacking import unpack
 from model import Block, Checkpoint, Half, load_block, read_note, save_index, save_shard, shard_path
-from sparsegpt import parse_sparsity, prune_and_round, sparsegpt
+from sparsegpt import SLAB, parse_sparsity, prune_and_round, sparsegpt
 
 RECIPES = {
     "plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, percdamp=0.01,     # as published
@@ -44,8 +44,6 @@ RECIPES = {
     "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, percdamp=0.03,
                  true_sequential=True, correct=0.5),
 }
-# matrices of W's and of H's size that a solver holds at its peak, W and H among them
-SOLVER_ROWS, SOLVER_SQUARES = 8, 4
 Solve = Callable[[torch.Tensor, torch.Tensor, list[int]], Compressed]
 
 
@@ -121,11 +119,14 @@ class Moments:
                 self.E.addmm_(e32.T, x32)
                 self.e += e32.sum(0)
 
-    def finish(self) -> "Moments":
-        """Sums become means over all tokens of all processes, in place, and H becomes whole."""
-        count = parallel.add_numbers(self.count)[0]
+    def finish(self, alone: bool = False) -> "Moments":
+        """Sums become means over all tokens of all processes, or of this one alone, in place, and H
+        becomes whole."""
         sums = [t for t in (self.H, self.x, self.E, self.e) if t is not None]
-        parallel.add(*sums)
+        count = self.count
+        if not alone:
+            count = parallel.add_numbers(count)[0]
+            parallel.add(*sums)
         for t in sums:
             t.div_(count)
         self.H.tril_().add_(self.H.tril(-1).T)
@@ -138,6 +139,12 @@ class Target(NamedTuple):
     H: torch.Tensor                     # (in, in) in whose measure
     mean: torch.Tensor | None           # (in,) mean input, and
     wanted: torch.Tensor | None         # (out,) what W x was to give on average, where there is a bias
+
+    def measure(self, moments: Moments) -> torch.Tensor:
+        """(in, in) H of other inputs, taken around their mean if this one's is."""
+        if self.mean is None:
+            return moments.H
+        return moments.H - torch.outer(moments.x, moments.x)
 
     def bias_gain(self, V: torch.Tensor) -> torch.Tensor | None:
         """(out,) what the bias gains once the weights have become V."""
@@ -215,19 +222,23 @@ class Walk:
     positions' rotations."""
 
     def __init__(self, ends: nn.Module, windows: torch.Tensor, twin: bool, batch_size: int,
-                 dtype: torch.dtype, device: str, exact: bool = False):
+                 dtype: torch.dtype, device: str, exact: bool = False,
+                 held: torch.Tensor | None = None):
         """ends: a Transformer's embedding, in dtype on the device. windows (N, T) int64; of several
         processes, each walks with its share of the batches. twin: with the dense model
-        alongside."""
+        alongside. held (M, T): windows that no moment sees, for the first process's errors."""
         self.dtype, self.device = dtype, device
         self.rope = ends.rope(0, windows.shape[1], device)
         self.stream = Stream(dtype, device, exact)
         self.dense = Stream(dtype, device, exact) if twin else None
+        self.held = Stream(dtype, device, exact)
         for batch in parallel.mine(windows.split(batch_size)):
             h = ends.stem(ends.embed(batch.to(device))).to(dtype)
             self.stream.append(h)
             if twin:
                 self.dense.append(h.clone())
+        for batch in () if held is None or parallel.rank() else held.split(batch_size):
+            self.held.append(ends.stem(ends.embed(batch.to(device))).to(dtype))
         if not len(self.stream):
             raise ValueError(f"{len(windows)} windows in batches of {batch_size} leave none for one of {parallel.world()} "
                              f"processes: use more windows, smaller batches or fewer processes")
@@ -235,13 +246,29 @@ class Walk:
     def advance(self, block: Block, source: Block | None, true_sequential: bool) -> None:
         """Through a block that is compressed already, and its dense source; parked where the walk
         parks."""
-        for stream, through in ((self.stream, block), (self.dense, source)):
+        for stream, through in ((self.stream, block), (self.held, block), (self.dense, source)):
             for k in range(len(stream or ())):
                 if not true_sequential:
                     stream[k] = through(stream[k], self.rope)
                     continue
                 for half in through.halves():
                     stream[k] = half.write(stream[k], half.mix(stream[k], self.rope))
+
+
+def hold_out(drawn: torch.Tensor, nsamples: int, count: int,
+             run: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """(windows, held) of drawn (N, T) int64: the first nsamples of them, and of the others the
+    `count` that share least text with those, counted in runs of so many tokens. Windows are drawn
+    from anywhere in a text, so that some overlap; of a long text these share nothing."""
+    run = min(run, drawn.shape[1])
+    places = drawn.shape[1] - run + 1
+    marks = torch.zeros(len(drawn), places, dtype=torch.int64)  # of the run that begins there
+    for i in range(run):
+        marks = marks * 1_000_003 + drawn[:, i:i + places]      # wraps around, as a hash may
+    windows, others = drawn[:nsamples], drawn[nsamples:]
+    shared = torch.isin(marks[nsamples:], marks[:nsamples]).sum(1)
+    best = shared.argsort(stable=True)[:count].sort().values
+    return windows, others[best]
 
 
 class Settings(NamedTuple):
@@ -263,7 +290,8 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve,
 
     source: the dense block, in any dtype, on any device, not changed. Returns the compressed block
     as it is stored (fp16 and packed, on the CPU) and one dict a Linear: error is of the group that
-    shares its input, relative to `against`; error_dense relative to the dense weights' outputs.
+    shares its input, relative to `against`; error_heldout the same on the walk's held-out windows,
+    if it has any; error_dense relative to the dense weights' outputs.
     Only rank 0 has solved anything and has both right."""
     settings.check()
     done = copy_block(source, torch.float16, "cpu")             # what is stored,
@@ -273,27 +301,23 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve,
             work.get_parameter(name).data = p.to(walk.device, walk.dtype)
     stats = []
 
-    def solve_group(names: list[str], moments: Moments, of_outputs: bool) -> None:
+    def solve_group(names: list[str], moments: Moments, of_outputs: bool, held: Callable) -> None:
         solve_linears(source, done, work, names, moments, of_outputs, solve, settings.correct,
-                      stats, walk)
+                      stats, walk, held)
 
     if settings.true_sequential:
         twin = copy_block(source, walk.dtype, walk.device) if walk.dense is not None else None
         for half, dense_half in zip(work.halves(), twin.halves() if twin else (None, None)):
             step_sequential(half, dense_half, walk, solve_group)
+            release(half)
+            release(dense_half)
     else:
-        moments = {}
-        for h in walk.stream:
-            for half in work.halves():
-                x = half.read(h)
-                moments.setdefault(tuple(half.reads), Moments()).add(x)
-                y = half.part.mix(x, walk.rope)
-                moments.setdefault(tuple(half.writes), Moments()).add(y)
-                h = half.write(h, y)
+        moments, held = all_moments(work, walk.stream, walk.rope), all_moments(work, walk.held, walk.rope)
         for names in list(moments):
-            solve_group(list(names), moments.pop(names), False)
-        for k, h in enumerate(walk.stream):
-            walk.stream[k] = work(h, walk.rope)
+            solve_group(list(names), moments.pop(names), False, lambda: held.pop(names))
+        for stream in (walk.stream, walk.held):
+            for k, h in enumerate(stream):
+                stream[k] = work(h, walk.rope)
     for s in stats:
         s["name"] = f"blocks.{i}.{s['name']}"
     return done, stats
@@ -309,6 +333,33 @@ def copy_block(block: Block, dtype: torch.dtype, device: str) -> Block:
     return twin.eval().requires_grad_(False)
 
 
+def all_moments(block: Block, stream: Stream, rope) -> dict[tuple, Moments]:
+    """{Linears: moments of what they read} of all four groups of a block, from the block as it is."""
+    moments = {}
+    for h in stream:
+        for half in block.halves():
+            x = half.read(h)
+            moments.setdefault(tuple(half.reads), Moments()).add(x)
+            y = half.part.mix(x, rope)
+            moments.setdefault(tuple(half.writes), Moments()).add(y)
+            h = half.write(h, y)
+    return moments
+
+
+def moments_of(stream: Stream, read: Callable) -> Moments:
+    """The moments of read(h) over a stream."""
+    moments = Moments()
+    for h in stream:
+        moments.add(read(h))
+    return moments
+
+
+def release(half: Half | None) -> None:
+    """The weights of a half-block of a copy are not needed any more."""
+    for p in half.part.parameters() if half else ():
+        p.data = p.data.new_empty(0)
+
+
 def step_sequential(half: Half, dense: Half | None, walk: Walk, solve_group) -> None:
     """The three passes of one half-block, of the compressed model and its dense twin."""
     stream, twin, rope = walk.stream, walk.dense, walk.rope
@@ -316,7 +367,7 @@ def step_sequential(half: Half, dense: Half | None, walk: Walk, solve_group) -> 
     for k, h in enumerate(stream):
         x = half.read(h)
         moments.add(x, None if twin is None else dense.read(twin[k]) - x)
-    solve_group(half.reads, moments, False)
+    solve_group(half.reads, moments, False, lambda: moments_of(walk.held, half.read))
 
     moments = Moments()
     for k, h in enumerate(stream):
@@ -329,16 +380,20 @@ def step_sequential(half: Half, dense: Half | None, walk: Walk, solve_group) -> 
         last = dense.part.get_submodule(dense.part.writes)
         moments.add(y, F.linear(dense_y - y, last.weight) + (dense_h - h))
         twin[k] = dense.write(dense_h, dense_y)
-    solve_group(half.writes, moments, True)
+    solve_group(half.writes, moments, True,
+                lambda: moments_of(walk.held, lambda h: half.mix(h, rope)))
 
-    for k, h in enumerate(stream):
-        stream[k] = half.write(h, half.mix(h, rope))
+    for one in (stream, walk.held):
+        for k, h in enumerate(one):
+            one[k] = half.write(h, half.mix(h, rope))
 
 
 def solve_linears(source: Block, done: Block, work: Block, names: list[str], moments: Moments,
-                  of_outputs: bool, solve: Solve, strength: float, stats: list[dict], walk: Walk) -> None:
+                  of_outputs: bool, solve: Solve, strength: float, stats: list[dict], walk: Walk,
+                  held: Callable) -> None:
     """Solve the Linears that share an input as one stacked matrix, and put the result where it is
-    stored (done) and where it runs (work)."""
+    stored (done) and where it runs (work). held(): the moments of that input on held-out windows,
+    made when the solver's memory is free again."""
     linears = [source.get_submodule(name) for name in names]
     parts = [linear.out_features for linear in linears]
     W = torch.cat([linear.weight.to(walk.device, torch.float32) for linear in linears])
@@ -347,6 +402,10 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
         target = aim(W, moments, linears[0].bias is not None, strength, of_outputs)
         out = solve(target.W, target.H, parts)
         error_dense = errors(W, out.weight, target.H, parts)
+        seen = {"error": out.error}
+        if len(walk.held):
+            H = target.measure(held().finish(alone=True))
+            seen["error_heldout"] = errors(target.W, out.weight, H, [len(W)])[0]
         gain = target.bias_gain(out.weight)
         gains = [None] * len(parts) if gain is None else gain.split(parts)
         fields = [t.split(parts) if torch.is_tensor(t) else [None] * len(parts) for t in
@@ -356,7 +415,7 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
             one = out._replace(weight=weight, mask=mask, codes=codes, scale=scale, zero=zero)
             store(done, work, name, one, gains[k])
             against = "dense weights" if target.W is W else "corrected weights"
-            stats.append({"name": name, "error": out.error, "against": against,
+            stats.append({"name": name, **seen, "against": against,
                           "error_dense": error_dense[k], "sparsity": float(mask.float().mean())})
     # all run what the first process has found
     if parallel.world() > 1:
@@ -399,13 +458,14 @@ def errors(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor, parts: list[int]) 
 def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, solve: Solve,
              settings: Settings = Settings(), batch_size: int = 4,
              dtype: torch.dtype = torch.float32, device: str = "cpu", exact: bool = False,
-             after_block: Callable[[int], None] = lambda i: None) -> list[dict]:
+             after_block: Callable[[int], None] = lambda i: None,
+             held: torch.Tensor | None = None) -> list[dict]:
     """Compress a checkpoint block by block into `folder`, a shard a block, each written when it is
     done; load_model reads the folder once config.json is there, which is last. Shards that are
     there are kept, and only run.
 
-    windows (N, T) int64: the calibration text. dtype: of activations; solvers work in fp32. exact:
-    see Stream. Returns one dict a Linear (compress_block)."""
+    windows (N, T) int64: the calibration text; held (M, T), if given, only measures (error_heldout).
+    dtype: of activations; solvers work in fp32. exact: see Stream. Returns one dict a Linear (compress_block)."""
     folder, config = Path(folder), checkpoint.config
     first = parallel.rank() == 0
     if first:
@@ -413,7 +473,7 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
         if not shard_path(folder, 0, config.n_layer).exists():
             save_shard(folder, checkpoint.ends(), 0, config)
     walk = Walk(checkpoint.ends(dtype, device), windows, bool(settings.correct), batch_size, dtype,
-                device, exact)
+                device, exact, held)
     stats = []
     bar = Progress(range(config.n_layer), "compressing blocks")
     for i in bar:
@@ -430,7 +490,7 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
                 save_shard(folder, done, i + 1, config, {"layers": found})
         stats += found
         if stats:
-            bar.note(f"mean error {sum(s['error'] for s in stats) / len(stats):.4f}")
+            bar.note(mean_errors(stats))
         after_block(i)
     if first:
         save_index(folder, config)
@@ -438,12 +498,19 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
     return stats
 
 
+def mean_errors(stats: list[dict]) -> str:
+    """In words: the mean relative error of all Linears, on the calibration windows and held out."""
+    mean = lambda name: sum(s[name] for s in stats) / len(stats)
+    held = f", held out {mean('error_heldout'):.4f}" if "error_heldout" in stats[0] else ""
+    return f"mean error {mean('error'):.4f}{held}"
+
+
 class Plan(NamedTuple):
     """What compressing will take, in bytes, counted from shapes; `__str__` says it in a line."""
     blocks: int
     device: int                         # at the peak: copies of a block, a batch or the solver
     host: int                           # streams, embedding and head, beside mapped files
-    disk: int                           # of the compressed model, about
+    disk: int                           # of the compressed model, and of what healing needs, about
 
     def __str__(self) -> str:
         gb = [f"{n / 1e9:.2f} GB" for n in (self.device, self.host, self.disk)]
@@ -451,10 +518,21 @@ class Plan(NamedTuple):
                 f"mapped files, {gb[2]} on disk; the time is told from the first block on")
 
 
+def solver_bytes(rows: int, n: int) -> int:
+    """What solving W (rows, n) holds at its peak in fp32, W and H among it: copies of W while the
+    mask is found or, of some rows at a time, while they are rounded; of H; and of the 2^20 weights
+    whose grids are searched at a time. Counted by tests/test_compress.py."""
+    whole = rows * n
+    rounding = 10 * whole if whole < SLAB else 5 * whole + 8 * SLAB
+    return 4 * (max(7 * whole, rounding) + 3 * n * n + 7 * min(whole, 2 ** 20))
+
+
 def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype,
-         settings: Settings, bits: int | None, sparsity: float | str) -> Plan:
-    """tokens: of all calibration windows; batch_tokens: of one batch. On a CPU, device and host
-    memory are one: add them."""
+         settings: Settings, bits: int | None, sparsity: float | str, held_tokens: int = 0,
+         taught_tokens: int = 0) -> Plan:
+    """tokens: of all calibration windows; batch_tokens: of one batch; held_tokens: of the windows
+    held out of the Hessians; taught_tokens: whose last states in the dense model healing keeps on
+    disk. On a CPU, device and host memory are one: add them."""
     c = checkpoint.config
     size = dtype.itemsize
     block = checkpoint.skeleton().blocks[0]
@@ -464,26 +542,29 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
                block.get_submodule(names[0]).in_features)
               for half in block.halves() for names in (half.reads, half.writes)]
     twin = bool(settings.correct)
-    solving = max(4 * (SOLVER_ROWS * rows * n + SOLVER_SQUARES * n * n) for rows, n in groups)
+    solving = max(solver_bytes(rows, n) for rows, n in groups)
     widest = max(n for _, n in groups)
+    # of the other groups, where all are summed before any is solved
+    others = 0 if settings.true_sequential else 4 * sum(n * n for _, n in groups)
     summing = batch_tokens * (2 + twin) * (2 * size + 4) * c.d_ff + 4 * 3 * widest ** 2
     copies = (1 + twin) * weights * size
     kept = 1 - parse_sparsity(sparsity)[0]
     width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + 0.05
-    disk = c.n_layer * weights * width / 8 + 2 * ends
-    host = (1 + twin) * tokens * c.d_model * 2 + ends * size + 2 * weights
-    return Plan(c.n_layer, int(copies + max(solving, summing)), int(host), int(disk))
+    disk = c.n_layer * weights * width / 8 + 2 * ends + 2 * taught_tokens * c.d_embed
+    host = 2 * ((1 + twin) * tokens + held_tokens) * c.d_model + ends * size + 2 * weights
+    return Plan(c.n_layer, int(copies + others + max(solving, summing)), int(host), int(disk))
 
 
 @torch.no_grad()
 def compress_model(model: nn.Module, windows: torch.Tensor, solve: Solve,
                    settings: Settings = Settings(), batch_size: int = 4,
-                   dtype: torch.dtype | None = None, exact: bool = False) -> list[dict]:
+                   dtype: torch.dtype | None = None, exact: bool = False,
+                   held: torch.Tensor | None = None) -> list[dict]:
     """The same walk over a Transformer that is in memory, in place; returns one dict a Linear."""
     weight = model.embed_tokens.weight
     dtype = dtype or weight.dtype
     walk = Walk(model, windows, bool(settings.correct), batch_size, dtype, str(weight.device),
-                exact)
+                exact, held)
     stats = []
     for i, block in enumerate(Progress(list(model.blocks), "compressing blocks")):
         done, found = compress_block(i, block, walk, solve, settings)

@@ -38,7 +38,7 @@ def flags() -> Flags:
     a("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     a("--dtype", choices=PRECISIONS,
       help="of weights and activations (default: the run's, else 16 bits where the device is fast)")
-    a("--fused", default="on", choices=["on", "off"],
+    a("--fused", choices=["on", "off"],
       help="off: unpack packed weights once, run ordinary Linears")
     a("--batch-size", type=whole(1, 4096),
       help="windows, choices or texts at a time (default 4; tasks 16)")
@@ -90,11 +90,11 @@ from pathlib import Path
 
 import torch
 
-from compress import Walk
+from compress import Stream, Walk
 from data import parallel
 from data.chat import ChatTemplate
 from data.checkpoint import read_json, write_atomic
-from data.config import DEFAULTS, SHIPPED, read_config, resolve
+from data.config import DEFAULTS, SHIPPED, packed_layers, read_config, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.tasks import TASKS, Item, find_task, load_items
@@ -148,6 +148,28 @@ def streamed_perplexity(checkpoint: Checkpoint, tokens: torch.Tensor, seqlen: in
     if not math.isfinite(total):
         raise not_finite(title, "the loss", total, ends)
     return over_all(total, count)
+
+
+def last_states(checkpoint: Checkpoint, windows: torch.Tensor, batch_size: int = 4,
+                dtype: torch.dtype = torch.float32, device: str = "cpu",
+                title: str = "the dense model's states") -> Iterator[torch.Tensor]:
+    """The last block's outputs (batch, T, d_model) of windows (N, T), batch after batch; a model
+    that does not fit the device goes block by block over all windows."""
+    batches = windows.split(batch_size)
+    if fits(checkpoint, dtype, device):
+        model = checkpoint.model(dtype, device)
+        for batch in Progress(batches, title):
+            yield model.hidden(batch.to(device))
+        return
+    ends, stream = checkpoint.ends(dtype, device), Stream(dtype, device, exact=True)
+    for batch in batches:
+        stream.append(ends.stem(ends.embed(batch.to(device))).to(dtype))
+    rope = ends.rope(0, windows.shape[1], device)
+    for i in Progress(range(checkpoint.config.n_layer), title):
+        block = checkpoint.block(i, dtype, device)
+        for k in range(len(stream)):
+            stream[k] = block(stream[k], rope)
+    yield from stream
 
 
 def cut(tokens: torch.Tensor, seqlen: int, batch_size: int) -> torch.Tensor:
@@ -566,10 +588,15 @@ def check_flags(args) -> None:
         raise ValueError("--force does nothing without --prompt: leave it out")
     if args.json and args.mode == "chat":
         raise ValueError("--json does nothing with --chat: leave it out")
-    if args.data is not None:
-        for name, sets in (("split", [*TEXT_SETS, *HARVESTED]), ("data_dir", TEXT_SETS)):
-            if getattr(args, name) is not None and args.data not in sets:
-                raise ValueError(f"{flag(name)} does nothing with --data {args.data}: leave it out")
+    if args.mode == "tasks" and args.data_dir and all("=" in name for name in args.tasks.split(",")):
+        raise ValueError("--data-dir does nothing where --tasks names every file: leave it out")
+
+
+def check_text_flags(args, given: set[str]) -> None:
+    """The same of those that the text set decides about, which may be the run's."""
+    for name, sets in (("split", [*TEXT_SETS, *HARVESTED]), ("data_dir", TEXT_SETS)):
+        if name in given and args.data not in sets:
+            raise ValueError(f"{flag(name)} does nothing with --data {args.data}: leave it out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -607,8 +634,9 @@ def measure(args, model, tokenizer, prompt) -> dict:
     n = 0 if prompt is None else len(prompt)
     positions = model.config.max_positions
     if n + args.seqlen > positions:
+        advice = f"--seqlen {positions - n} fits" if positions - n > 1 else "use a shorter prompt"
         raise ValueError(f"--seqlen {args.seqlen} and {n} prompt tokens need {n + args.seqlen} "
-                         f"positions, but {args.model} has {positions}: --seqlen {positions - n} fits")
+                         f"positions, but {args.model} has {positions}: {advice}")
     split = args.split or ("validation" if args.data == "c4" else "test")   # C4 has no test split
     tokens = eval_tokens(tokenizer, args.data, split, args.seqlen, args.max_tokens, args.data_dir)
     title = f"perplexity of {args.model}"
@@ -641,8 +669,11 @@ def answer(args, model, tokenizer, prompt, tasks: dict[str, list[Item]]) -> dict
 
 
 def main(args) -> None:
+    given = {name for name, value in vars(args).items() if value is not None}
     check_flags(args)
     folder, run, source = locate(args.model)
+    if args.fused and not packed_layers(folder):
+        raise ValueError(f"--fused does nothing with {args.model}, which is not packed: leave it out")
     texts = args.generate or (read_texts(args.generate_from) if args.generate_from else [])
     names = args.tasks.split(",") if args.tasks is not None else []
     tasks = {find_task(name, args.data_dir)[0]: load_items(name, args.data_dir, args.limit)
@@ -650,9 +681,11 @@ def main(args) -> None:
     tokenizer = load_tokenizer(folder)
     template = ChatTemplate.of(folder) if args.chat else None
     chosen = fill_in(args, folder, run, source, read_config(folder).max_positions)
+    if args.mode == "perplexity":
+        check_text_flags(args, given)
     if chosen:
         say(chosen)
-    model = load_model(folder, DTYPES[args.dtype], args.device, args.fused == "on")
+    model = load_model(folder, DTYPES[args.dtype], args.device, args.fused != "off")
     prompt = find_prompt(args, model, tokenizer)
     how = {"max_new": args.max_new, "temperature": args.temperature, "top_p": args.top_p,
            "prompt": prompt}

@@ -21,6 +21,29 @@ peft   prompt_embeddings and adapter_config.json.
 Left out: GGUF, compressed-tensors (its sparse forms left vLLM in 2026), and model-parallel shards of Meta's layout.
 """
 import argparse
+
+from data.flags import PRECISIONS, Flags, read_flags, run_program
+
+
+def flags() -> Flags:
+    p = Flags(description="Models and prompts in the files of other programs, and theirs in ours.")
+    p.add_argument("model", help="a checkpoint folder, packed or not, or a name such as llama-7b")
+    p.add_argument("out", nargs="?", help="the new folder (--to prompt: file)")
+    p.add_argument("--to", choices=["hf", "gptq", "meta", "peft", "prompt"], help="what to write")
+    p.add_argument("--prompt", help="--to peft: a prompt file; --to prompt: PEFT's adapter folder")
+    p.add_argument("--dtype", choices=PRECISIONS, help="hf and meta: round weights to this (default: as they are stored)")
+    p.add_argument("--verify", action="store_true", help="compare every tensor with the checksum it was written with")
+    return p
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    return flags().parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    args = read_flags(flags())                           # before torch is loaded: --help answers at once
+
+
 import io
 import pickle
 import sys
@@ -31,16 +54,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.checkpoint import raw, read_json, read_safetensors, verify, write_atomic, write_json, write_safetensors
+from data.checkpoint import raw, read_json, read_safetensors, verify, write_json, write_safetensors, write_torch
 from data.config import Config, hf_config, resolve
-from data.flags import Flags, run_program
 from data.tokenizer import SentencePiece, copy_tokenizer, load_tokenizer
 from kernels.packing import Packed, groups_of
 from kernels.unpacking import unpack
 from model import HF, META, Checkpoint, open_checkpoint, published_name, skeleton_of
 from prompt import load_prompt, save_prompt
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 SHARD = 2_000_000_000                       # bytes of a shard, unless one tensor is larger
 Make = Callable[[], dict[str, torch.Tensor]]            # what makes some tensors of a file, when their turn comes
 
@@ -317,7 +339,7 @@ def write_pth(path: Path, entries: list[tuple[str, torch.Size, torch.dtype, Call
             data = bytes(raw(make()))
             out.write_record(f"data/{i}", data, len(data))
         out.write_end_of_file()
-    write_atomic(path, write)
+    write_torch(path, write)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -397,16 +419,5 @@ def main(args) -> None:
     print(f"written: {out}")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    p = Flags(description="Models and prompts in the files of other programs, and theirs in ours.")
-    p.add_argument("model", help="a checkpoint folder, packed or not, or a name such as llama-7b")
-    p.add_argument("out", nargs="?", help="the new folder (--to prompt: file)")
-    p.add_argument("--to", choices=["hf", "gptq", "meta", "peft", "prompt"], help="what to write")
-    p.add_argument("--prompt", help="--to peft: a prompt file; --to prompt: PEFT's adapter folder")
-    p.add_argument("--dtype", choices=DTYPES, help="hf and meta: round weights to this (default: as they are stored)")
-    p.add_argument("--verify", action="store_true", help="compare every tensor with the checksum it was written with")
-    return p.parse_intermixed_args(arguments)
-
-
 if __name__ == "__main__":
-    run_program(main, parse())
+    run_program(main, args)

@@ -1,25 +1,29 @@
-"""GPTQ: quantize one weight matrix column by column, letting the columns to come absorb each error (arXiv 2210.17323).
+"""GPTQ: quantize one weight matrix column by column, letting the columns to come absorb each error
+(arXiv 2210.17323).
 
-A Linear maps inputs x to W x. With H = mean of x x^T over calibration inputs, changing W to V costs, on average,
+A Linear maps inputs x to W x. With H = mean of x x^T over calibration inputs, changing W to V
+costs, on average, the layer-wise objective
 
-    error(V) = trace((W - V) H (W - V)^T).                                                         (layer-wise objective)
+    error(V) = trace((W - V) H (W - V)^T).
 
-Every row has the same H. Fix the columns one after the other. Once column j is rounded from w to q, the best change of
-the columns still free, from Optimal Brain Surgeon, is
+Every row has the same H. Fix the columns one after the other. Once column j is rounded from w to q,
+the best change of the columns still free, from Optimal Brain Surgeon, is (section 3.3)
 
-    W[:, k] -= (w - q) / U[j, j] * U[j, k]   for k > j,   where  H^-1 = U^T U,  U upper triangular,     (section 3.3)
+    W[:, k] -= (w - q) / U[j, j] * U[j, k]   for k > j,   where H^-1 = U^T U, U upper triangular,
 
-and it adds ((w - q) / U[j, j])^2 to the error. U is found once for all rows: the Cholesky trick of section 3.3, step 3.
+and it adds ((w - q) / U[j, j])^2 to the error. U is found once for all rows: the Cholesky trick of
+section 3.3, step 3.
 
     import torch, torch.nn as nn
     from gptq import gptq, hessian
     layer, x = nn.Linear(64, 32), torch.randn(512, 64)
     out = gptq(layer.weight.data, hessian(x), bits=4)
-    layer.weight.data = out.weight                       # out.codes, out.scale, out.zero store it in 4 bits
+    layer.weight.data = out.weight          # out.codes, out.scale, out.zero store it in 4 bits
 
-That is the paper's method. Beyond it: grids searched with the Hessian's diagonal as weights ("uniform"), grids without a
-level on zero, for weights whose zeros a mask stores ("offset"), a mask held fixed, and `descend`, which goes over the
-codes again. This file needs only torch. Left out: codebooks, and groups of unequal width.
+That is the paper's method. Beyond it: grids searched with the Hessian's diagonal as weights
+("uniform"), grids without a level on zero, for weights whose zeros a mask stores ("offset"), a mask
+held fixed, and `descend`, which goes over the codes again. This file needs only torch. Left out:
+codebooks, and groups of unequal width.
 """
 import math
 from typing import NamedTuple
@@ -34,7 +38,7 @@ class Compressed(NamedTuple):
     scale: torch.Tensor | None          # (out, groups) float32 holding exact fp16 values
     zero: torch.Tensor | None           # (out, groups) likewise
     g_idx: torch.Tensor | None          # (in,) group of each column
-    error: float                        # trace((W-V) H (W-V)^T) / trace(W H W^T), the relative output error
+    error: float                        # of the output, relative: see `relative_error`
     grid: str = "uniform"               # how codes become weights: see `nearest`
     bits: int | None = None             # of a code; None when nothing was quantized
 
@@ -51,10 +55,12 @@ def fp16_exact(t: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(w: torch.Tensor, scale, zero, bits: int, grid: str = "uniform") -> torch.Tensor:
-    """w rounded to its grid, in place of no one: "uniform" scale * (code - zero), codes 0 ... 2^bits - 1; or "offset"
-    +-scale * (k + zero), k = 0 ... 2^(bits-1) - 1, the code's top bit being the sign: no level is spent on zero."""
+    """w rounded to its grid: "uniform" scale * (code - zero), codes 0 ... 2^bits - 1; or "offset"
+    +-scale * (k + zero), k = 0 ... 2^(bits-1) - 1, the code's top bit being the sign: no level is
+    spent on zero."""
     if grid == "offset":
-        return torch.copysign(((w.abs() / scale - zero).round_().clamp_(0, 2 ** (bits - 1) - 1) + zero) * scale, w)
+        k = (w.abs() / scale - zero).round_().clamp_(0, 2 ** (bits - 1) - 1)
+        return torch.copysign((k + zero) * scale, w)
     return (quantize(w, scale, zero, bits) - zero) * scale
 
 
@@ -67,8 +73,9 @@ def quantize(w: torch.Tensor, scale, zero, bits: int, grid: str = "uniform") -> 
 
 
 def encode(Vt, keep, scale, zero, g_idx, bits: int, grid: str = "uniform") -> torch.Tensor:
-    """The codes (in, out) uint8 of dequantized weights Vt, 0 where keep, like Vt (in, out), is False; scale and zero are
-    (groups, out), g_idx (in,) a column's group. Group by group, which saves memory."""
+    """The codes (in, out) uint8 of dequantized weights Vt, 0 where keep, like Vt (in, out), is
+    False; scale and zero are (groups, out), g_idx (in,) a column's group. Group by group, which
+    saves memory."""
     codes = torch.zeros(Vt.shape, dtype=torch.uint8, device=Vt.device)
     for g in range(len(scale)):
         at = g_idx == g
@@ -76,58 +83,71 @@ def encode(Vt, keep, scale, zero, g_idx, bits: int, grid: str = "uniform") -> to
     return codes
 
 
-def find_grid(W: torch.Tensor, bits: int, sym: bool = False, shrink: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Min-max grid of each row of W (out, n): scale and zero, each (out, 1), levels scale * (0 ... 2^bits - 1  -  zero)."""
+def find_grid(W: torch.Tensor, bits: int, sym: bool = False,
+              shrink: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Min-max grid of each row of W (out, n): scale and zero, each (out, 1), levels
+    scale * (0 ... 2^bits - 1  -  zero)."""
     levels = 2 ** bits - 1
-    low, high = shrink * W.amin(1, keepdim=True).clamp(max=0), shrink * W.amax(1, keepdim=True).clamp(min=0)
+    low = shrink * W.amin(1, keepdim=True).clamp(max=0)
+    high = shrink * W.amax(1, keepdim=True).clamp(min=0)
     if sym:
         high = torch.maximum(-low, high)
         low = -high
-    span = torch.where(high > low, high - low, torch.full_like(high, levels))                # an all-zero row
-    scale = fp16_exact(span / levels).clamp(min=2 ** -24)                                    # fp16's smallest number
-    zero = torch.full_like(scale, (levels + 1) // 2) if sym else (-low / scale).round().clamp(0, levels)
-    return scale, zero
+    span = torch.where(high > low, high - low, torch.full_like(high, levels))   # an all-zero row
+    scale = fp16_exact(span / levels).clamp(min=2 ** -24)           # fp16's smallest number
+    if sym:
+        return scale, torch.full_like(scale, (levels + 1) // 2)
+    return scale, (-low / scale).round().clamp(0, levels)
 
 
-def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, bits: int, grid: str = "offset",
-                sym: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """The grid of each row of W (rows, n) with the least sum of importance * (w - q)^2 over its kept weights.
+def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, bits: int,
+                grid: str = "offset", sym: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The grid of each row of W (rows, n) with the least sum of importance * (w - q)^2 over its
+    kept weights.
 
-    keep (rows, n) bool; importance (rows or 1, n), the diagonal of H. "uniform": the min-max grid shrunk step by step.
-    "offset": half-integer levels shrunk step by step, then scale and offset by least squares with the codes held, then the
-    codes anew, four times (Lloyd's algorithm on a line). Returns scale and zero, each (rows, 1)."""
-    weight, best = keep * importance, None
+    keep (rows, n) bool; importance (rows or 1, n), the diagonal of H. "uniform": the min-max grid
+    shrunk step by step. "offset": half-integer levels shrunk step by step, then scale and offset by
+    least squares with the codes held, then the codes anew, four times (Lloyd's algorithm on a
+    line). Returns scale and zero, each (rows, 1)."""
+    weight = keep * importance
 
-    def consider(best, scale, zero):
+    def better(best, scale, zero):
+        """Row by row the better of best = (error, scale, zero), or None, and another grid."""
         error = ((nearest(W, scale, zero, bits, grid) - W).square_() * weight).sum(1, keepdim=True)
         if best is None:
             return error, scale, zero
-        return tuple(torch.where(error < best[0], new, old) for new, old in zip((error, scale, zero), best))
+        wins = error < best[0]
+        return tuple(torch.where(wins, new, old) for new, old in zip((error, scale, zero), best))
 
+    best = None
     if grid == "uniform":
         for shrink in torch.linspace(1.0, 0.5, 11).tolist():
-            best = consider(best, *find_grid(W * keep, bits, sym, shrink))
+            best = better(best, *find_grid(W * keep, bits, sym, shrink))
         return best[1:]
-    a, top = (W * keep).abs(), 2 ** (bits - 1) - 1
+    a = (W * keep).abs()
+    top = 2 ** (bits - 1) - 1
     largest = a.amax(1, keepdim=True)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     for shrink in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         scale = fp16_exact(shrink * largest / (top + 0.5)).clamp(min=2 ** -24)
-        best = consider(best, scale, torch.full_like(scale, 0.5))
+        best = better(best, scale, torch.full_like(scale, 0.5))
     _, scale, zero = best
-    total, mean = weight.sum(1, keepdim=True).clamp(min=1e-30), (weight * a).sum(1, keepdim=True)
+    total = weight.sum(1, keepdim=True).clamp(min=1e-30)
+    sum_a = (weight * a).sum(1, keepdim=True)
     for _ in range(4):
         k = (a / scale - zero).round_().clamp_(0, top)
         weighted = weight * k
-        k1, k2, ka = (t.sum(1, keepdim=True) for t in (weighted, weighted * k, weighted * a))
-        spread = total * k2 - k1 * k1
-        slope = (total * ka - k1 * mean) / spread                            # regression of |w| on k
-        fits = (spread > 1e-6 * total * k2) & (slope > 0)                    # else all k are equal
+        sum_k = weighted.sum(1, keepdim=True)
+        sum_kk = (weighted * k).sum(1, keepdim=True)
+        sum_ka = (weighted * a).sum(1, keepdim=True)
+        spread = total * sum_kk - sum_k * sum_k
+        slope = (total * sum_ka - sum_k * sum_a) / spread           # regression of |w| on k
+        fits = (spread > 1e-6 * total * sum_kk) & (slope > 0)       # else all k are equal
         slope = torch.where(fits, slope, scale)
-        offset = torch.where(fits, (mean - slope * k1) / total, scale * zero)
+        offset = torch.where(fits, (sum_a - slope * sum_k) / total, scale * zero)
         scale = fp16_exact(slope).clamp(min=2 ** -24)
         zero = fp16_exact((offset / scale).clamp(0, 16))
-        best = consider(best, scale, zero)
+        best = better(best, scale, zero)
     return best[1:]
 
 
@@ -147,10 +167,12 @@ def check(W: torch.Tensor, H: torch.Tensor, bits: int | None, blocksize: int, gr
 
 
 def inverse_factor(H: torch.Tensor, percdamp: float = 0.01, order: torch.Tensor | None = None) -> torch.Tensor:
-    """U (in, in) upper triangular with (H + damping)^-1 = U^T U; damping = percdamp * mean(diag H), raised until it works.
+    """U (in, in) upper triangular with (H + damping)^-1 = U^T U; damping = percdamp * mean(diag H),
+    raised until it works.
 
-    H = R R^T with R upper is Cholesky with rows and columns in reverse order, and U = R^-1: one factorization. Inputs that
-    are always zero get a diagonal of 1. order (in,): of the columns, first to last. Linears that share H can share U."""
+    H = R R^T with R upper is Cholesky with rows and columns in reverse order, and U = R^-1: one
+    factorization. Inputs that are always zero get a diagonal of 1. order (in,): of the columns,
+    first to last. Linears that share H can share U."""
     back = (torch.arange(len(H), device=H.device) if order is None else order).flip(0)
     H = H[back[:, None], back]
     H.diagonal().masked_fill_(H.diagonal() == 0, 1)
@@ -159,22 +181,24 @@ def inverse_factor(H: torch.Tensor, percdamp: float = 0.01, order: torch.Tensor 
         H.diagonal().add_(percdamp * mean)
         L, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
-            H.zero_().fill_diagonal_(1)                                      # room for L^-1: large ones count in memory
+            H.zero_().fill_diagonal_(1)             # room for L^-1: large ones count in memory
             torch.linalg.solve_triangular(L, H, upper=False, out=H)
             del L
             return H.flip(0, 1)
-        print(f"Cholesky failed at damping {percdamp:g}, trying {max(percdamp * 10, 1e-4):g}")
+        print(f"Cholesky failed at damping {percdamp:g}, trying "
+              f"{max(percdamp * 10, 1e-4):g}")
         H.diagonal().sub_(percdamp * mean)
         percdamp = max(percdamp * 10, 1e-4)
-    raise ValueError("H is not positive definite even with heavy damping: are the calibration inputs finite and real?")
+    raise ValueError("H is not positive definite even with heavy damping: are the calibration "
+                     "inputs finite and real?")
 
 
 def quick_dtype(like: torch.Tensor) -> torch.dtype:
-    """What products that stand noise are fastest in: bfloat16, or like's dtype on a CPU without instructions for it, where
-    bfloat16 is 10 to 100 times slower."""
+    """What products that stand noise are fastest in: bfloat16, or like's dtype on a CPU without
+    instructions for it, where bfloat16 is 10 to 100 times slower."""
     has = torch.cpu.get_capabilities()
-    bf16 = like.device.type != "cpu" or any(has.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return torch.bfloat16 if bf16 else like.dtype
+    fast = any(has.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if fast or like.device.type != "cpu" else like.dtype
 
 
 def relative_error(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor) -> float:
@@ -184,13 +208,14 @@ def relative_error(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor) -> float:
 
 
 def sweep(Wt: torch.Tensor, U: torch.Tensor, blocksize: int, choose, inner: int = 16) -> torch.Tensor:
-    """The column loop of GPTQ, SparseGPT and `descend`: fixes W from left to right, in place. Wt (in, out) is W
-    transposed, so that a column lies in one piece.
+    """The column loop of GPTQ, SparseGPT and `descend`: fixes W from left to right, in place. Wt
+    (in, out) is W transposed, so that a column lies in one piece.
 
-    choose(Wt, j, end) is called when all errors of columns < j have reached Wt[j] (and every column up to the block's
-    end, where j begins an inner block). It returns the column's final values and its error e, each (out,); then
-    Wt[k] -= e * U[j, k] for k > j. Errors travel in three strides (column, inner block, block), so that most of the work
-    is done by few large products; nothing in the loop waits for the device."""
+    choose(Wt, j, end) is called when all errors of columns < j have reached Wt[j] (and every column
+    up to the block's end, where j begins an inner block). It returns the column's final values and
+    its error e, each (out,); then Wt[k] -= e * U[j, k] for k > j. Errors travel in three strides
+    (column, inner block, block), so that most of the work is done by few large products; nothing in
+    the loop waits for the device."""
     n = len(Wt)
     E = Wt.new_empty(min(blocksize, n), Wt.shape[1])
     for b in range(0, n, blocksize):
@@ -211,18 +236,23 @@ class Rounder:
     grids: scale and zero, each (groups, out), or None to find min-max grids when a group of columns begins."""
 
     def __init__(self, U, group: list[int], grids, bits, grid="uniform", sym=False, keep=None):
-        self.bits, self.grid, self.sym, self.group, self.keep = bits, grid, sym, group, keep         # keep (in, out) bool
-        self.damage, self.dynamic = 1 / U.diagonal(), grids is None
+        self.bits, self.grid, self.sym = bits, grid, sym
+        self.group = group                          # of every column
+        self.keep = keep                            # (in, out) bool, or None: all are kept
+        self.damage = 1 / U.diagonal()
+        self.dynamic = grids is None
         self.scale, self.zero = ([], []) if self.dynamic else grids
 
     def __call__(self, Wt, j, end):
         g = self.group[j]
         if self.dynamic and g == len(self.scale):
             width = self.group.count(g)
-            for held, found in zip((self.scale, self.zero), find_grid(Wt[j:j + width].T, self.bits, self.sym)):
-                held.append(found[:, 0])
+            scale, zero = find_grid(Wt[j:j + width].T, self.bits, self.sym)
+            self.scale.append(scale[:, 0])
+            self.zero.append(zero[:, 0])
         q = nearest(Wt[j], self.scale[g], self.zero[g], self.bits, self.grid)
-        q = q if self.keep is None else q * self.keep[j]
+        if self.keep is not None:
+            q = q * self.keep[j]
         return q, (Wt[j] - q) * self.damage[j]
 
     def tables(self):
@@ -230,41 +260,60 @@ class Rounder:
         return torch.stack(list(self.scale)), torch.stack(list(self.zero))
 
 
+def column_order(H: torch.Tensor, act_order: bool) -> torch.Tensor:
+    """The columns (in,) in the order of the loop: as they are, or in order of falling H diagonal."""
+    if act_order:
+        return torch.argsort(H.diagonal(), descending=True, stable=True)
+    return torch.arange(len(H), device=H.device)
+
+
 def column_groups(n: int, groupsize: int, order: torch.Tensor | None = None) -> list[int]:
-    """Group of every column in the order of the loop; with `order`, groups are neighbours of the original matrix."""
+    """Group of every column in the order of the loop; with `order`, groups are neighbours of the
+    original matrix."""
     place = torch.arange(n) if order is None else order.cpu()
     return (place // (n if groupsize == -1 else groupsize)).tolist()
 
 
 def static_grids(W, H, keep, bits, groupsize, grid, sym):
-    """scale and zero, each (groups, out), of every row and group of neighbouring columns of W (out, in), up front."""
+    """scale and zero, each (groups, out), of every row and group of neighbouring columns of W
+    (out, in), up front."""
     rows, n = W.shape
     size = n if groupsize == -1 else groupsize
-    pad = lambda t: torch.nn.functional.pad(t, (0, -n % size)).reshape(-1, size)             # (out * groups, size)
-    scale, zero = W.new_empty(rows, -(-n // size)), W.new_empty(rows, -(-n // size))
-    step = max(1, 2 ** 20 // n)
-    for r in range(0, rows, step):                                           # a search holds many copies: a few rows at a time
+    scale = W.new_empty(rows, -(-n // size))
+    zero = torch.empty_like(scale)
+
+    def grouped(t):
+        """(rows, in) -> (rows * groups, size), a last group filled up with zeros."""
+        return torch.nn.functional.pad(t, (0, -n % size)).reshape(-1, size)
+
+    step = max(1, 2 ** 20 // n)                     # a search holds many copies: a few rows at a time
+    for r in range(0, rows, step):
         part = W[r:r + step]
         if grid == "minmax":
-            found = find_grid(pad(part), bits, sym)
+            found = find_grid(grouped(part), bits, sym)
         else:
-            found = search_grid(pad(part), pad(keep[r:r + step]), pad(H.diagonal().expand(len(part), n)), bits, grid, sym)
+            importance = grouped(H.diagonal().expand(len(part), n))
+            found = search_grid(grouped(part), grouped(keep[r:r + step]), importance, bits, grid,
+                                sym)
         scale[r:r + step], zero[r:r + step] = (t.view(len(part), -1) for t in found)
     return scale.T.contiguous(), zero.T.contiguous()
 
 
-def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: bool = False, act_order: bool = False,
-         static_groups: bool = False, percdamp: float = 0.01, blocksize: int = 128, U: torch.Tensor | None = None,
-         grid: str = "minmax", mask: torch.Tensor | None = None, descent: int = 0,
+def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: bool = False,
+         act_order: bool = False, static_groups: bool = False, percdamp: float = 0.01,
+         blocksize: int = 128, U: torch.Tensor | None = None, grid: str = "minmax",
+         mask: torch.Tensor | None = None, descent: int = 0,
          target: torch.Tensor | None = None) -> Compressed:
-    """Quantize W (out, in) to `bits` with the Hessian H (in, in); neither is changed. Work is in W's precision, fp32 at least.
+    """Quantize W (out, in) to `bits` with the Hessian H (in, in); neither is changed. Work is in
+    W's precision, fp32 at least.
 
-    groupsize: columns that share a grid, -1 for a whole row. act_order: columns in order of falling H diagonal; groups
-    then follow that order (g_idx says which) unless static_groups keeps them to neighbours. U: inverse_factor(H) of the
-    same H, percdamp and order, to share it between Linears. grid: "minmax" (the paper's), or "uniform" / "offset",
-    searched; sym: symmetric around zero, as offset grids always are. mask (out, in): True stays zero. descent: passes of
-    `descend` afterwards. target (out, in): the weights that errors are measured from and descent aims at, where W itself is
-    an approximation. Raises ValueError for NaN, Inf or wrong shapes."""
+    groupsize: columns that share a grid, -1 for a whole row. act_order: columns in order of falling
+    H diagonal; groups then follow that order (g_idx says which) unless static_groups keeps them to
+    neighbours. U: inverse_factor of the same H, percdamp and order, to share it. grid: "minmax"
+    (the paper's), or "uniform" / "offset", searched; sym: symmetric around zero, as offset grids
+    always are. mask (out, in): True stays zero. descent: passes of `descend` afterwards. target
+    (out, in): the weights that errors are measured from and descent aims at, where W itself is an
+    approximation. Raises ValueError for NaN, Inf or wrong shapes."""
     check(W, H, bits, blocksize, groupsize)
     if grid not in ("minmax", "uniform", "offset"):
         raise ValueError(f"grid={grid!r}: known are minmax, uniform and offset")
@@ -274,15 +323,16 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
         raise ValueError(f"groupsize={groupsize} and blocksize={blocksize}: one must be a multiple of the other")
     W, H = W.to(dtype), H.to(dtype)
     target = W if target is None else target.to(dtype)
-    dead = H.diagonal() == 0                                       # inputs that are always 0: any weight will do
+    dead = H.diagonal() == 0                        # inputs that are always 0: any weight will do
     start = W.masked_fill(dead, 0) if mask is None else W.masked_fill(mask | dead, 0)
     keep = torch.ones_like(W, dtype=torch.bool) if mask is None else ~mask
-    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(n, device=W.device)
+    order = column_order(H, act_order)
     group = column_groups(n, groupsize, order if static else None)
     U = inverse_factor(H, percdamp, order) if U is None else U
     kind = "uniform" if grid == "minmax" else grid
     grids = static_grids(start, H, keep, bits, groupsize, grid, sym) if static else None
-    choose = Rounder(U, group, grids, bits, kind, sym, keep.T[order] if mask is not None else None)
+    held = None if mask is None else keep.T[order]
+    choose = Rounder(U, group, grids, bits, kind, sym, held)
     Wt = start.T[order]
     del start
     V = torch.empty_like(Wt)
@@ -292,32 +342,39 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
     g_idx = torch.empty(n, dtype=torch.long, device=W.device)
     g_idx[order] = torch.tensor(group, device=W.device)
     if descent:
-        V = descend(V, target.T, H, keep.T, scale, zero, g_idx, bits, kind, descent, percdamp, blocksize)
+        V = descend(V, target.T, H, keep.T, scale, zero, g_idx, bits, kind, descent, percdamp,
+                    blocksize)
     codes = encode(V, keep.T, scale, zero, g_idx, bits, kind).T.contiguous()
-    return Compressed(V.T.contiguous(), ~keep if mask is None else mask, codes, scale.T.float().contiguous(),
-                      zero.T.float().contiguous(), g_idx, relative_error(target, V.T, H), kind, bits)
+    return Compressed(V.T.contiguous(), ~keep if mask is None else mask, codes,
+                      scale.T.float().contiguous(), zero.T.float().contiguous(), g_idx,
+                      relative_error(target, V.T, H), kind, bits)
 
 
-def descend(Vt, Wt, H, keep, scale, zero, g_idx, bits: int, grid: str, passes: int, percdamp: float = 0.01,
-            blocksize: int = 128) -> torch.Tensor:
-    """Coordinate descent on the codes: column after column moves to the grid point that is best with all others held,
+def descend(Vt, Wt, H, keep, scale, zero, g_idx, bits: int, grid: str, passes: int,
+            percdamp: float = 0.01, blocksize: int = 128) -> torch.Tensor:
+    """Coordinate descent on the codes: column after column moves to the grid point that is best
+    with all others held,
 
         v_j <- nearest(v_j - g_j / H[j, j]),   g = (V - W) H,
 
-    which can only lower the error, now of the kept weights alone. With T = V - g / diag(H), moving column j by e moves
-    T[:, k] by -e H[j, k] / H[k, k]: the same loop as GPTQ's. Vt, Wt, keep are (in, out), scale and zero (groups, out), g_idx
-    (in,) says which of them is a column's; returns the new Vt."""
+    which can only lower the error, now of the kept weights alone. With T = V - g / diag(H), moving
+    column j by e moves T[:, k] by -e H[j, k] / H[k, k]: the same loop as GPTQ's. Vt, Wt, keep are
+    (in, out), scale and zero (groups, out), g_idx (in,) says which of them is a column's; returns
+    the new Vt."""
     h = H.diagonal() * (1 + percdamp)
     h = torch.where(h > 0, h, torch.ones_like(h))
-    steps, keep, group = H / h, keep.contiguous(), g_idx.tolist()            # steps[j, k] = H[j, k] / H[k, k]
+    moves = H / h                                   # moves[j, k] = H[j, k] / H[k, k]
+    keep = keep.contiguous()
+    group = g_idx.tolist()
     for _ in range(passes):
-        old, D = Vt, Vt - Wt
+        old = Vt
 
         def choose(T, j, end):
             q = nearest(T[j], scale[group[j]], zero[group[j]], bits, grid) * keep[j]
             return q, q - old[j]
 
-        T = (H @ D).add_(D.mul_(percdamp * H.diagonal()[:, None])).div_(h[:, None])                # g / diag(H)
+        D = Vt - Wt
+        T = (H @ D).add_(D.mul_(percdamp * H.diagonal()[:, None])).div_(h[:, None])     # g / diag(H)
         del D
-        Vt = sweep(torch.sub(old, T, out=T), steps, blocksize, choose)
+        Vt = sweep(torch.sub(old, T, out=T), moves, blocksize, choose)
     return Vt

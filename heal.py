@@ -1,16 +1,19 @@
-"""Heal a packed model: tune what it stores beside its codes, so that it predicts what the dense model predicts.
+"""Heal a packed model: tune what it stores beside its codes, towards what the dense model predicts.
 
-A packed weight is a grid over integers, W = scale * (A + zero T) in every row or group, with A what the codes say (0 where
-pruned), and T the sign of an offset grid or -1 on a uniform one (0 where pruned). Codes and mask stay; scales, zeros, norms
-and biases, 0.3% of a model's numbers and stored in any case, are tuned end to end by KL(dense || packed) on text: the second
-stage of EfficientQAT (2407.11062) and PERP (2312.15230) on weights that are pruned and packed at once. Nothing is added: the
-healed model has the same bytes and the same speed.
+A packed weight is a grid over integers, W = scale * (A + zero T) in every row or group, with A what
+the codes say (0 where pruned), and T the sign of an offset grid or -1 on a uniform one (0 where
+pruned). Codes and mask stay; scales, zeros, norms and biases, 0.3% of a model's numbers and stored
+in any case, are tuned end to end by KL(dense || packed) on text: the second stage of EfficientQAT
+(2407.11062) and PERP (2312.15230) on weights that are pruned and packed at once. Nothing is added:
+the healed model has the same bytes and the same speed.
 
     teacher = teacher_states(dense, windows, folder), teacher_states(dense, val, folder)
-    heal(packed_model, windows, val, teacher, steps=64)             # in place; save_model writes it as it is
+    heal(packed_model, windows, val, teacher, steps=64)         # in place; save_model writes it,
+    save_healed(packed_model, "compressed", "healed")           # or this in shards, as they were
 
-The grid moves relative to itself: scale = scale_0 (1 + u), zero = zero_0 + v; a norm's weight = weight_0 (1 + u). With
-dW = dy^T x, dscale = sum dW (A + zero T) and dzero = scale sum dW T, over each group's columns. Left out: moving codes, and tuning embeddings or head.
+The grid moves relative to itself: scale = scale_0 (1 + u), zero = zero_0 + v; a norm's weight =
+weight_0 (1 + u). With dW = dy^T x, dscale = sum dW (A + zero T) and dzero = scale sum dW T, over
+each group's columns. Left out: moving codes, and tuning embeddings or head.
 """
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +26,16 @@ from kernels.linear import PackedLinear, triton_reads
 from kernels.packing import Packed, groups_of
 from kernels.reference import dequantize
 from kernels.unpacking import unpack
+from model import open_checkpoint, read_note, save_index, save_shard, shard_path
 from prompt import Fit, backward_by_parts, fingerprint, fit, mean_loss, text_loss, windows_at_once
 
-FAR = 1024.0                                                    # a zero beyond all codes, exact in fp32
+FAR = 1024.0                                                    # a zero beyond all codes
 
 
-def regrid(packed: Packed, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(out, in) in dtype: the codes and the mask of `packed` on another grid, scale and zero (out, groups) fp32."""
+def regrid(packed: Packed, scale: torch.Tensor, zero: torch.Tensor,
+           dtype: torch.dtype) -> torch.Tensor:
+    """(out, in) in dtype: the codes and the mask of `packed` on another grid, scale and zero
+    (out, groups) fp32."""
     other = Packed({**packed.tensors, "scale": scale, "zero": zero}, packed.meta)
     return unpack(other, dtype) if scale.device.type == "cpu" else dequantize(other, dtype)
 
@@ -38,13 +44,14 @@ def planes(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, T), fp32 (out, in) integers with W = scale * (A + zero * T)."""
     one = torch.ones_like(packed.tensors["scale"], dtype=torch.float32)
     sign = 1.0 if packed.meta["grid"] == "offset" else -1.0
-    far = regrid(packed, one, sign * FAR * one, torch.float32)  # +-(k + FAR), code + FAR, 0 where pruned
+    far = regrid(packed, one, sign * FAR * one, torch.float32)  # +-(k + FAR), code + FAR or 0
     T = sign * far.sign()
     return far.sub_(T, alpha=sign * FAR), T
 
 
 class GridLinear(torch.autograd.Function):
-    """y = x W^T with gradients for x and for the grid. Unpacks anew in the backward pass: only x is kept."""
+    """y = x W^T with gradients for x and for the grid. Unpacks anew in the backward pass: only x is
+    kept."""
 
     @staticmethod
     def forward(ctx, x, scale, zero, packed, group):
@@ -64,7 +71,7 @@ class GridLinear(torch.autograd.Function):
 
 
 def sum_groups(t: torch.Tensor, group: torch.Tensor, shape: tuple) -> torch.Tensor:
-    """(out, in) -> (out, groups): sums over each group's columns, group (in,) says whose they are."""
+    """(out, in) -> (out, groups): sums over each group's columns; group (in,) is that of each."""
     if shape[1] == 1:
         return t.sum(1, keepdim=True)
     return t.new_zeros(shape).index_add_(1, group, t)
@@ -84,7 +91,8 @@ class Tuned(nn.Module):
         self.b = None if bias is None else nn.Parameter(torch.zeros(bias.shape, device=bias.device))
         self.unit = None if bias is None else max(float(bias.float().std(correction=0)), 1e-3)
         if packed:
-            groups = groups_of(base.in_features, base.meta["groupsize"], base.packed.tensors.get("g_idx"))
+            order = base.packed.tensors.get("g_idx")
+            groups = groups_of(base.in_features, base.meta["groupsize"], order)
             self.group = torch.from_numpy(groups).to(numbers.device)
 
     def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,15 +121,17 @@ class Tuned(nn.Module):
             base.weight.data = (base.weight.float() * (1 + self.u)).half().to(base.weight.dtype)
             return base
         base.scale, base.zero = (t.half() for t in self.grid())
-        base.decoder, base.in_triton = (None, None), triton_reads(base.packed)      # what was made of the old grid
+        base.decoder = None, None                               # made of the old grid
+        base.in_triton = triton_reads(base.packed)
         return base
 
 
 @contextmanager
 def tuned(model):
-    """Inside, every packed Linear and every norm is a Tuned; after, all are themselves again. Yields {name: Tuned}."""
+    """Inside, every packed Linear and every norm is a Tuned; after, all are themselves again.
+    Yields {name: Tuned}."""
     found = {name: Tuned(m) for name, m in list(model.named_modules())
-             if isinstance(m, PackedLinear) or isinstance(m, nn.LayerNorm) or type(m).__name__ == "RMSNorm"}
+             if isinstance(m, (PackedLinear, nn.LayerNorm)) or type(m).__name__ == "RMSNorm"}
     for name, m in found.items():
         model.set_submodule(name, m)
     try:
@@ -131,19 +141,23 @@ def tuned(model):
             model.set_submodule(name, m.base)
 
 
-def heal(model, windows: torch.Tensor, val: torch.Tensor, teacher: tuple[torch.Tensor, torch.Tensor], steps: int = 64,
-         batch_size: int = 4, lr: float = 2e-3, val_every: int | None = None, seed: int = 0,
+def heal(model, windows: torch.Tensor, val: torch.Tensor,
+         teacher: tuple[torch.Tensor, torch.Tensor], steps: int = 64, batch_size: int = 4,
+         lr: float = 2e-3, val_every: int | None = None, seed: int = 0,
          state: str | Path | None = None, settings: dict | None = None,
          progress=lambda items, title: items) -> Fit:
-    """Tune grids, norms and biases of a packed model in place by KL to the dense model; `fit` says how.
+    """Tune grids, norms and biases of a packed model in place by KL to the dense model; `fit` says
+    how.
 
-    windows (N, T) int64, val (M, T) held out: what has the lowest KL there is kept, so that a model never gets worse on
-    val. teacher: `teacher_states` of windows and of val. model.checkpointing = True saves memory for a third more time.
-    Raises ValueError where nothing is packed, or on a loss that is not finite; the model is then as it was."""
+    windows (N, T) int64, val (M, T) held out: what has the lowest KL there is kept, so that a model
+    never gets worse on val. teacher: `teacher_states` of windows and of val. model.checkpointing =
+    True saves memory for a third more time. Raises ValueError where nothing is packed, or on a loss
+    that is not finite; the model is then as it was."""
     if not any(isinstance(m, PackedLinear) for _, m in model.linears()):
         raise ValueError("nothing to heal: no Linear of this model is packed (quantized)")
     if not len(windows) or not len(val):
-        raise ValueError(f"healing needs text and held-out text: got {len(windows)} and {len(val)} windows")
+        raise ValueError(f"healing needs text and held-out text: got {len(windows)} and {len(val)} "
+                         f"windows")
     device = model.embed_tokens.weight.device
     states, val_states = teacher
     at_once = windows_at_once(windows, device)
@@ -157,12 +171,29 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor, teacher: tuple[torch.T
     def score():
         return mean_loss(model, None, val, at_once, val_states)
 
-    marks = {"text": fingerprint(windows), "val": fingerprint(val), "model": fingerprint(*model.state_dict().values())}
+    marks = {"text": fingerprint(windows), "val": fingerprint(val),
+             "model": fingerprint(*model.state_dict().values())}
     with tuned(model) as parts:
-        params = {f"{name}.{n}": p for name, part in parts.items() for n, p in part.named_parameters(recurse=False)}
-        got = fit(params, loss_of_batch, len(windows), score, steps, batch_size, lr, val_every=val_every,
-                  betas=(0.9, 0.99), seed=seed, state=state, settings={**(settings or {}), **marks}, title="healing",
-                  progress=progress)
+        params = {f"{name}.{n}": p for name, part in parts.items()
+                  for n, p in part.named_parameters(recurse=False)}
+        got = fit(params, loss_of_batch, len(windows), score, steps, batch_size, lr,
+                  val_every=val_every, betas=(0.9, 0.99), seed=seed, state=state,
+                  settings={**(settings or {}), **marks}, title="healing", progress=progress)
         for part in parts.values():
             part.settle()
     return got
+
+
+def save_healed(model, source: str | Path, folder: str | Path) -> None:
+    """Write a healed model of the compressed folder `source` into another one, in the same shards
+    with the same notes; config.json comes last: a folder without it is not complete."""
+    source, folder, config = Path(source), Path(folder), model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    ends = open_checkpoint(source).ends()
+    for name, p in ends.named_parameters():
+        p.data = model.get_parameter(name).data
+    save_shard(folder, ends, 0, config)
+    for i, block in enumerate(model.blocks):
+        note = read_note(shard_path(source, i + 1, config.n_layer))["note"]
+        save_shard(folder, block, i + 1, config, note)
+    save_index(folder, config)

@@ -1,17 +1,19 @@
 """LLaMA (1, 2, 3) and OPT as one readable Transformer, and raw checkpoints in and out.
 
-Both are decoders: embed, n blocks of (attention, MLP), norm, head. They differ in the norm (RMSNorm / LayerNorm), the
-positions (rotary, RoFormer 2104.09864 / learned), the MLP (gated SiLU / ReLU) and the biases: `Config` says which.
+Both are decoders: embed, n blocks of (attention, MLP), norm, head. They differ in the norm
+(RMSNorm / LayerNorm), the positions (rotary, RoFormer 2104.09864 / learned), the MLP (gated SiLU /
+ReLU) and the biases: `Config` says which.
 
     from model import load_model
-    model = load_model("checkpoints/opt-125m")          # or a Meta folder, or any Hugging Face LLaMA / OPT folder
-    logits = model(tokens)                              # (B, T) int64 -> (B, T, vocab)
+    model = load_model("checkpoints/opt-125m")      # or a Meta folder, or any Hugging Face one
+    logits = model(tokens)                          # (B, T) int64 -> (B, T, vocab)
 
-`embed`, `stem`, `blocks`, `head` can be called one by one, and `Block.halves` shows a block as two steps of the residual
-stream, so that compressing a model needs no hooks. A model larger than the memory is read block by block:
+`embed`, `stem`, `blocks`, `head` can be called one by one, and `Block.halves` shows a block as two
+steps of the residual stream, so that compressing a model needs no hooks. A model larger than the
+memory is read block by block:
 
-    checkpoint = open_checkpoint("checkpoints/llama-7b")        # names and shapes checked, nothing read
-    block = checkpoint.block(3, torch.float16, "cuda")          # one block of it
+    checkpoint = open_checkpoint("checkpoints/llama-7b")    # names and shapes checked, nothing read
+    block = checkpoint.block(3, torch.float16, "cuda")      # one block of it
 
 Left out: training dropout, and rotary scalings other than linear and llama3.
 """
@@ -26,9 +28,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import (Tensors, read_folder, read_meta, read_metadata, read_safetensors, write_json,
-                             write_safetensors)
-from data.config import Config, file_sums, hf_config, packed_layers, read_config, resolve
+from data.checkpoint import (Tensors, parse_json, read_folder, read_meta, read_metadata,
+                             read_safetensors, write_json, write_safetensors)
+from data.config import (Config, check_layers, file_sums, hf_config, packed_layers, read_config,
+                         resolve)
 from kernels.linear import PackedLinear
 from kernels.packing import Packed, check_packed, count_kept, nbytes
 from kernels.unpacking import unpack
@@ -37,11 +40,13 @@ from kernels.unpacking import unpack
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x):
-        r = x.float()                                                        # the mean of squares overflows in fp16
-        return self.weight * (r * torch.rsqrt(r.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        r = x.float()                               # the mean of squares overflows in fp16
+        r = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * r.to(x.dtype)
 
 
 def rotary_table(c: Config, start: int, length: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,23 +55,26 @@ def rotary_table(c: Config, start: int, length: int, device) -> tuple[torch.Tens
     s = c.rope_scaling or {"rope_type": "default"}
     if s["rope_type"] == "linear":
         freq = freq / s["factor"]
-    elif s["rope_type"] == "llama3":                    # long waves are slowed by `factor`, short ones kept, a ramp between
-        low, high, old = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
-        ramp = ((old * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    elif s["rope_type"] == "llama3":
+        # long waves are slowed by `factor`, short ones kept, and between them is a ramp
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        waves = s["original_max_position_embeddings"] * freq / (2 * math.pi)
+        ramp = ((waves - low) / (high - low)).clamp(0, 1)
         freq = ramp * freq + (1 - ramp) * freq / s["factor"]
     angle = torch.outer(torch.arange(start, start + length, device=device).float(), freq)
     return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
 
 
 def rotate(x, rope):
-    """Rotary embedding of x (B, heads, T, head_dim), first half of the channels paired with the second."""
+    """Rotary embedding of x (B, heads, T, head_dim): a channel of the first half is paired with one
+    of the second."""
     cos, sin = (t.to(x.dtype) for t in rope)
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
 class Attention(nn.Module):
-    reads, writes = ("q", "k", "v"), "o"                                     # its Linears, first and last
+    reads, writes = ("q", "k", "v"), "o"            # its Linears, first and last
 
     def __init__(self, c: Config):
         super().__init__()
@@ -79,24 +87,42 @@ class Attention(nn.Module):
     def mix(self, x, rope, kv=None):
         """Everything before the output projection: (B, T, d_model) -> (B, T, n_head * head_dim)."""
         B, T, _ = x.shape
-        q, k, v = (f(x).view(B, T, -1, self.c.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (linear(x).view(B, T, -1, self.c.head_dim).transpose(1, 2)
+                   for linear in (self.q, self.k, self.v))  # (B, heads, T, head_dim)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        past = 0 if kv is None else kv[2]                                    # kv: (K, V, positions held)
-        if kv is not None and past == kv[0].shape[2]:                        # full: a prefix, read and never written
-            k, v = (torch.cat([t.expand(B, -1, -1, -1), new], 2) for t, new in zip(kv, (k, v)))
-        elif kv is not None:
-            for t, new in zip(kv, (k, v)):
-                t[:, :, past:past + T] = new
-            k, v = (t[:, :, :past + T] for t in kv[:2])                      # (B, n_kv_head, past + T, head_dim)
-        square, mask = T > 1 and 4 * past <= T, None                         # few: with empty queries in front the causal
-        if square:                                                           # kernel needs no mask and skips half
+            q = rotate(q, rope)
+            k = rotate(k, rope)
+        past = 0
+        if kv is not None:
+            k, v, past = self.join(kv, k, v)        # (B, n_kv_head, past + T, head_dim)
+        # Behind few positions: with empty queries in front of q the causal kernel, which skips half
+        # of the products, needs no mask.
+        square = T > 1 and 4 * past <= T
+        mask = None
+        if square:
             q = F.pad(q, (0, 0, past, 0))
         elif T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=True)
-        y = y[:, :, past:] if square else y
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square,
+                                           enable_gqa=True)
+        if square:
+            y = y[:, :, past:]
         return y.transpose(1, 2).reshape(B, T, -1)
+
+    @staticmethod
+    def join(kv, k, v):
+        """Keys and values held in kv = (K, V, past positions) with the new ones behind them, and
+        past. A full cache is a prefix: read by every row of the batch, and never written."""
+        *held, past = kv
+        T = k.shape[2]
+        if past == held[0].shape[2]:
+            k, v = (torch.cat([t.expand(len(k), -1, -1, -1), new], 2)
+                    for t, new in zip(held, (k, v)))
+        else:
+            for t, new in zip(held, (k, v)):
+                t[:, :, past:past + T] = new
+            k, v = (t[:, :, :past + T] for t in held)
+        return k, v, past
 
     def forward(self, x, rope, kv=None):
         return self.o(self.mix(x, rope, kv))
@@ -114,15 +140,18 @@ class MLP(nn.Module):
 
     def mix(self, x, rope=None):
         """Everything before the last Linear: (B, T, d_model) -> (B, T, d_ff)."""
-        return F.relu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        if self.gate is None:
+            return F.relu(self.up(x))
+        return F.silu(self.gate(x)) * self.up(x)
 
     def forward(self, x):
         return self.down(self.mix(x))
 
 
 class Half(NamedTuple):
-    """Attention or MLP as one step of the residual stream h: h + out(mix(norm(h))), or norm(h + out(mix(h)))."""
-    name: str                                                                # "attn" or "mlp"
+    """Attention or MLP as one step of the residual stream h: h + out(mix(norm(h))), or, where the
+    norm comes last, norm(h + out(mix(h)))."""
+    name: str                                       # "attn" or "mlp"
     part: nn.Module
     norm: nn.Module
     pre_norm: bool
@@ -138,13 +167,16 @@ class Half(NamedTuple):
         return [f"{self.name}.{self.part.writes}"]
 
     def read(self, h):
-        return self.norm(h) if self.pre_norm else h                          # what `reads` read
+        """The stream -> what the Linears of `reads` read."""
+        return self.norm(h) if self.pre_norm else h
 
     def mix(self, h, rope):
-        return self.part.mix(self.read(h), rope)                             # what `writes` reads
+        """The stream -> what the Linear of `writes` reads."""
+        return self.part.mix(self.read(h), rope)
 
     def write(self, h, x):
-        h = h + self.part.get_submodule(self.part.writes)(x)                 # h and mix(h) -> the next h
+        """The stream and mix of it -> the stream of the next step."""
+        h = h + self.part.get_submodule(self.part.writes)(x)
         return h if self.pre_norm else self.norm(h)
 
 
@@ -153,8 +185,10 @@ class Block(nn.Module):
         super().__init__()
         norm = RMSNorm if c.family == "llama" else nn.LayerNorm
         self.pre_norm = c.pre_norm
-        self.norm1, self.attn = norm(c.d_model, eps=c.norm_eps), Attention(c)
-        self.norm2, self.mlp = norm(c.d_model, eps=c.norm_eps), MLP(c)
+        self.norm1 = norm(c.d_model, eps=c.norm_eps)
+        self.attn = Attention(c)
+        self.norm2 = norm(c.d_model, eps=c.norm_eps)
+        self.mlp = MLP(c)
 
     def halves(self) -> tuple[Half, Half]:
         return (Half("attn", self.attn, self.norm1, self.pre_norm),
@@ -169,13 +203,16 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of the positions seen so far: kv holds a pair (B, n_kv_head, length, head_dim) for every block.
+    """Keys and values of the positions seen so far: kv holds a pair (B, n_kv_head, length,
+    head_dim) for every block.
 
-    A full one of batch 1 is a prefix: any batch reads it, nothing is written, gradients reach what it was made of."""
+    A full one of batch 1 is a prefix: any batch reads it, nothing is written, gradients reach what
+    it was made of."""
 
     def __init__(self, c: Config, batch: int, length: int, dtype, device):
         shape = batch, c.n_kv_head, length, c.head_dim
-        self.kv = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in range(c.n_layer)]
+        self.kv = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+                   for _ in range(c.n_layer)]
         self.start = 0
 
     @property
@@ -188,7 +225,8 @@ class Transformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.d_embed)
-        self.embed_positions = nn.Embedding(c.max_positions + 2, c.d_model) if c.family == "opt" else None
+        learned = c.family == "opt"                     # positions; LLaMA's are rotary
+        self.embed_positions = nn.Embedding(c.max_positions + 2, c.d_model) if learned else None
         wide = c.d_embed != c.d_model
         self.project_in = nn.Linear(c.d_embed, c.d_model, bias=False) if wide else None
         self.project_out = nn.Linear(c.d_model, c.d_embed, bias=False) if wide else None
@@ -196,27 +234,34 @@ class Transformer(nn.Module):
         norm = RMSNorm if c.family == "llama" else nn.LayerNorm
         self.norm = norm(c.d_model, eps=c.norm_eps) if c.final_norm else None
         self.lm_head = None if c.tied else nn.Linear(c.d_embed, c.vocab_size, bias=False)
-        self.checkpointing = False                       # recompute blocks in the backward pass to save memory
+        self.checkpointing = False          # recompute blocks in the backward pass to save memory
 
     def embed(self, tokens):
-        return self.embed_tokens(tokens)                                     # (B, T) -> (B, T, d_embed)
+        return self.embed_tokens(tokens)                # (B, T) -> (B, T, d_embed)
 
     def stem(self, embeds, start: int = 0):
-        """Embeddings (B, T, d_embed) -> the first block's input (B, T, d_model) at positions start ... start + T - 1."""
+        """Embeddings (B, T, d_embed) -> the first block's input (B, T, d_model), at positions
+        start ... start + T - 1."""
         T = embeds.shape[1]
-        if start + T > self.config.max_positions:
-            raise ValueError(f"{start + T} positions, prompt included, but this model has {self.config.max_positions}: "
+        most = self.config.max_positions
+        if start + T > most:
+            raise ValueError(f"{start + T} positions, prompt included, but this model has {most}: "
                              f"use a shorter seqlen or prompt")
         h = embeds if self.project_in is None else self.project_in(embeds)
-        if self.embed_positions is not None:                                 # OPT keeps two unused rows in front
+        if self.embed_positions is not None:
+            # OPT keeps two unused rows in front
             h = h + self.embed_positions.weight[start + 2:start + 2 + T]
         return h
 
     def rope(self, start: int, length: int, device):
-        return rotary_table(self.config, start, length, device) if self.config.family == "llama" else None
+        """rotary_table of these positions; None where positions are learned."""
+        if self.config.family != "llama":
+            return None
+        return rotary_table(self.config, start, length, device)
 
     def hidden(self, x, cache: Cache | None = None):
-        """Tokens (B, T) or embeddings (B, T, d_embed) -> the last block's output (B, T, d_model)."""
+        """Tokens (B, T) or embeddings (B, T, d_embed) -> the last block's output (B, T,
+        d_model)."""
         start = cache.start if cache else 0
         writes = cache is not None and not cache.full
         embeds = x if x.is_floating_point() else self.embed(x)
@@ -250,10 +295,11 @@ class Transformer(nn.Module):
         return self.head(self.hidden(x, cache))
 
     def nll(self, x, targets, chunk: int = 512):
-        """Negative log-likelihood, fp32, of the targets (B, T) that are not -100, in order: a 1-D tensor.
+        """Negative log-likelihood, fp32, of the targets (B, T) that are not -100, in order: a 1-D
+        tensor.
 
-        The head runs on `chunk` scored positions at a time and is recomputed in the backward pass, so the full
-        (tokens, vocab_size) logits never exist."""
+        The head runs on `chunk` scored positions at a time and is recomputed in the backward pass,
+        so the full (tokens, vocab_size) logits never exist."""
         keep = targets != -100
         h, targets = self.hidden(x)[keep], targets[keep]
 
@@ -270,23 +316,49 @@ class Transformer(nn.Module):
 
     def linears(self):
         """(name, module) of every Linear inside the blocks: what gets compressed, in order."""
-        return [(f"blocks.{i}.{n}", m) for i, b in enumerate(self.blocks) for n, m in b.named_modules()
-                if hasattr(m, "in_features")]
+        return [(f"blocks.{i}.{name}", module) for i, block in enumerate(self.blocks)
+                for name, module in block.named_modules() if hasattr(module, "in_features")]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Checkpoints. Our parameter names are turned into the published ones by these substitutions, never the other way round.
+# --------------------------------------------------------------------------------------------------
+# Checkpoints. Our parameter names are turned into the published ones by these substitutions, one
+# after the other, and never the other way round.
 
-HF = {"llama": [(r"^blocks", "model.layers"), (r"^(embed_tokens|norm)\b", r"model.\1"),
-                (r"\.attn\.(\w)\.", r".self_attn.\1_proj."), (r"\.mlp\.(\w+)\.", r".mlp.\1_proj."),
-                (r"\.norm1", ".input_layernorm"), (r"\.norm2", ".post_attention_layernorm")],
-      "opt": [(r"^norm\b", "final_layer_norm"), (r"^blocks", "layers"), (r"^(?!lm_head)", "model.decoder."),
-              (r"\.attn\.o\.", ".self_attn.out_proj."), (r"\.attn\.(\w)\.", r".self_attn.\1_proj."), (r"\.mlp\.up", ".fc1"),
-              (r"\.mlp\.down", ".fc2"), (r"\.norm1", ".self_attn_layer_norm"), (r"\.norm2", ".final_layer_norm")]}
-META = [(r"^blocks", "layers"), (r"\.attn\.(\w)\.", r".attention.w\1."), (r"\.mlp\.gate", ".feed_forward.w1"),
-        (r"\.mlp\.up", ".feed_forward.w3"), (r"\.mlp\.down", ".feed_forward.w2"), (r"\.norm1", ".attention_norm"),
-        (r"\.norm2", ".ffn_norm"), (r"^lm_head", "output"), (r"^embed_tokens", "tok_embeddings")]
-IGNORED = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$|\.masked_bias$")       # tables and masks, not weights
+HF = {
+    "llama": [
+        (r"^blocks", "model.layers"),
+        (r"^(embed_tokens|norm)\b", r"model.\1"),
+        (r"\.attn\.(\w)\.", r".self_attn.\1_proj."),
+        (r"\.mlp\.(\w+)\.", r".mlp.\1_proj."),
+        (r"\.norm1", ".input_layernorm"),
+        (r"\.norm2", ".post_attention_layernorm"),
+    ],
+    "opt": [
+        (r"^norm\b", "final_layer_norm"),
+        (r"^blocks", "layers"),
+        (r"^(?!lm_head)", "model.decoder."),
+        (r"\.attn\.o\.", ".self_attn.out_proj."),
+        (r"\.attn\.(\w)\.", r".self_attn.\1_proj."),
+        (r"\.mlp\.up", ".fc1"),
+        (r"\.mlp\.down", ".fc2"),
+        (r"\.norm1", ".self_attn_layer_norm"),
+        (r"\.norm2", ".final_layer_norm"),
+    ],
+}
+META = [
+    (r"^blocks", "layers"),
+    (r"\.attn\.(\w)\.", r".attention.w\1."),
+    (r"\.mlp\.gate", ".feed_forward.w1"),
+    (r"\.mlp\.up", ".feed_forward.w3"),
+    (r"\.mlp\.down", ".feed_forward.w2"),
+    (r"\.norm1", ".attention_norm"),
+    (r"\.norm2", ".ffn_norm"),
+    (r"^lm_head", "output"),
+    (r"^embed_tokens", "tok_embeddings"),
+]
+# tables and masks, not weights
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$|\.masked_bias$")
+
 
 def published_name(name: str, table) -> str:
     for pattern, theirs in table:
@@ -300,7 +372,8 @@ def bare_name(name: str) -> str:
 
 
 def half_split(w, heads: int):
-    """Meta pairs rotary channels (0,1), (2,3), ...; we pair the first half with the second, as Hugging Face does."""
+    """Meta pairs rotary channels (0,1), (2,3), ...; we pair the first half with the second, as
+    Hugging Face does."""
     return w.view(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
@@ -313,23 +386,27 @@ def skeleton_of(config: Config) -> Transformer:
 class Checkpoint:
     """Weights under our own names: compared with a configuration, mapped, not read.
 
-    tensor("blocks.0.attn.q.weight") is one of them as it is stored; packed["blocks.0.attn.q"] is a Linear that is
-    stored packed. Raises ValueError with one line for missing, extra or mis-shaped weights."""
+    tensor("blocks.0.attn.q.weight") is one of them as it is stored; packed["blocks.0.attn.q"] is a
+    Linear that is stored packed. Raises ValueError with one line for missing, extra or mis-shaped
+    weights."""
 
     def __init__(self, place: Path, config: Config, files: Tensors, layers: dict[str, dict],
                  skeleton: nn.Module, prefix: str = "", meta: bool = False):
-        """place: named in errors. files: the file's names and tensors, layers: meta of its packed Linears. skeleton: the
-        module, on the meta device, that they must fill, its names beginning with prefix. meta: Meta's layout."""
+        """place: named in errors. files: the file's names and tensors, layers: meta of its packed
+        Linears. skeleton: the module, on the meta device, that they must fill, its names beginning
+        with prefix. meta: Meta's layout."""
         self.place, self.config, self.files, self.meta = place, config, files, meta
         stored = {n if meta else bare_name(n): n for n in files}
         twice = set(files) - set(stored.values())
         if twice:
-            raise ValueError(f"{place} holds {twice.pop()} under a shorter name too: its weights are not of one model")
+            raise ValueError(f"{place} holds {twice.pop()} under a shorter name too: its weights "
+                             f"are not of one model")
         if config.family == "opt" and not prefix and "lm_head.weight" not in stored:
-            config.tied = True                                   # OPT always ties; some files say so by leaving it out
+            config.tied = True              # OPT always ties; some files say so by leaving it out
             skeleton.lm_head = None
         self.packed = self.take_packed(skeleton, prefix, stored, dict(layers))
-        self.keys, missing = {}, []                              # our name -> the file's
+        self.keys = {}                                  # our name -> the file's
+        missing = []
         for name, p in skeleton.named_parameters():
             if (prefix + name).removesuffix(".weight") in self.packed:
                 continue
@@ -338,25 +415,29 @@ class Checkpoint:
             if key is None:
                 missing.append(theirs)
                 continue
-            if files.shape(key) != p.shape:                      # reads nothing
-                raise ValueError(f"{files.files[key]}: {key} has shape {tuple(files.shape(key))}, but the configuration "
-                                 f"wants {tuple(p.shape)}")
+            if files.shape(key) != p.shape:             # reads nothing
+                raise ValueError(f"{files.files[key]}: {key} has shape {tuple(files.shape(key))}, "
+                                 f"but the configuration wants {tuple(p.shape)}")
             self.keys[prefix + name] = key
         if config.tied:
-            stored.pop("lm_head.weight", None)                   # a stored copy of the tied head
+            stored.pop("lm_head.weight", None)          # a stored copy of the tied head
         extra = [n for n in stored.values() if not IGNORED.search(n)]
+        found = (("missing", missing), ("unexpected", extra))
         if missing or extra:
             raise ValueError(f"{place} does not fit its configuration: " + "; ".join(
-                f"{len(n)} {what}, such as {n[0]}" for what, n in (("missing", missing), ("unexpected", extra)) if n))
+                f"{len(names)} {what}, such as {names[0]}" for what, names in found if names))
 
-    def take_packed(self, skeleton: nn.Module, prefix: str, stored: dict, layers: dict) -> dict[str, Packed]:
+    def take_packed(self, skeleton: nn.Module, prefix: str, stored: dict,
+                    layers: dict) -> dict[str, Packed]:
         """The Linears that `layers` calls packed, checked; their tensors leave `stored`."""
         packed = {}
         for name, linear in skeleton.named_modules() if layers else ():
-            theirs = published_name(f"{prefix}{name}.weight", HF[self.config.family]).removesuffix(".weight")
+            theirs = published_name(f"{prefix}{name}.weight", HF[self.config.family])
+            theirs = theirs.removesuffix(".weight")
             if not hasattr(linear, "in_features") or theirs not in layers:
                 continue
-            names = [n for n in stored if n.startswith(bare_name(theirs) + ".") and not n.endswith(".bias")]
+            names = [n for n in stored
+                     if n.startswith(bare_name(theirs) + ".") and not n.endswith(".bias")]
             tensors = {n.rpartition(".")[2]: self.files[stored.pop(n)] for n in names}
             held = packed[prefix + name] = Packed(tensors, layers.pop(theirs))
             try:
@@ -364,10 +445,11 @@ class Checkpoint:
             except ValueError as e:
                 raise ValueError(f"{self.place}: {theirs}: {e}") from None
         if layers:
-            raise ValueError(f"{self.place} packs {next(iter(layers))}, which is no Linear of this model")
+            raise ValueError(f"{self.place} packs {next(iter(layers))}, which is no Linear of this "
+                             f"model")
         return packed
 
-    def skeleton(self) -> "Transformer":
+    def skeleton(self) -> Transformer:
         """The model on the meta device: names and shapes without weights."""
         return skeleton_of(self.config)
 
@@ -382,17 +464,20 @@ class Checkpoint:
             w = half_split(w, w.shape[0] // self.config.head_dim)
         return w
 
-    def fill(self, module: nn.Module, prefix: str = "", dtype: torch.dtype | None = torch.float32, device="cpu",
-             packed: bool = True) -> nn.Module:
-        """Weights for a module made on the meta device, whose names here begin with prefix. dtype None: as stored.
+    def fill(self, module: nn.Module, prefix: str = "", dtype: torch.dtype | None = torch.float32,
+             device="cpu", packed: bool = True) -> nn.Module:
+        """Weights for a module made on the meta device, whose names here begin with prefix. dtype
+        None: as stored.
 
-        Linears that are stored packed become PackedLinear, or, with packed=False, ordinary ones with the same weights."""
+        Linears that are stored packed become PackedLinear, or, with packed=False, ordinary ones
+        with the same weights."""
         state = {}
         for name, linear in list(module.named_modules()):
             held = self.packed.get(prefix + name)
             if held is None:
                 continue
-            if packed:                                           # views of the file until they move to another device
+            if packed:
+                # views of the file until they move to another device
                 held = Packed({n: t.to(device) for n, t in held.tensors.items()}, held.meta)
                 module.set_submodule(name, PackedLinear(held, linear.bias))
             else:
@@ -400,29 +485,35 @@ class Checkpoint:
         for name, _ in module.named_parameters():
             if name not in state:
                 state[name] = self.tensor(prefix + name).to(device=device, dtype=dtype)
-        module.load_state_dict(state, assign=True, strict=False)           # packed tensors are in place already
+        # not strict: packed tensors are in place already
+        module.load_state_dict(state, assign=True, strict=False)
         return module.eval().requires_grad_(False)
 
-    def block(self, i: int, dtype: torch.dtype | None = None, device="cpu", packed: bool = True) -> "Block":
+    def block(self, i: int, dtype: torch.dtype | None = None, device="cpu",
+              packed: bool = True) -> Block:
         """Block i alone; dtype None: as stored."""
         with torch.device("meta"):
             block = Block(self.config)
         return self.fill(block, f"blocks.{i}.", dtype, device, packed)
 
-    def ends(self, dtype: torch.dtype | None = None, device="cpu") -> "Transformer":
+    def ends(self, dtype: torch.dtype | None = None, device="cpu") -> Transformer:
         """The model without its blocks: embedding, last norm and head."""
         model = self.skeleton()
         model.blocks = nn.ModuleList()
         return self.fill(model, "", dtype, device)
 
-    def model(self, dtype: torch.dtype | None = torch.float32, device="cpu", packed: bool = True) -> "Transformer":
+    def model(self, dtype: torch.dtype | None = torch.float32, device="cpu",
+              packed: bool = True) -> Transformer:
+        """The whole of it."""
         return self.fill(self.skeleton(), "", dtype, device, packed)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The weights of a folder or a name (see resolve), to be read tensor by tensor or block by block.
+    """The weights of a folder or a name (see resolve), to be read tensor by tensor or block by
+    block.
 
-    Raises FileNotFoundError / ValueError with one line for what is missing, unexpected, mis-shaped or truncated."""
+    Raises FileNotFoundError / ValueError with one line for what is missing, unexpected, mis-shaped
+    or truncated."""
     folder = resolve(path)
     config = read_config(folder)
     meta = not (folder / "config.json").exists()
@@ -438,22 +529,28 @@ def check_device(device) -> None:
         raise ValueError(f"device {device} cannot be used here: {str(e).splitlines()[0]}") from None
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu", packed: bool = True) -> Transformer:
-    """A frozen Transformer from a folder or a name (see resolve). Files are mapped and read tensor by tensor.
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu",
+               packed: bool = True) -> Transformer:
+    """A frozen Transformer from a folder or a name (see resolve). Files are mapped and read tensor
+    by tensor.
 
-    Linears that are stored packed become PackedLinear, or, with packed=False, ordinary ones with the same weights.
-    Raises FileNotFoundError / ValueError with one line for missing, extra, mis-shaped or truncated weights."""
+    Linears that are stored packed become PackedLinear, or, with packed=False, ordinary ones with
+    the same weights. Raises FileNotFoundError / ValueError with one line for missing, extra,
+    mis-shaped or truncated weights."""
     check_device(device)
     return open_checkpoint(path).model(dtype, device, packed)
 
 
-def published_state(module: nn.Module, family: str, prefix: str = "", dtype: torch.dtype = torch.float16
+def published_state(module: nn.Module, family: str, prefix: str = "",
+                    dtype: torch.dtype = torch.float16
                     ) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
-    """Tensors of a module under Hugging Face's names, what is floating point in dtype, and the meta of its packed Linears.
+    """Tensors of a module under Hugging Face's names, what is floating point in dtype, and the meta
+    of its packed Linears.
 
     A PackedLinear gives its packed tensors, `<name of the Linear>.codes` and so on."""
     table, layers = HF[family], {}
-    state = {published_name(prefix + n, table): p.detach().to(dtype) for n, p in module.named_parameters()}
+    state = {published_name(prefix + name, table): p.detach().to(dtype)
+             for name, p in module.named_parameters()}
     for name, w in state.items():
         if not torch.isfinite(w).all():
             raise ValueError(f"{name} does not fit {dtype}: save in bfloat16 or float32")
@@ -468,47 +565,62 @@ def published_state(module: nn.Module, family: str, prefix: str = "", dtype: tor
 def save_config(folder: Path, config: Config, layers: dict, dtype: torch.dtype = torch.float16,
                 extra: dict | None = None) -> None:
     """config.json; `layers` is what the packed tensors mean, `extra` joins it."""
-    files = file_sums(folder) if layers else None                # packed: nobody can put a folder together from two
-    held = {**hf_config(config, layers, files), "torch_dtype": str(dtype).removeprefix("torch."), **(extra or {})}
+    # packed: so that nobody can put a folder together from two
+    files = file_sums(folder) if layers else None
+    held = {**hf_config(config, layers, files), "torch_dtype": str(dtype).removeprefix("torch."),
+            **(extra or {})}
     write_json(folder / "config.json", held)
 
 
-def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype = torch.float16, extra: dict | None = None) -> None:
-    """Write config.json and model.safetensors in the Hugging Face layout; `extra` joins config.json.
+def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype = torch.float16,
+               extra: dict | None = None) -> None:
+    """Write config.json and model.safetensors in the Hugging Face layout; `extra` joins
+    config.json.
 
-    A PackedLinear is written as its packed tensors, with what they mean under quantization_config. Other libraries
-    cannot read these: for them, save what load_model(..., packed=False) gives."""
+    A PackedLinear is written as its packed tensors, with what they mean under quantization_config.
+    Other libraries cannot read these: for them, save what load_model(..., packed=False) gives."""
     folder = Path(folder)
     state, layers = published_state(model, model.config.family, "", dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)             # no reader may join it to other weights
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)       # of shards that were here before
+    # no reader may join an older configuration, or an index of shards, to these weights
+    (folder / "config.json").unlink(missing_ok=True)
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     write_safetensors(folder / "model.safetensors", state)
     save_config(folder, model.config, layers, dtype, extra)
 
 
-# A model too large for the memory is written in shards, the first with the ends, then a block each; config.json comes
-# last, so that a folder without it is not complete.
+# A model too large for the memory is written in shards, the first with the ends, then a block each;
+# config.json comes last, so that a folder without it is not complete.
 
 def shard_path(folder: Path, part: int, n_layer: int) -> Path:
     """File of part 0, the ends, or of part i + 1, block i."""
     return folder / f"model-{part + 1:05d}-of-{n_layer + 1:05d}.safetensors"
 
 
-def save_shard(folder: Path, module: nn.Module, part: int, config: Config, note: dict | None = None) -> None:
-    """Write the ends (part 0) or block part - 1 with `note`, JSON values that read_note finds again."""
+def save_shard(folder: Path, module: nn.Module, part: int, config: Config,
+               note: dict | None = None) -> None:
+    """Write the ends (part 0) or block part - 1 with `note`, JSON values that read_note finds
+    again."""
     prefix = f"blocks.{part - 1}." if part else ""
     state, layers = published_state(module, config.family, prefix)
-    note = json.dumps({"layers": layers, "note": note or {}})
-    write_safetensors(shard_path(folder, part, config.n_layer), state, {"compress-then-prompt": note})
+    told = {"compress-then-prompt": json.dumps({"layers": layers, "note": note or {}})}
+    write_safetensors(shard_path(folder, part, config.n_layer), state, told)
 
 
 def read_note(path: Path) -> dict:
     """{"layers": meta of the packed Linears, "note": ...} of a shard that save_shard wrote."""
+    said = read_metadata(path)
     try:
-        return json.loads(read_metadata(path)["compress-then-prompt"])
-    except (ValueError, KeyError):
-        raise ValueError(f"{path} is not a shard of a compressed model: delete it and compress again") from None
+        held = parse_json(said["compress-then-prompt"].encode())
+        check_layers(path, held["layers"])
+        found = held["note"].setdefault("layers", [])           # one dict a Linear
+        whole = "crc32" in said and all(type(layer["error"]) is float for layer in found)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is not a shard of a compressed model: delete it and compress "
+                         f"again")
+    return held
 
 
 def load_block(path: Path, i: int, config: Config, dtype: torch.dtype, device="cpu") -> Block:
@@ -516,7 +628,8 @@ def load_block(path: Path, i: int, config: Config, dtype: torch.dtype, device="c
     with torch.device("meta"):
         block = Block(config)
     prefix = f"blocks.{i}."
-    shard = Checkpoint(path, config, read_safetensors(path), read_note(path)["layers"], block, prefix)
+    layers = read_note(path)["layers"]
+    shard = Checkpoint(path, config, read_safetensors(path), layers, block, prefix)
     return shard.fill(block, prefix, dtype, device, packed=False)
 
 
@@ -529,13 +642,15 @@ def save_index(folder: Path, config: Config) -> None:
         total += sum(t.nbytes for t in tensors.values())
         names.update(dict.fromkeys(tensors, path.name))
         layers.update(read_note(path)["layers"])
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
+    write_json(folder / "model.safetensors.index.json",
+               {"metadata": {"total_size": total}, "weight_map": names})
     save_config(folder, config, layers)
 
 
 def storage(model: Transformer, stored: int | None = None) -> dict:
-    """What half-precision files of the model take: megabytes, real bits per weight of everything and of the blocks'
-    Linears (masks, starts and grids counted), and `nominal`, the literature's 16 / (bits x share of weights kept).
+    """What half-precision files of the model take: megabytes, real bits per weight of everything
+    and of the blocks' Linears (masks, starts and grids counted), and `nominal`, the literature's
+    16 / (bits x share of weights kept).
 
     stored: a file's real size in bytes, headers and all, if there is one."""
     weights = used = needed = dense = 0
@@ -543,10 +658,12 @@ def storage(model: Transformer, stored: int | None = None) -> dict:
         n = m.in_features * m.out_features
         weights += n
         if isinstance(m, PackedLinear):
-            used, needed = used + nbytes(m.packed), needed + m.meta["bits"] * count_kept(m.packed)
+            used += nbytes(m.packed)
+            needed += m.meta["bits"] * count_kept(m.packed)
         else:
-            kept = n if m.weight.is_meta else int(m.weight.count_nonzero())
-            used, needed, dense = used + 2 * n, needed + 16 * kept, dense + n
+            used += 2 * n
+            needed += 16 * (n if m.weight.is_meta else int(m.weight.count_nonzero()))
+            dense += n
     others = sum(p.numel() for p in model.parameters()) - dense
     stored = used + 2 * others if stored is None else stored
     return {"megabytes": stored / 1e6, "bits_per_weight": 8 * stored / (weights + others),

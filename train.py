@@ -1,80 +1,130 @@
-"""Compress, then prompt (arXiv 2305.11186): measure -> compress -> measure -> prompt -> measure, as a program.
+"""Compress, then prompt (arXiv 2305.11186) as a program: compress -> heal -> prompt, measured after
+each.
 
     python train.py --model llama-7b --bits 4 --sparsity 0.5
 
-prunes half of the weights of a LLaMA or OPT checkpoint and quantizes the rest to 4 bits, block by block (compress.py),
-learns a soft prompt on the compressed model (prompt.py), measures each step and prints one table. Everything lands in
---out: compressed/ (load_model reads it), prompt.safetensors, report.json. What is done is written when it is done;
-after a kill or Ctrl-C the same command with --resume goes on. `torchrun --nproc-per-node N train.py ...` splits the
-windows over N processes. Left out: splitting one model over several devices.
+prunes half of the weights of a LLaMA or OPT checkpoint and quantizes the rest to 4 bits, block by
+block (compress.py), tunes what is stored beside the codes (heal.py), learns a soft prompt on the
+result (prompt.py), measures each step and prints one table. Everything lands in --out: compressed/
+(load_model reads it; the healed model takes its place once it is complete), prompt.safetensors,
+report.json. What is done is written when it is done; after a kill or Ctrl-C the same command with
+--resume goes on. `torchrun --nproc-per-node N train.py ...` splits the windows over N processes.
+Left out: splitting one model over several devices.
 """
 from argparse import BooleanOptionalAction
 
 from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, whole
 
-COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid", "act_order", "static_groups",
-               "descent", "true_sequential", "correct", "percdamp", "blocksize", "calib", "nsamples")
-NO_SETTINGS = ("out", "resume", "overwrite", "plan")     # what does not change the numbers
+# Flags that do nothing on a model that is compressed already,
+COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid",
+               "act_order", "static_groups", "descent", "true_sequential", "correct", "percdamp",
+               "blocksize", "nsamples", "heal")
+# without rounding,
+GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent", "heal")
+# without pruning,
+MASKS = ("mask", "refits")
+# without steps of learning a prompt,
+PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "kind",
+          "objective", "prompt_recipe")
+# and those that never change the numbers.
+NO_SETTINGS = ("out", "resume", "overwrite", "plan")
+HELD_OUT = 8                            # windows of the calibration text that only judge
 
 
 def flags() -> Flags:
-    """What can be asked for. A flag that was not given is None; what it means then, `settle` says."""
-    p = Flags(description="Compress a LLaMA or OPT checkpoint, learn a soft prompt on it, and print one table.")
+    """What can be asked for. A flag that was not given is None: `settle` says what it means."""
+    p = Flags(description="Compress a LLaMA or OPT checkpoint, learn a soft prompt on it, and "
+                          "print one table.")
     a = p.add_argument
-    a("--model", default="tiny-llama", help="a checkpoint folder or a name such as llama-7b, opt-1.3b; a folder that is "
-      "compressed already only gets a prompt")
-    a("--dense", metavar="FOLDER", help="with a compressed --model: its dense model, for the table's first row")
-    a("--out", help="folder for the compressed model, the prompt and the report (default runs/MODEL-BITS-SPARSITY)")
+    a("--model", default="tiny-llama",
+      help="a checkpoint folder or a name such as llama-7b, opt-1.3b; a folder that is compressed "
+           "already only gets a prompt")
+    a("--dense", metavar="FOLDER",
+      help="with a compressed --model: its dense model, for the table's first row")
+    a("--out", help="folder for the compressed model, the prompt and the report (default "
+                    "runs/MODEL-BITS-SPARSITY)")
     a("--resume", action="store_true", help="continue a run of the same settings that was cut off")
     a("--overwrite", action="store_true", help="clear what another run has left in --out")
     a("--plan", action="store_true", help="say what would be done, its memory and disk, and stop")
     a("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     a("--dtype", choices=PRECISIONS,
       help="of activations (default: 16 bits where the device multiplies them fast, else float32)")
-    a("--seed", type=whole(0, 2**62), default=0, help="of the windows drawn and of the prompt's learning (default 0)")
+    a("--seed", type=whole(0, 2**62),
+      help="of the windows drawn and of the prompt's learning (default 0)")
 
     a = p.add_argument_group("compression").add_argument
-    a("--bits", type=int, choices=[2, 3, 4, 8, 16], help="bits a weight kept; 16 does not quantize (default 4)")
+    a("--bits", type=int, choices=[2, 3, 4, 8, 16],
+      help="bits a weight kept; 16 does not quantize (default 4)")
     a("--sparsity", help="0, a fraction of weights to prune, or n:m such as 2:4 (default 0.5)")
     a("--groupsize", type=groups, help="columns that share a grid; -1, the default: a whole row")
-    a("--sym", action="store_true", default=None, help="grids symmetric around zero; offset grids always are")
+    a("--sym", action="store_true", default=None,
+      help="grids symmetric around zero; offset grids always are")
     a("--recipe", choices=["plain", "best"],
-      help="plain: SparseGPT and GPTQ as published; flags below change single steps (default best)")
+      help="plain: SparseGPT and GPTQ as published; flags below change single steps (default "
+           "best)")
     a("--mask", choices=["admm", "sparsegpt"], help="how weights to prune are found")
     a("--refits", type=whole(0, 1000), help="conjugate gradient iterations on the weights kept")
     a("--grid", choices=["minmax", "uniform", "offset", "auto"],
       help="auto: offset (no level on zero) if pruned, else uniform")
-    a("--act-order", action=BooleanOptionalAction, help="quantize columns in order of falling Hessian diagonal")
+    a("--act-order", action=BooleanOptionalAction,
+      help="quantize columns in order of falling Hessian diagonal")
     a("--static-groups", action="store_true", default=None,
       help="plain GPTQ with --act-order: groups stay neighbouring columns")
     a("--descent", type=whole(0, 1000), help="passes over the codes afterwards")
-    a("--true-sequential", action=BooleanOptionalAction, help="groups of Linears inside a block one after the other")
-    a("--correct", type=real(0, 1), help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
+    a("--true-sequential", action=BooleanOptionalAction,
+      help="groups of Linears inside a block one after the other")
+    a("--correct", type=real(0, 1),
+      help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
     a("--percdamp", type=real(0, 100), help="damping, as a share of the Hessian's diagonal")
-    a("--blocksize", type=whole(1, 1 << 20), help="columns whose errors travel together (default 128)")
-    a("--calib", help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path (default c4; "
-                      "tiny models docs)")
+    a("--blocksize", type=whole(1, 1 << 20),
+      help="columns whose errors travel together (default 128)")
+    a("--calib",
+      help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path, or "
+           "several as a,b, which share the windows evenly (default c4; tiny models docs)")
     a("--nsamples", type=whole(1, 1 << 24), help="calibration windows (default 128)")
+    a("--heal", type=whole(0, 10**7), metavar="STEPS",
+      help="then tune grids, norms and biases of the packed model against the dense one on the "
+           "same windows, in so many steps (default 64; tiny models and --bits 16: 0)")
 
     a = p.add_argument_group("measuring").add_argument
-    a("--data", help="text the perplexity is measured on, likewise (default wikitext2; tiny models headers)")
+    a("--data",
+      help="text the perplexity is measured on, likewise (default wikitext2; tiny models headers)")
     a("--data-dir", metavar="FOLDER", help="folder that holds the text sets")
-    a("--seqlen", type=whole(2, 1 << 20), help="tokens a window, everywhere (default 2048; tiny models 256)")
-    a("--max-tokens", type=whole(2, 1 << 40), help="measure on the first so many tokens (default all; tiny models 32768)")
-    a("--batch-size", type=whole(1, 4096), help="windows at a time, and a step of learning (default 4; tiny models 8)")
-    a("--fused", default="on", choices=["on", "off"],
+    a("--seqlen", type=whole(2, 1 << 20),
+      help="tokens a window, everywhere (default 2048; tiny models 256)")
+    a("--max-tokens", type=whole(2, 1 << 40),
+      help="measure on the first so many tokens (default all; tiny models 32768)")
+    a("--batch-size", type=whole(1, 4096),
+      help="windows at a time, and a step of learning (default 4; tiny models 8)")
+    a("--fused", choices=["on", "off"],
       help="off: unpack the compressed weights once, run ordinary Linears")
 
     a = p.add_argument_group("the prompt").add_argument
     a("--steps", type=whole(0, 10**7), help="learning steps (default 200); 0 skips the prompt")
-    a("--lr", type=real(0, 1e3, above=True), help="peak learning rate (default: 0.35 x the embeddings' deviation)")
-    a("--train-data", help="text the prompt is learned on (default: --calib; tiny models headers)")
-    a("--val-windows", type=whole(0, 10**6), default=8, help="windows of it held out to choose the best prompt (default 8)")
-    a("--prompt-tokens", type=whole(1, 1 << 20), help="length of the prompt (default 100; tiny models 50)")
-    a("--prompt-init", default="text", choices=["text", "vocab", "random"],
-      help="start from the text's first tokens, from tokens drawn at random, or from random numbers")
-    a("--control", action=BooleanOptionalAction, help="learn a prompt on the dense model too (default: tiny models)")
-    a("--checkpointing", action="store_true", help="recompute activations to save memory")
+    a("--lr", type=real(0, 1e3, above=True),
+      help="peak learning rate (default: 0.35 x the embeddings' deviation)")
+    a("--train-data",
+      help="text the prompt is learned on (default: the first of --calib; tiny models headers)")
+    a("--val-windows", type=whole(0, 10**6),
+      help="windows of it held out to choose the best prompt (default 8)")
+    a("--prompt-tokens", type=whole(1, 1 << 20),
+      help="length of the prompt (default 100; tiny models 50)")
+    a("--prompt-init", choices=["text", "vocab", "random"],
+      help="start from the text's first tokens, from tokens drawn at random, or from random "
+           "numbers")
+    a("--control", action=BooleanOptionalAction,
+      help="learn a prompt on the dense model too (default: tiny models)")
+    a("--checkpointing", action="store_true", default=None,
+      help="recompute activations to save memory")
+    a("--kind", choices=["embedding", "prefix"],
+      help="embedding: what the first block reads, as in the paper (default); prefix: keys and "
+           "values of every layer, from the dense model's own")
+    a("--objective", choices=["next", "kl"],
+      help="next: next-token loss, as in the paper (default); kl: the dense model's predictions "
+           "of the same text")
+    a("--prompt-recipe", choices=["ours", "paper"],
+      help="paper: its code's own 30000 steps, batches of 2, seqlen, warm-up and rate, where no "
+           "flag says otherwise (default ours)")
     return p
 
 
@@ -84,85 +134,176 @@ def groups(text: str) -> int:
 
 
 if __name__ == "__main__":
-    args = read_flags(flags())                           # before torch is loaded: --help and wrong flags answer at once
+    # before torch is loaded: --help and wrong flags answer at once
+    args = read_flags(flags())
 
 import platform
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from compress import RECIPES, Settings, compress, make_solver, plan
+from compress import RECIPES, Settings, compress, hold_out, make_solver, mean_errors, plan
 from data import parallel
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.report import Report, identity
-from data.text import calibration, eval_tokens
+from data.text import FILES as TEXT_SETS, calibration, eval_tokens, learning_windows
 from data.tokenizer import copy_tokenizer, load_tokenizer
-from eval import DTYPES, default_device, default_dtype, fits, perplexity, stored_dtype, streamed_perplexity, usable
+from eval import (DTYPES, default_device, default_dtype, fits, last_states, perplexity,
+                  stored_dtype, streamed_perplexity, usable)
+from heal import heal, save_healed
 from model import Checkpoint, open_checkpoint, storage
-from prompt import default_rate, initial_prompt, learn, owner, save_prompt
+from prompt import (PAPER, default_rate, initial_prompt, learn, owner, save_prompt, streamed_prefix,
+                    teacher_states)
 from sparsegpt import parse_sparsity
+
 
 def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
     folder = resolve(args.model)
+    given = {name for name, value in vars(args).items() if value is not None}
+    if args.heal == 0:
+        given.discard("heal")                       # asks for nothing
     args.packed = bool(packed_layers(folder))
     if args.resume and args.overwrite:
-        raise ValueError("--resume and --overwrite exclude each other: the one continues what the other clears")
+        raise ValueError("--resume and --overwrite exclude each other: the one continues what the "
+                         "other clears")
     if args.packed:
-        given = [flag(name) for name in COMPRESSION if getattr(args, name) is not None and name not in ("calib", "nsamples")]
-        if given:
-            raise ValueError(f"--model {args.model} is compressed already, so {', '.join(given)} cannot be applied: give the "
-                             f"dense checkpoint, or leave them out to learn a prompt")
+        odd = [flag(name) for name in COMPRESSION if name in given]
+        if odd:
+            raise ValueError(f"--model {args.model} is compressed already, so {', '.join(odd)} "
+                             f"cannot be applied: give the dense checkpoint, or leave them out to "
+                             f"learn a prompt")
         if args.control and not args.dense:
-            raise ValueError("--control learns a prompt on the dense model too: say where it is with --dense FOLDER")
+            raise ValueError("--control learns a prompt on the dense model too: say where it is "
+                             "with --dense FOLDER")
     elif args.dense:
-        raise ValueError(f"--dense goes with a compressed --model, and {args.model} is dense: leave it out")
+        raise ValueError(f"--dense goes with a compressed --model, and {args.model} is dense: "
+                         f"leave it out")
     size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
-    general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best", static_groups=False, blocksize=128)
+    settle_prompt(args)
+    general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best",
+                   static_groups=False, blocksize=128, seed=0, fused="on", val_windows=8,
+                   prompt_init="text", checkpointing=False)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.train_data = args.train_data or args.calib
+    args.heal = 0 if args.packed or args.bits == 16 else args.heal
+    if args.nsamples < len(calibration_texts(args)):
+        raise ValueError(f"--nsamples {args.nsamples} leaves some texts of --calib {args.calib} "
+                         f"without a window: use more")
+    args.train_data = args.train_data or calibration_texts(args)[0]
+    refuse_idle(args, given)
     args.device = usable(args.device)
     args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
     Settings(args.true_sequential, args.correct).check()
-    if args.sym and (args.grid == "offset" or args.grid == "auto" and parse_sparsity(args.sparsity)[0]):
-        raise ValueError("--sym does nothing for offset grids, which are symmetric: leave it out, or use --grid uniform")
+    prunes = parse_sparsity(args.sparsity)[0] > 0
+    if args.sym and (args.grid == "offset" or args.grid == "auto" and prunes):
+        raise ValueError("--sym does nothing for offset grids, which are symmetric: leave it out, "
+                         "or use --grid uniform")
     if args.out is None:
-        setting = "prompt" if args.packed else f"{args.bits}bit-{str(args.sparsity).replace(':', 'of')}"
-        setting += "" if args.recipe == "best" else f"-{args.recipe}"
-        args.out = f"runs/{re.sub(r'[^A-Za-z0-9.-]+', '-', str(args.model)).strip('-')}-{setting}"
+        name = re.sub(r"[^A-Za-z0-9.-]+", "-", str(args.model)).strip("-")
+        setting = f"{args.bits}bit-{str(args.sparsity).replace(':', 'of')}"
+        if args.packed:
+            setting = "prompt"
+        elif args.recipe != "best":
+            setting += f"-{args.recipe}"
+        args.out = f"runs/{name}-{setting}"
     inside, source = Path(args.out).resolve(), folder.resolve()
     if inside == source or inside in source.parents:
-        raise ValueError(f"--model {args.model} lies inside --out {args.out}, which a run clears and writes: name another "
-                         f"--out")
+        raise ValueError(f"--model {args.model} lies inside --out {args.out}, which a run clears "
+                         f"and writes: name another --out")
     if parallel.world() > 1 and args.batch_size % parallel.world():
-        raise ValueError(f"--batch-size {args.batch_size} cannot be split over {parallel.world()} processes: use a multiple")
+        raise ValueError(f"--batch-size {args.batch_size} cannot be split over {parallel.world()} "
+                         f"processes: use a multiple")
+
+
+def refuse_idle(args, given: set[str]) -> None:
+    """ValueError for flags that were given and do nothing beside the others, which are settled."""
+    rounds = not args.packed and args.bits < 16
+    prunes = not args.packed and parse_sparsity(args.sparsity)[0] > 0
+    solves = rounds or prunes
+    learns = args.steps > 0
+    texts = {args.data}
+    if solves:
+        texts |= set(calibration_texts(args))
+    if learns:
+        texts.add(args.train_data)
+    calib_idle = not solves and ("train_data" in given or not learns)
+    idle = [                            # (whether, flags, where they do nothing)
+        (not learns, PROMPT, "with --steps 0"),
+        (not learns and not args.heal, ("checkpointing",),
+         "where neither a prompt is learned nor a model healed"),
+        (not solves and not args.packed, (*COMPRESSION[2:], "fused", "control"),
+         "with --bits 16 --sparsity 0"),
+        (prunes and not rounds, (*GRIDS, "fused"), "with --bits 16"),
+        (rounds and not prunes, MASKS, "with --sparsity 0"),
+        (prunes and not rounds and args.mask == "admm", ("blocksize",),
+         "with --bits 16 and --mask admm"),
+        (args.groupsize == -1, ("static_groups",), "without --groupsize"),
+        (calib_idle, ("calib",), "where nothing is compressed"),
+        (not solves and not learns, ("seed",),
+         "where nothing is compressed and no prompt is learned"),
+        (not texts & set(TEXT_SETS), ("data_dir",),
+         f"where {', '.join(map(str, sorted(texts)))} is read")]
+    for holds, names, why in idle:
+        odd = [flag(name) for name in names if holds and name in given]
+        if odd:
+            does, it = ("does", "it") if len(odd) == 1 else ("do", "them")
+            raise ValueError(f"{', '.join(odd)} {does} nothing {why}: leave {it} out")
+
+
+def settle_prompt(args) -> None:
+    """How the prompt is learned where no flag says so, and what needs the dense model."""
+    paper = PAPER if args.prompt_recipe == "paper" else {}
+    args.warmup = None                              # as `fit` has it
+    args.clip = 1.0
+    ours = {"kind": "embedding", "objective": "next", "prompt_recipe": "ours"}
+    for name, value in {**ours, **paper}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if paper and args.steps < paper["steps"]:       # fewer steps: the same share of them
+        args.warmup = max(1, args.steps * paper["warmup"] // paper["steps"])
+    if args.packed and not args.dense:
+        need = (("kind", "prefix", "starts from the dense model's keys and values"),
+                ("objective", "kl", "learns from the dense model's predictions"))
+        for name, value, what in need:
+            if getattr(args, name) == value:
+                raise ValueError(f"{flag(name)} {value} {what}: say where that model is with "
+                                 f"--dense FOLDER")
+
+
+def calibration_texts(args) -> list[str]:
+    """The texts of --calib a,b."""
+    return list(dict.fromkeys(args.calib.split(",")))
 
 
 def check_positions(args, checkpoint: Checkpoint) -> None:
     """Prompt and window must fit the model."""
-    most, prompt = checkpoint.config.max_positions, args.prompt_tokens if args.steps else 0
+    most = checkpoint.config.max_positions
+    prompt = args.prompt_tokens if args.steps else 0
     if args.seqlen + prompt > most:
         behind = f" behind a prompt of --prompt-tokens {prompt}" if prompt else ""
-        raise ValueError(f"--seqlen {args.seqlen}{behind} needs {args.seqlen + prompt} positions, and {args.model} has "
-                         f"{most}: use shorter ones")
+        raise ValueError(f"--seqlen {args.seqlen}{behind} needs {args.seqlen + prompt} positions, "
+                         f"and {args.model} has {most}: use shorter ones")
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """ValueError for a weight that fp16, in which they are saved, cannot hold; reading finds NaN and Inf."""
+    """ValueError for a weight that fp16, in which they are saved, cannot hold; reading finds NaN
+    and Inf."""
     for name in Progress(list(checkpoint.keys), "looking at the weights"):
         w = checkpoint.tensor(name)
-        low, high = torch.aminmax(w)                             # no copy, as abs() would be
+        low, high = torch.aminmax(w)                # no copy, as abs() would be
         largest = max(-float(low), float(high))
         if not largest <= 65504:
-            raise ValueError(f"{checkpoint.place}: {name} holds {largest:g}, beyond float16, in which the compressed model is "
-                             f"saved: this checkpoint cannot be compressed")
+            raise ValueError(f"{checkpoint.place}: {name} holds {largest:g}, beyond float16, in "
+                             f"which the compressed model is saved: this checkpoint cannot be "
+                             f"compressed")
 
 
 def describe_machine(device: str) -> str:
@@ -184,43 +325,68 @@ class Run:
         check_positions(args, self.checkpoint)
         self.bits = None if args.bits == 16 else args.bits
         self.settings = Settings(args.true_sequential, args.correct)
-        steps = {name: getattr(args, name) for name in ("mask", "refits", "grid", "act_order", "descent", "percdamp")}
-        self.solve = None if args.packed else make_solver(self.bits, args.sparsity, args.recipe, args.groupsize, args.sym,
-                                                          args.blocksize, args.static_groups, **steps)
+        self.solve = None
+        if not args.packed:
+            steps = {name: getattr(args, name) for name in
+                     ("mask", "refits", "grid", "act_order", "descent", "percdamp")}
+            self.solve = make_solver(self.bits, args.sparsity, args.recipe, args.groupsize,
+                                     args.sym, args.blocksize, args.static_groups, **steps)
         self.read_texts()
-        self.made = self.out / "compressed" if self.solve else self.folder       # what the prompt is learned on
+        # what the prompt is learned on, and the model that it came from, if that is known
+        self.made = self.out / "compressed" if self.solve else self.folder
+        self.dense = None if args.packed else self.folder
+        if args.dense:
+            self.dense = resolve(args.dense)
         self.name = "compressed" if self.solve or args.packed else "dense"
 
     def read_texts(self) -> None:
         """Tokens to measure on, calibration windows, and windows to learn from and to choose by."""
         a = self.args
-        split = "validation" if a.data == "c4" else "test"                       # C4 publishes no test split
-        self.test = eval_tokens(self.tokenizer, a.data, split, a.seqlen, a.max_tokens, folder=a.data_dir)
+        split = "validation" if a.data == "c4" else "test"      # C4 publishes no test split
+        self.test = eval_tokens(self.tokenizer, a.data, split, a.seqlen, a.max_tokens,
+                                folder=a.data_dir)
         if self.solve:
-            self.windows = calibration(self.tokenizer, a.calib, "train", a.nsamples, a.seqlen, a.seed, folder=a.data_dir)
+            self.windows, self.held = self.calibration_windows()
         if a.steps:
-            text = eval_tokens(self.tokenizer, a.train_data, "train", a.seqlen, folder=a.data_dir)
-            pool = text[:len(text) // a.seqlen * a.seqlen].view(-1, a.seqlen)    # windows that do not overlap
-            pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(a.seed))]
-            self.text, self.val, self.pool = text, pool[:a.val_windows], pool[a.val_windows:]
-            if not len(self.pool):
-                raise ValueError(f"{a.train_data} gives {len(pool)} windows of seqlen {a.seqlen}, and --val-windows "
-                                 f"{a.val_windows} takes them all: use more text or shorter windows")
+            self.text, self.val, self.pool = learning_windows(
+                self.tokenizer, a.train_data, a.seqlen, a.val_windows, a.seed, folder=a.data_dir)
+            if a.objective == "kl":
+                self.pool = self.pool[:a.steps * a.batch_size]  # more would never be read
+
+    def calibration_windows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """--nsamples windows, evenly from every text of --calib, and HELD_OUT of the same texts in
+        turn, one at least of each."""
+        a, names = self.args, calibration_texts(self.args)
+        judging = -(-HELD_OUT // len(names))
+        windows, held = [], []
+        for k, name in enumerate(names):
+            n = a.nsamples // len(names) + (k < a.nsamples % len(names))
+            drawn = calibration(self.tokenizer, name, "train", n + 4 * judging, a.seqlen, a.seed,
+                                folder=a.data_dir)
+            mine, others = hold_out(drawn, n, judging)
+            windows.append(mine)
+            held.append(others)
+        return torch.cat(windows), torch.stack(held, 1).flatten(0, 1)
 
     def plan(self) -> str:
         a = self.args
         if not self.solve:
             return "plan: nothing to compress"
-        return str(plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen, self.dtype, self.settings, self.bits,
-                        a.sparsity))
+        taught = self.windows.numel() + self.held.numel() if a.heal else 0
+        return str(plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen, self.dtype,
+                        self.settings, self.bits, a.sparsity, self.judges().numel(), taught))
+
+    def judges(self) -> torch.Tensor:
+        """Held-out windows that layers' errors are told on too: one for 16, which costs little."""
+        return self.held[:max(1, self.args.nsamples // 16)]
 
     def flags(self) -> dict:
         """The flags that the numbers depend on."""
         return {k: v for k, v in vars(self.args).items() if k not in NO_SETTINGS}
 
     def identity(self) -> dict:
-        """What tells this run from others: its flags, the checkpoint's files, versions and texts."""
-        names = {self.args.calib, self.args.data, self.args.train_data}
+        """What tells this run from others: its flags, the checkpoint's files, versions, texts."""
+        names = {*calibration_texts(self.args), self.args.data, self.args.train_data}
         texts = {name: harvest_name(name) for name in sorted(names & set(HARVESTED))}
         texts |= {name: Path(name).stat().st_size for name in sorted(names) if Path(name).is_file()}
         return {"settings": self.flags(), "texts": texts, "checkpoint": identity(self.folder),
@@ -231,25 +397,29 @@ class Run:
         start, a = time.monotonic(), self.args
         title = f"measuring: {name}"
         if isinstance(model, Checkpoint):
-            ppl, count = streamed_perplexity(model, self.test, a.seqlen, a.batch_size, self.dtype, a.device, title)
+            ppl, count = streamed_perplexity(model, self.test, a.seqlen, a.batch_size, self.dtype,
+                                             a.device, title)
         else:
             ppl, count = perplexity(model, self.test, a.seqlen, prompt, a.batch_size, title)
-        self.report.add(name, making, time.monotonic() - start, perplexity=ppl, scored_tokens=count,
-                        prompt_tokens=0 if prompt is None else len(prompt), **size)
+        positions = 0 if prompt is None else len(prompt)
+        self.report.add(name, making, time.monotonic() - start, perplexity=ppl,
+                        scored_tokens=count, prompt_tokens=positions, **size)
 
     def load(self, checkpoint: Checkpoint):
         return checkpoint.model(self.dtype, self.args.device, packed=self.args.fused == "on")
 
-    def measure_compressed(self, making: float = 0.0) -> None:
+    def measure_made(self, name: str, making: float = 0.0) -> None:
+        """A row for the compressed model as it is now."""
         checkpoint = open_checkpoint(self.made)
-        self.measure("compressed", self.load(checkpoint), folder_storage(checkpoint), making=making)
+        self.measure(name, self.load(checkpoint), folder_storage(checkpoint), making=making)
 
-    def measure_dense(self, folder: Path) -> None:
+    def measure_dense(self) -> None:
         if self.report.has("dense"):
             return
-        checkpoint = open_checkpoint(folder)
-        whole_model = fits(checkpoint, self.dtype, self.args.device)
-        model = checkpoint.model(self.dtype, self.args.device) if whole_model else checkpoint
+        checkpoint = open_checkpoint(self.dense)
+        model = checkpoint
+        if fits(checkpoint, self.dtype, self.args.device):
+            model = checkpoint.model(self.dtype, self.args.device)
         self.measure("dense", model, storage(checkpoint.skeleton()))
 
     def compress(self) -> None:
@@ -259,52 +429,107 @@ class Run:
         if parallel.rank() == 0:
             self.made.mkdir(parents=True, exist_ok=True)
             copy_tokenizer(self.folder, self.made)
-        self.report.layers = compress(self.checkpoint, self.made, self.windows, self.solve, self.settings, a.batch_size,
-                                      self.dtype, a.device)
+        self.report.layers = compress(self.checkpoint, self.made, self.windows, self.solve,
+                                      self.settings, a.batch_size, self.dtype, a.device,
+                                      held=self.judges())
         self.report.save()
-        self.measure_compressed(time.monotonic() - start)
+        self.measure_made("compressed", time.monotonic() - start)
+
+    def heal(self) -> None:
+        """The row of the healed model. It is written beside compressed/, and takes its place when
+        it is complete: from the moment on that the report holds its losses."""
+        a, began, row = self.args, time.monotonic(), "compressed + healed"
+        if not a.heal or self.report.has(row):
+            return
+        healed, state = self.out / "healed", self.out / "heal.state"
+        first = parallel.rank() == 0
+        if not parallel.first_object("compressed" in self.report.losses):
+            teacher = self.teacher(self.windows, self.held)
+            model = open_checkpoint(self.made).model(self.dtype, a.device)
+            model.checkpointing = a.checkpointing
+            got = heal(model, self.windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed,
+                       state=state, progress=Progress)
+            if first:
+                save_healed(model, self.made, healed)
+                copy_tokenizer(self.made, healed)
+            self.report.losses["compressed"] = {"training": got.losses, "validation": got.scores}
+            self.report.save()
+            del model
+        if first:
+            if healed.exists():
+                shutil.rmtree(self.made, ignore_errors=True)
+                healed.rename(self.made)
+            state.unlink(missing_ok=True)
+        parallel.wait()
+        self.measure_made(row, time.monotonic() - began)
 
     def learn(self, folder: Path, name: str, file: str) -> None:
-        """Rows for the start of a prompt and for the learned one; the prompt is saved before it is measured."""
+        """Rows for the start of a prompt and for the learned one; the prompt is saved before it is
+        measured."""
         a, path = self.args, self.out / file
         rows = f"{name} + initial prompt", f"{name} + learned prompt"
         if all(self.report.has(row) for row in rows):
             return
-        model, size = self.load(open_checkpoint(folder)), self.report.size(name)
+        model = self.load(open_checkpoint(folder))
+        size = self.report.size(name)
         start = initial_prompt(model, a.prompt_tokens, a.prompt_init, self.text, a.seed)
+        if a.kind == "prefix":
+            start = streamed_prefix(open_checkpoint(self.dense), start, self.dtype, a.device)
         if not self.report.has(rows[0]):
             self.measure(rows[0], model, size, start)
         began = time.monotonic()
         model.checkpointing = a.checkpointing
         lr = a.lr or default_rate(model, start)
         state = path.with_suffix(".state")
-        got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, seed=a.seed, state=state, progress=Progress)
+        teacher = self.teacher(self.pool, self.val) if a.objective == "kl" else None
+        got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, a.warmup, a.clip,
+                    seed=a.seed, teacher=teacher, state=state, progress=Progress)
         if parallel.rank() == 0:
             told = {**self.flags(), "lr": lr, "val_loss": got.val_loss}
             save_prompt(path, got.prompt, told, owner(model, self.tokenizer))
-        self.report.losses[file] = {"lr": lr, "training": got.losses, "validation": got.scores}
+        self.report.losses[file] = {"lr": lr, "training": got.losses,
+                                    "validation": got.scores}
         self.measure(rows[1], model, size, got.prompt, making=time.monotonic() - began)
         if parallel.rank() == 0:
             state.unlink(missing_ok=True)
 
+    def teacher(self, windows: torch.Tensor,
+                val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense model's last states of the windows to learn from and to choose by, in
+        out/teacher until the run ends."""
+        a, checkpoint = self.args, open_checkpoint(self.dense)
+        ends = checkpoint.ends(self.dtype, a.device)
+
+        def states(windows):
+            hidden = last_states(checkpoint, windows, a.batch_size, self.dtype, a.device)
+            return teacher_states(ends, windows, self.out / "teacher", hidden=hidden)
+        if parallel.rank() == 0:
+            states(windows)
+            states(val)
+        parallel.wait()                             # the others find what the first has made
+        return states(windows), states(val)
+
     def run(self) -> None:
         a = self.args
-        self.report = Report(self.out, self.identity(), a.resume, a.overwrite) if parallel.rank() == 0 else Quiet()
-        self.report.rows = parallel.first_object(self.report.rows)               # all skip what is done
+        self.report = Quiet()
+        if parallel.rank() == 0:
+            self.report = Report(self.out, self.identity(), a.resume, a.overwrite)
+        self.report.rows = parallel.first_object(self.report.rows)      # all skip what is done
         if self.solve and not self.report.has("compressed"):
             check_weights(self.checkpoint)
-        if not a.packed:
-            self.measure_dense(self.folder)
-        elif a.dense:
-            self.measure_dense(resolve(a.dense))
+        if self.dense:
+            self.measure_dense()
         if self.solve:
             self.compress()
+            self.heal()
         elif a.packed and not self.report.has("compressed"):
-            self.measure_compressed()
+            self.measure_made("compressed")
         if a.steps:
             self.learn(self.made, self.name, "prompt.safetensors")
-            if a.control and self.name != "dense":                               # how much of it is adaptation
-                self.learn(resolve(a.dense) if a.dense else self.folder, "dense", "prompt-dense.safetensors")
+            if a.control and self.name != "dense":  # how much of it is adaptation
+                self.learn(self.dense, "dense", "prompt-dense.safetensors")
+        if parallel.rank() == 0:
+            shutil.rmtree(self.out / "teacher", ignore_errors=True)
 
 
 class Quiet(Report):
@@ -326,29 +551,38 @@ def folder_storage(checkpoint: Checkpoint) -> dict:
 def how_to_continue(args) -> str:
     """What is printed when a run is stopped."""
     words = [w for w in sys.argv[1:] if w not in ("--resume", "--overwrite")]
-    return f"stopped; what is done is in {args.out}; to continue: python train.py {' '.join(words)} --resume"
+    return (f"stopped; what is done is in {args.out}; to continue: python train.py "
+            f"{' '.join(words)} --resume")
+
+
+def summary(run: Run) -> str:
+    """What is printed at the end: the setting, the table, layers' errors, texts, and files."""
+    a, report = run.args, run.report
+    what = "compressed before" if a.packed else f"{a.bits} bits, sparsity {a.sparsity}"
+    lines = ["", f"{a.model}, {a.data}, {report.rows[0]['scored_tokens']} scored tokens, seqlen "
+                 f"{a.seqlen}, {what}, seed {a.seed}", report.table()]
+    if report.layers:
+        lines.append(f"{mean_errors(report.layers)}, relative, of what a Linear gives")
+    lines += [text for text in report.run["texts"].values() if isinstance(text, str)]
+    files = sorted(f.name for f in run.out.iterdir() if not f.name.startswith("."))
+    return "\n".join([*lines, "", f"saved in {run.out}: {', '.join(files)}"])
 
 
 def main(args) -> dict:
-    torch.manual_seed(args.seed)
     args.device = parallel.start(args.device or default_device())
     settle(args)
+    torch.manual_seed(args.seed)
     run = Run(args)
     if parallel.rank() == 0:
-        print(f"{args.model}: {run.checkpoint.count() / 1e6:.1f} million weights, {describe_machine(args.device)}, "
-              f"{args.dtype}\n{run.plan()}", flush=True)
+        print(f"{args.model}: {run.checkpoint.count() / 1e6:.1f} million weights, "
+              f"{describe_machine(args.device)}, {args.dtype}\n{run.plan()}", flush=True)
     if args.plan:
         return {}
     run.run()
-    report = run.report
     if parallel.rank() == 0:
-        texts = "".join(f"{text}\n" for text in report.run["texts"].values() if isinstance(text, str))
-        what = "compressed before" if args.packed else f"{args.bits} bits, sparsity {args.sparsity}"
-        print(f"\n{args.model}, {args.data}, {report.rows[0]['scored_tokens']} scored tokens, seqlen {args.seqlen}, {what}, "
-              f"seed {args.seed}\n{report.table()}\n{texts}\nsaved in {run.out}: "
-              + ", ".join(sorted(f.name for f in run.out.iterdir() if not f.name.startswith("."))))
+        print(summary(run))
     parallel.stop()
-    return {"rows": report.rows}
+    return {"rows": run.report.rows}
 
 
 if __name__ == "__main__":

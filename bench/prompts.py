@@ -1,11 +1,12 @@
-"""Learning a soft prompt: ours beside PEFT's prompt tuning over transformers. Same model, text, start, dtype and machine.
+"""Learning a soft prompt: ours beside PEFT's prompt tuning over transformers, all else equal.
 
-    python -m bench.prompts FOLDER --batch 4 --tokens 512          # needs transformers and peft (tests/requirements.txt)
+    python -m bench.prompts FOLDER --batch 4 --tokens 512       # needs tests/requirements.txt
 
-FOLDER is a dense checkpoint in the Hugging Face layout. Each side runs in a process of its own, in turn, so that neither
-sees the other's memory: load, one step that is not timed, --steps steps of AdamW. Printed: text tokens a second (the best of
---repeats), seconds a step, seconds of processors a step (steadier on a machine with other jobs), peak memory of the process (on a GPU: of its allocator), and the first losses, which must agree:
-both sides score text tokens 2 ... T behind the same prompt.
+FOLDER is a dense checkpoint in the Hugging Face layout. Each side runs in a process of its own, in
+turn, so that neither sees the other's memory: load, one step that is not timed, --steps steps of
+AdamW. Printed: text tokens a second (the best of --repeats), seconds a step, processor seconds a
+step (steadier beside other jobs), peak memory of the process (on a GPU: of its allocator), and the
+first losses, which must agree: both sides score text tokens 2 ... T behind the same prompt.
 """
 import argparse
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,14 +31,16 @@ def ours(args, windows: torch.Tensor):
     start = initial_prompt(model, args.prompt_tokens, "text", windows[0, :args.prompt_tokens])
 
     def steps(count: int, each) -> None:
-        learn(model, start, windows, None, count, args.batch, args.lr, warmup=1, val_every=count, progress=each)
+        learn(model, start, windows, None, count, args.batch, args.lr, warmup=1, val_every=count,
+              progress=each)
     return steps
 
 
 def peft(args, windows: torch.Tensor):
     from peft import PromptTuningConfig, TaskType, get_peft_model
     from transformers import AutoModelForCausalLM
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device)
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype])
+    base = base.to(args.device)
     start = base.get_input_embeddings()(windows[0, :args.prompt_tokens].to(args.device)).detach()
     if args.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -48,12 +52,13 @@ def peft(args, windows: torch.Tensor):
     opt = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
 
     def steps(count: int, each) -> None:
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))     # as fit draws them
+        g = torch.Generator().manual_seed(0)                    # as fit draws them
+        order = torch.randperm(len(windows), generator=g)
         bar = each(range(count), "")
         for step in bar:
             batch = windows[order[step * args.batch:(step + 1) * args.batch]].to(args.device)
             labels = batch.clone()
-            labels[:, 0] = -100                                 # PEFT would score it behind the prompt's last position
+            labels[:, 0] = -100                                 # PEFT scores it behind the prompt
             loss = model(input_ids=batch, attention_mask=torch.ones_like(batch), labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -64,7 +69,8 @@ def peft(args, windows: torch.Tensor):
 
 
 class Timed:
-    """Stands for a progress bar: notes the clock before every step and after the last, and what is shown beside it."""
+    """Stands for a progress bar: notes the clock before every step and after the last, and what is
+    shown beside it."""
 
     def __init__(self, device: str):
         self.device, self.times, self.notes = device, [], []
@@ -96,7 +102,8 @@ def run_side(args) -> dict:
     windows = torch.randint(0, vocab, (count, args.tokens), generator=g)
     timed = Timed(args.device)
     {"ours": ours, "peft": peft}[args.side](args, windows)(args.steps + 1, timed)
-    seconds, cpu = ((b - a) / args.steps for a, b in zip(timed.times[1], timed.times[-1]))    # the first step is not timed
+    spans = zip(timed.times[1], timed.times[-1])                # the first step is not timed
+    seconds, cpu = ((end - start) / args.steps for start, end in spans)
     if args.device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -105,16 +112,19 @@ def run_side(args) -> dict:
 
 
 def main(args) -> None:
-    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model}, {args.dtype}, {machine}: {args.batch} windows of {args.tokens} random tokens behind "
-          f"{args.prompt_tokens} prompt tokens, {args.steps} steps timed{', checkpointing' if args.checkpointing else ''}")
+    gpu = args.device.startswith("cuda")
+    machine = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.model}, {args.dtype}, {machine}: {args.batch} windows of {args.tokens} random "
+          f"tokens behind {args.prompt_tokens} prompt tokens, {args.steps} steps timed"
+          f"{', checkpointing' if args.checkpointing else ''}")
     results = {"peft": [], "ours": []}
     for _ in range(args.repeats):
         for side, held in results.items():
             command = [sys.executable, "-m", "bench.prompts", *sys.argv[1:], "--side", side]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if done.returncode:
-                reason = (done.stderr.strip() or f"killed by signal {-done.returncode}").splitlines()[-1]
+                reason = done.stderr.strip() or f"killed by signal {-done.returncode}"
+                reason = reason.splitlines()[-1]
                 raise SystemExit(f"error: {side} failed: {reason}")
             held.append(json.loads(done.stdout.splitlines()[-1]))
     print(f"{'':24s} {'tokens/s':>9s} {'s a step':>9s} {'CPU s':>9s} {'peak, GB':>9s}   first step")
@@ -122,9 +132,12 @@ def main(args) -> None:
     for side, r in best.items():
         name = {"peft": "PEFT over transformers", "ours": "prompt.py"}[side]
         speed = args.batch * args.tokens / r["seconds"]
-        print(f"{name:24s} {speed:9.1f} {r['seconds']:9.2f} {r['cpu']:9.2f} {r['peak'] / 1e9:9.2f}   {r['first']}")
-    print(f"ours / PEFT: {best['peft']['seconds'] / best['ours']['seconds']:.2f} x the tokens a second, "
-          f"{best['ours']['peak'] / best['peft']['peak']:.2f} x the memory")
+        numbers = f"{speed:9.1f} {r['seconds']:9.2f} {r['cpu']:9.2f} {r['peak'] / 1e9:9.2f}"
+        print(f"{name:24s} {numbers}   {r['first']}")
+    ours, theirs = best["ours"], best["peft"]
+    print(f"ours / PEFT: {theirs['seconds'] / ours['seconds']:.2f} x the tokens a second, "
+          f"{theirs['cpu'] / ours['cpu']:.2f} x a processor second, "
+          f"{ours['peak'] / theirs['peak']:.2f} x the memory")
 
 
 if __name__ == "__main__":

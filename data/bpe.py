@@ -41,7 +41,14 @@ class ByteLevelBPE:
         self.bos_id, self.eos_id = bos_id, eos_id
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        ids = self.id_of_rank[self.bpe.encode_to_numpy(text, allowed_special="all")]
+        try:
+            ranks = self.bpe.encode_to_numpy(text, allowed_special="all")
+        except BaseException as e:                              # tiktoken panics where its regular expressions give up
+            if type(e).__name__ != "PanicException":
+                raise
+            raise ValueError("tiktoken gives up on this text: a pattern that takes too long, or a run of several 100,000 "
+                             "spaces") from None
+        ids = self.id_of_rank[ranks]
         return [self.bos_id] * (bos and self.bos_id is not None) + ids[ids >= 0].tolist()
 
     def decode(self, ids) -> str:

@@ -8,7 +8,7 @@ A template comes from chat_template.jinja or from tokenizer_config.json. It is r
 space rules of the Hugging Face library (trim_blocks, lstrip_blocks). Understood are text, {{ }}, {#
 #}, for, if / elif / else, set, and expressions that are also Python's (`|` for filters and `~`
 aside): Python's own parser reads them, and only the kinds listed in `evaluate` are computed, so
-that no code of a template can run. An expression is looked at only when it is reached: tools and
+that no code of a template can run; texts and loops end at limits. An expression is looked at only when it is reached: tools and
 the like may use more. Left out: macros, tools, images; anything unknown is one clear error.
 """
 import ast
@@ -26,12 +26,22 @@ METHODS = {"strip", "lstrip", "rstrip", "startswith", "endswith", "upper", "lowe
 COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
            ast.Gt: operator.gt, ast.GtE: operator.ge, ast.In: lambda a, b: a in b,
            ast.NotIn: lambda a, b: a not in b}
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mod: operator.mod,
+MOST_STEPS = 1_000_000                                     # tags that are run
+MOST_TEXT = 10_000_000                                     # characters of a value
+
+
+def remainder(a, b):
+    if isinstance(a, str):
+        raise ValueError("`%` between texts is not supported")
+    return a % b
+
+
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mod: remainder,
               ast.MatMult: lambda a, b: str(a) + str(b)}   # what `~` has been turned into
 FILTERS = {"trim": str.strip, "length": len, "upper": str.upper, "lower": str.lower,
            "capitalize": str.capitalize, "title": str.title, "string": str, "list": list,
            "first": lambda x: x[0], "last": lambda x: x[-1],
-           "join": lambda x, by="": by.join(x),
+           "join": lambda x, by="": checked(by.join(x), len(by) * len(x)),
            "default": lambda x, other="": other if x is UNDEFINED else x}
 TESTS = {"defined": lambda x: x is not UNDEFINED,
          "undefined": lambda x: x is UNDEFINED,
@@ -44,6 +54,15 @@ TESTS = {"defined": lambda x: x is not UNDEFINED,
          "mapping": lambda x: isinstance(x, dict),
          "sequence": lambda x: isinstance(x, (str, list, tuple)),
          "iterable": lambda x: isinstance(x, (str, list, tuple, dict))}
+
+
+def checked(value, size: int | None = None):
+    """The value; ValueError where it, or what it is about to become, is longer than any
+    conversation."""
+    size = len(value) if size is None and isinstance(value, (str, list)) else size or 0
+    if size > MOST_TEXT:
+        raise ValueError(f"a text of more than {MOST_TEXT} characters")
+    return value
 
 
 class Undefined:
@@ -84,7 +103,10 @@ class ChatTemplate:
         source, path = said.get("chat_template"), config
         if (folder / "chat_template.jinja").exists():
             path = folder / "chat_template.jinja"
-            source = path.read_text(encoding="utf-8")
+            try:
+                source = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{path} is not UTF-8 text ({e}): correct it, or use --generate") from None
         if isinstance(source, list):                                   # several, by name
             named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
             source = named.get("default")
@@ -104,7 +126,7 @@ class ChatTemplate:
         out = []
         scope = {**self.names, "messages": messages, "add_generation_prompt": add_generation_prompt}
         with self.errors():
-            run(self.nodes, scope, out)
+            run(self.nodes, scope, out, [MOST_STEPS])
         return "".join(out)
 
     def encode(self, tokenizer, messages: list[dict],
@@ -143,8 +165,9 @@ class Renamed:
 
     def __exit__(self, kind, e, trace):
         if isinstance(e, (ValueError, TypeError, LookupError, AttributeError, SyntaxError,
-                          RecursionError)):
-            raise ValueError(f"{self.path}: this chat template cannot be used ({e}): use --generate "
+                          ArithmeticError, RecursionError, MemoryError)):
+            why = " ".join(str(e).split())[:200] or type(e).__name__
+            raise ValueError(f"{self.path}: this chat template cannot be used ({why}): use --generate "
                              f"instead") from None
 
 
@@ -208,8 +231,12 @@ def parse(parts: list[str], at: int, until: tuple[str, ...]) -> tuple[list[tuple
         at += 1
 
 
-def run(nodes: list[tuple], scope: dict, out: list[str]) -> None:
+def run(nodes: list[tuple], scope: dict, out: list[str], left: list[int]) -> None:
+    """Run tags in a scope; out gets their text, left holds how many may still be run."""
     for kind, *node in nodes:
+        left[0] -= 1
+        if left[0] < 0:
+            raise ValueError(f"it does not end within {MOST_STEPS} steps")
         if kind == "text":
             out.append(node[0])
         elif kind == "out":
@@ -224,7 +251,7 @@ def run(nodes: list[tuple], scope: dict, out: list[str]) -> None:
         elif kind == "if":
             for condition, body in node[0]:
                 if evaluate(condition, scope):
-                    run(body, scope, out)
+                    run(body, scope, out, left)
                     break
         else:
             names, items, body = node
@@ -236,7 +263,7 @@ def run(nodes: list[tuple], scope: dict, out: list[str]) -> None:
                         "nextitem": items[i + 1] if i + 1 < len(items) else UNDEFINED}
                 values = [item] if len(names) == 1 else item
                 inner = {**scope, **dict(zip(names, values)), "loop": loop}
-                run(body, inner, out)                    # what it sets ends with it
+                run(body, inner, out, left)                    # what it sets ends with it
 
 
 def evaluate(text: str, scope: dict):
@@ -275,7 +302,7 @@ def value_of(node: ast.expr, scope: dict):
         case ast.BinOp(op=ast.Pow()):
             return filtered(value(node.left), node.right, scope)
         case ast.BinOp() if type(node.op) in ARITHMETIC:
-            return ARITHMETIC[type(node.op)](value(node.left), value(node.right))
+            return checked(ARITHMETIC[type(node.op)](value(node.left), value(node.right)))
         case ast.Compare():
             left = value(node.left)
             for op, child in zip(node.ops, node.comparators):
@@ -308,8 +335,11 @@ def value_of(node: ast.expr, scope: dict):
             return {k.arg: value(k.value) for k in node.keywords}
         case ast.Call(func=ast.Attribute(attr=name)) if name in METHODS and not node.keywords:
             held = value(node.func.value)
+            given = [value(x) for x in node.args]
+            if name == "replace" and len(given) > 1 and isinstance(held, str):
+                checked(held, (len(held) + 1) * len(str(given[1])))
             if isinstance(held, (str, dict)):
-                return getattr(held, name)(*map(value, node.args))
+                return getattr(held, name)(*given)
     raise ValueError(f"`{ast.unparse(node)}` is not supported")
 
 

@@ -90,6 +90,35 @@ def write_atomic(path: Path, write, check=None) -> None:
         raise
 
 
+class Patient:
+    """A file for torch's zip writer, which ends the process where a write fails, as on a full disk: it hears that all is
+    well, and the error waits here."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data) -> int:
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as e:
+            self.error = e
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def write_torch(path: Path, write) -> None:
+    """write_atomic for what torch writes: write(file) may call torch.save(held, file)."""
+    def patiently(f):
+        file = Patient(f)
+        write(file)
+        if file.error:
+            raise file.error
+    write_atomic(path, patiently)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tensors of a file
 

@@ -96,9 +96,9 @@ HERE = Path(__file__).resolve().parents[1]
 QUANT_METHOD = "compress-then-prompt"
 DEFAULTS = {                              # what the programs' flags of these names default to, by the model's size
     "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048, max_tokens=None, batch_size=4,
-                  prompt_tokens=100, steps=200, control=False),
+                  heal=64, prompt_tokens=100, steps=200, control=False),
     "tiny": dict(calib="docs", data="headers", train_data="headers", nsamples=128, seqlen=256, max_tokens=32768,
-                 batch_size=8, prompt_tokens=50, steps=200, control=True),
+                 batch_size=8, heal=0, prompt_tokens=50, steps=200, control=True),
 }
 SHIPPED = {"tiny-llama": HERE / "data/tiny/llama", "tiny-opt": HERE / "data/tiny/opt"}
 
@@ -243,15 +243,22 @@ def packed_layers(folder: Path) -> dict[str, dict]:
     version, layers = q.get("version", 1), q.get("layers")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(f"{path} is of packed format {str(version)[:60]}, and this code reads 1 to {VERSION}: update it")
-    if not isinstance(layers, dict) or not layers:
+    if not layers:
         raise ValueError(f"{path} says of no Linear how it is packed: it is damaged, compress again")
+    check_layers(path, layers)
+    if version > 1:
+        check_files(path, q.get("files"))
+    return dict(layers)
+
+
+def check_layers(path: Path, layers) -> None:
+    """ValueError unless layers is {name of a Linear: how it is packed}."""
+    if not isinstance(layers, dict):
+        raise ValueError(f"{path} says as {str(layers)[:60]!r} how its Linears are packed: it is damaged, compress again")
     for name, meta in layers.items():
         if not isinstance(meta, dict) or any(type(meta.get(key)) is not kind for key, kind in PACKING.items()) or any(
                 type(size) is not int for size in meta["shape"]):
             raise ValueError(f"{path}: {name[:200]} is packed as {str(meta)[:200]}, which is damaged: compress again")
-    if version > 1:
-        check_files(path, q.get("files"))
-    return dict(layers)
 
 
 def check_files(path: Path, files: dict[str, str] | None) -> None:

@@ -67,9 +67,9 @@ def flag(name: str) -> str:
 
 
 def read_flags(parser: Flags) -> argparse.Namespace:
-    """The command line. From here to `run_program`, while packages load, Ctrl-C ends in one line as
-    well."""
-    args = parser.parse_args()
+    """The command line; words and flags in any order. From here to `run_program`, while packages
+    load, Ctrl-C ends in one line as well."""
+    args = parser.parse_intermixed_args()
     signal.signal(signal.SIGINT, stop_now)
     return args
 

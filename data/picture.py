@@ -5,7 +5,7 @@ each model and text.
     python -m data.picture runs/a/report.json runs/b/report.json > two.svg
 
 A panel has a column for the compressed model and one for the dense model, and in both the same
-rows: no prompt, the prompt's start, the learned prompt. So what a prompt does to the compressed
+rows: no prompt, (healed,) the prompt's start, the learned prompt. So what a prompt does to the compressed
 model stands beside what it does to the dense one. Runs that were measured on the same windows of
 the same text share a panel. All bars of a picture start at zero and have one scale; the dense
 model's value without a prompt is marked in the gaps between the bars, so that no number is crossed.
@@ -24,8 +24,8 @@ NAMES = 150        # where the columns begin, right of the rows' names
 ROOM = 44          # what a number takes behind its bar
 BAR, STEP = 16, 26           # height of a bar, and from one bar to the next
 HEAD, PANEL = 52, 74         # height of the legend, and of a panel's titles
-PROMPTS = {"": "no prompt", "initial prompt": "prompt, not learned",
-           "learned prompt": "prompt, learned"}
+PROMPTS = {"": "no prompt", "healed": "healed, no prompt",
+           "initial prompt": "prompt, not learned", "learned prompt": "prompt, learned"}
 
 
 def read_report(path: str | Path) -> dict:

@@ -8,6 +8,7 @@ the clock: seconds are in seconds.json. Each is written to a temporary name and 
 the folder. Left out: several runs in one folder.
 """
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from data.checkpoint import read_json, write_json
 
 OURS = ("report.json", "seconds.json", "compressed", "prompt.safetensors", "prompt-dense.safetensors", "prompt.state",
-        "prompt-dense.state")                                   # what a run writes
+        "prompt-dense.state", "healed", "heal.state", "teacher")      # what a run writes
 SIZES = ("megabytes", "bits_per_weight", "linear_bits_per_weight", "nominal")
 
 
@@ -66,8 +67,15 @@ class Report:
         if differs:
             raise ValueError(f"--resume: {path} is of another run: {differs}; use the same settings, --overwrite, or "
                              f"another --out")
-        self.rows, self.layers, self.losses = held["rows"], held["layers"], held["losses"]
-        self.seconds = read_json(self.folder / "seconds.json") if (self.folder / "seconds.json").exists() else {}
+        self.rows, self.layers, self.losses = (held.get(key) for key in ("rows", "layers", "losses"))
+        seconds = self.folder / "seconds.json"
+        self.seconds = read_json(seconds) if seconds.exists() else {}
+        whole = is_table(self.rows) and isinstance(self.layers, list) and isinstance(self.losses, dict)
+        timed = all(isinstance(row, dict) and {"making", "measuring"} <= set(row) and all(map(is_number, row.values()))
+                    for row in self.seconds.values())
+        for file, good in ((path, whole), (seconds, timed)):
+            if not good:
+                raise ValueError(f"--resume: {file} is damaged, it does not hold what a run writes: --overwrite starts anew")
 
     def save(self) -> None:
         held = {**self.run, "rows": self.rows, "layers": self.layers, "losses": self.losses}
@@ -101,6 +109,17 @@ class Report:
         lines.append("nominal: 16 bits over bits x share kept, as papers count; files also hold masks, grids and all that "
                      "is no Linear")
         return "\n".join(lines)
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_table(rows) -> bool:
+    """Are these the rows of a report?"""
+    numbers = {"perplexity", "scored_tokens", "prompt_tokens", *SIZES}
+    return isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) and numbers <= set(row)
+                                          and all(is_number(row[key]) for key in numbers) for row in rows)
 
 
 def difference(theirs, ours, name: str = "") -> str:

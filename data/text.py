@@ -116,6 +116,19 @@ def calibration(tokenizer, name: str, split: str, nsamples: int, seqlen: int, se
     return torch.tensor(samples, dtype=torch.int64)
 
 
+def learning_windows(tokenizer, name: str, seqlen: int, held_out: int, seed: int,
+                     folder: str | Path | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(the train split's tokens (n,), windows (held_out, seqlen) to choose by, and all others, to learn from), int64;
+    windows do not overlap, and are shuffled by the seed."""
+    text = eval_tokens(tokenizer, name, "train", seqlen, folder=folder)
+    pool = text[:len(text) // seqlen * seqlen].view(-1, seqlen)
+    pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))]
+    if len(pool) <= held_out:
+        raise ValueError(f"{name} gives {len(pool)} windows of seqlen {seqlen}, and --val-windows {held_out} takes them "
+                         f"all: use more text or shorter windows")
+    return text, pool[:held_out], pool[held_out:]
+
+
 def joined(text: list[str] | str) -> str:
     return text if isinstance(text, str) else "\n\n".join(text)
 

@@ -204,10 +204,15 @@ def from_tokenizer_json(folder: Path, names: dict) -> ByteLevelBPE:
     bos = template_bos(path, content.get("post_processor"))
     if "add_bos_token" in names:
         bos = special_id(path, names, "bos", known, bos) if names["add_bos_token"] else None
-    tokenizer = ByteLevelBPE(words, tokens, ids, added, silent, bos, special_id(path, names, "eos", known, None))
+    eos = special_id(path, names, "eos", known, None)
     sample = "aZ \u00e9\u4e2d1\u00b2_-'\t\n\r\u3000\u0301\U0001f600" * 2
-    if tokenizer.decode(tokenizer.encode(sample, bos=False)) != sample:     # tiktoken drops what no pattern matches
-        raise ValueError(f"{path}: the pre_tokenizer pattern {words} does not match all text; that is not supported")
+    try:
+        tokenizer = ByteLevelBPE(words, tokens, ids, added, silent, bos, eos)
+        whole = tokenizer.decode(tokenizer.encode(sample, bos=False)) == sample         # what no pattern matches is dropped
+    except ValueError as error:                                 # of the regular expression
+        raise ValueError(f"{path}: the pre_tokenizer pattern {words[:100]!r} cannot be used ({str(error)[:200]})") from None
+    if not whole:
+        raise ValueError(f"{path}: the pre_tokenizer pattern {words[:100]!r} does not match all text; that is not supported")
     return tokenizer
 
 

@@ -33,6 +33,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,9 @@ from test_model import to_meta
 from test_packed_model import models
 from test_tokenizer import LLAMA3_SPECIAL, tiny_files
 
+import compress
+import train
+from data.chat import ChatTemplate
 from data.checkpoint import write_safetensors
 from data.config import Config
 from data.tiny.make_tokenizers import sentencepiece_model
@@ -64,6 +68,7 @@ class Kind(NamedTuple):
     name: str
     build: callable                                             # build(folder) writes it
     load: callable                                              # load(folder) -> {what: digest}
+    writes: bool = False                                        # loading may write into the folder
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -111,6 +116,62 @@ def read_adapter(folder: Path) -> dict:
     return {"weights": digest(from_peft(folder).numpy().tobytes())}
 
 
+def read_chat(folder: Path) -> dict:
+    tokenizer, template = load_tokenizer(folder), ChatTemplate.of(folder)
+    talk = [{"role": role, "content": "hello"} for role in ("system", "user", "assistant", "user")]
+    return {"tokenizer": digest(template and (template.encode(tokenizer, talk), sorted(template.stops(tokenizer))))}
+
+
+def resume(folder: Path, *more: str) -> dict:
+    """Go on with the run in folder/out; folder/m is its model."""
+    before = os.getcwd()
+    os.chdir(folder)                                            # a run knows its model by the path that was given
+    try:
+        words = ("--model m --data a.txt --calib a.txt --seqlen 16 --max-tokens 32 --nsamples 2 --batch-size 2 --steps 8 --lr 0.1 "
+                 "--train-data a.txt --prompt-tokens 3 --val-windows 1 --device cpu --dtype float32 --out out").split()
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.main(train.flags().parse_args([*words, *more]))
+    finally:
+        os.chdir(before)
+    out = folder / "out"
+    weights = [(f.name, digest(sorted((n, t.flatten().view(torch.uint8).numpy().tobytes()) for n, t in load_file(f).items())))
+               for f in sorted(out.rglob("*.safetensors")) if "twin" not in f.name]
+    rows = [(row["name"], row["perplexity"]) for row in json.loads((out / "report.json").read_text())["rows"]]
+    return {"weights": digest(weights), "config": digest(rows)}
+
+
+def killed(where: str):
+    """A run that ends while it learns, or before the last file of the compressed model."""
+    def build(folder: Path):
+        (folder / "m").mkdir()
+        hf("llama")(folder / "m")
+        (folder / "a.txt").write_text("hello hell shell fell\n" * 60)
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        def stop_later(items, title):
+            for i in items:
+                if i == 3 and title == "learning the prompt":
+                    stop()
+                yield i
+        place, name, instead = {"learning": (train, "Progress", stop_later), "walking": (compress, "save_index", stop)}[where]
+        kept = getattr(place, name)
+        setattr(place, name, instead)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                resume(folder)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            setattr(place, name, kept)
+    return build
+
+
+def go_on(folder: Path) -> dict:
+    return resume(folder, "--resume")
+
+
 def dense(family: str, **changes) -> Transformer:
     torch.manual_seed(0)
     opt = family == "opt"
@@ -132,6 +193,7 @@ def hf(family: str, **changes):
             (folder / name).unlink()
         settings = {"bos_token": "</s>", "eos_token": {"content": "</s>", "lstrip": False}, "add_bos_token": True}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": [2, 3], "top_p": 0.9}))
     return build
 
 
@@ -211,6 +273,20 @@ def ranks(folder: Path):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(tokens) + len(LLAMA3_SPECIAL)}))
 
 
+TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] | trim }}]{% elif loop.first %}"
+            "{{ m['content'] ~ '\\n' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}")
+
+
+def chat(folder: Path):
+    tokenizer_files("tokenizer.json")(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "</s>", "eos_token": "</s>", "chat_template": TEMPLATE}))
+
+
+def chat_file(folder: Path):
+    tokenizer_files("tokenizer.json")(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
 def tokenizer_files(*unwanted: str):
     def build(folder: Path):
         tiny_files(folder)
@@ -244,6 +320,8 @@ KINDS = [
     Kind("sentencepiece", sentencepiece, read_tokens), Kind("ranks", ranks, read_tokens),
     Kind("tokenizer-json", tokenizer_files("vocab.json", "merges.txt"), read_tokens),
     Kind("vocab-merges", tokenizer_files("tokenizer.json"), read_tokens),
+    Kind("chat", chat, read_chat), Kind("chat-file", chat_file, read_chat),
+    Kind("run-learning", killed("learning"), go_on, writes=True), Kind("run-walking", killed("walking"), go_on, writes=True),
 ]
 
 
@@ -502,14 +580,228 @@ def torch_damage(file: Path, r: random.Random) -> str:
     return f"torch:{how} {name}"
 
 
+# What the files of one kind may say, and what each other may not.
+
+PARTS = {
+    "pre_tokenizer": [{"type": "Metaspace", "replacement": "_"}, {"type": "Whitespace"}, {"type": "BertPreTokenizer"},
+                      {"type": "Sequence", "pretokenizers": []}, {"type": "Sequence"},
+                      {"type": "Sequence", "pretokenizers": [{"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}]}]},
+                      {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
+                                                             {"type": "ByteLevel", "add_prefix_space": False}]},
+                      *({"type": "Sequence", "pretokenizers": [
+                          {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
+                          {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]} for pattern in (
+                              {"Regex": "("}, {"Regex": ""}, {"Regex": r"(\w+\s?)+$|."}, {"Regex": "(?<=a)b"}, {"Regex": 3}, {"Regex": "a*"},
+                              {"String": " "}, {"Regex": r"\p{L}+|\P{L}"}, {"Regex": "x" * 100_000}, {"Regex": "(" * 500 + ")" * 500},
+                              {"Regex": "(a{1000}){1000}{1000}|."}, {"Regex": "[\\s\\S]"})),
+                      {"type": "ByteLevel"}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}],
+    "normalizer": [{"type": "NFC"}, {"type": "Sequence", "normalizers": []}, {}, [], "NFC", {"type": None}],
+    "post_processor": [{"type": "ByteLevel"}, {"type": "BertProcessing"}, {"type": "Sequence", "processors": [None]}, [], {},
+                       {"type": "TemplateProcessing"}, {"type": "TemplateProcessing", "single": [], "special_tokens": {}},
+                       {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}, {"Sequence": {"id": "A"}}],
+                        "special_tokens": {"a": {"ids": [10 ** 9]}}},
+                       {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}, {"Sequence": {"id": "A"}}],
+                        "special_tokens": {"a": {"ids": ["2"]}}}],
+    "decoder": [None, {"type": "Metaspace"}, 7],
+    "added_tokens": [[], None, {}, [{"id": 2, "content": "</s>", "special": True}] * 2, [{"id": 2, "content": "", "special": True}],
+                     [{"id": 2, "content": "e", "special": False}], [{"id": 300, "content": "\0", "special": "yes"}],
+                     [{"id": 4000, "content": "x" * 100_000, "special": True}], [{"id": -1, "content": "x", "special": True}],
+                     [{"id": i, "content": f"<{i}>", "special": True} for i in range(264, 3000)], [[2, "</s>"]], ["</s>"]],
+}
+RUINS = ["{% for a in messages %}{% for b in messages %}{% for c in messages %}", "{% for a in 'x' %}" * 300 + "{% endfor %}" * 300,
+         "{% set ns = namespace(x='ab') %}" + "{% for a in messages %}{% for b in messages %}{% for c in messages %}{% for d in messages %}"
+         "{% set ns.x = ns.x + ns.x %}{% endfor %}{% endfor %}{% endfor %}{% endfor %}{{ ns.x }}",
+         "{{ '%1000000000d' % 1 }}", "{{ '%999999999999d' % 1 }}", "{{ 'a'.replace('', messages | string) }}", "{{ 1 % 0 }}", "{{ 9 ** 9 ** 9 ** 9 }}",
+         "{{ " + "(" * 3000 + ")" * 3000 + " }}", "{{ " + "-" * 50_000 + "1 }}", "{{ " + "a." * 20_000 + "b }}", "{{ 'a' 'b }}", "{% if %}", "{{",
+         "{{ ''.__class__.__mro__ }}", "{{ messages[0].__init__ }}", "{{ messages[10 ** 9] }}", "{{ messages[::0] }}", "{% endfor %}",
+         "{% for a, b in messages %}{% endfor %}", "{% set messages = 3 %}{{ messages[0] }}", "{{ messages | join }}", "{{ loop.index }}",
+         "{{ raise_exception() }}", "{{ raise_exception('a\nb') }}", "{{ 'x' | default(1, 2, 3) }}", "{{ {[]: 1} }}", "{% set ns.x = 1 %}",
+         "{% if '" + "a\\" * 5000 + " %}", "{{ \"" * 3000, "{% for a in messages.__class__ %}{% endfor %}", "{{ messages.items() }}",
+         "{{ 'a' < 1 }}", "{{ namespace(**messages) }}", "{{ lambda: 1 }}", "{{ [x for x in messages] }}", "{# never closed", "{{ '\ud800' }}",
+         "{% for a in 'ab'.replace('a', 'b' ~ messages) | list %}{{ messages | string }}{% endfor %}"]
+
+
+def index_damage(file: Path, r: random.Random) -> str:
+    """An index of shards against the shards beside it."""
+    held = json.loads(file.read_text())
+    names, files = held["weight_map"], sorted(set(held["weight_map"].values()))
+    name, how = r.choice(list(names)), r.choice(["move", "one", "drop", "extra", "odd", "twice", "cross", "inside"])
+    if how == "move":
+        names[name] = next(f for f in files if f != names[name])
+    elif how == "one":
+        held["weight_map"] = dict.fromkeys(names, r.choice(files))
+    elif how == "drop":
+        del names[name]
+    elif how == "extra":
+        names[r.choice(["x", name + "x", name.removeprefix("model."), ""])] = r.choice(files)
+    elif how == "odd":
+        names[name] = r.choice(["./" + names[name], "x/../" + names[name], "../outside/" + names[name], "/etc/passwd", "\0", "", ".", "..",
+                                names[name] + "/", names[name].upper(), names[name] + "\0", "\u202e" + names[name], "a" * 300, "con:",
+                                "..\\outside", "~/x", "file:///etc/passwd", "config.json", names[name] + " ", "tokenizer_config.json"])
+    elif how == "twice" and file.name.startswith("model."):      # one tensor in both files, and the other's bytes in it
+        part, other = load_file(file.with_name(files[0])), load_file(file.with_name(files[1]))
+        part[r.choice(list(other))] = r.choice(list(other.values())).clone()
+        save_file(part, file.with_name(files[0]))
+    elif how == "cross":                                        # the files under each other's names
+        one, two = (file.with_name(f) for f in files[:2])
+        kept = one.read_bytes()
+        one.write_bytes(two.read_bytes())
+        two.write_bytes(kept)
+    elif how == "inside":
+        (file.parent / "sub").mkdir()
+        shutil.move(file.with_name(names[name]), file.parent / "sub" / names[name])
+        held["weight_map"] = {n: f"sub/{f}" if f == names[name] else f for n, f in names.items()}
+    file.write_text(json.dumps(held))
+    return f"index:{how} {name}"
+
+
+def tokenizer_damage(file: Path, r: random.Random) -> str:
+    """tokenizer.json with parts that other tokenizers have."""
+    held = json.loads(file.read_text())
+    key = r.choice([*PARTS, "model", "pre_tokenizer", "merges", "vocab"])
+    model = held["model"]
+    if key in PARTS:
+        held[key] = r.choice(PARTS[key])
+    elif key == "model":
+        model.update(r.choice([{"type": "Unigram"}, {"type": "WordPiece"}, {"type": None}, {"byte_fallback": True}, {"ignore_merges": True},
+                               {"unk_token": "e"}, {"unk_token": 3}, {"dropout": 0.5}, {"end_of_word_suffix": "</w>"}, {"merges": {}},
+                               {"merges": None}, {"vocab": []}, {"fuse_unk": True}]))
+    elif key == "merges":
+        at = r.randrange(len(model["merges"]))
+        model["merges"][at] = r.choice(["h e", ["h", "e", "l"], ["h"], "he", [["h"], "e"], ["", "he"], "  ", ["ll", "h"], None, 3, ["\0", "e"]])
+    else:
+        model["vocab"][r.choice(list(model["vocab"]))] = r.choice([0, 263, 264, 10 ** 7, 10 ** 9, -5, 2.0, "7", None, [1]])
+    file.write_text(json.dumps(held))
+    return f"tokenizer:{key}"
+
+
+def template_damage(file: Path, r: random.Random) -> str:
+    text = file.read_text()
+    held = {} if file.suffix != ".json" else json.loads(text)
+    if file.suffix == ".json":
+        text = held.get("chat_template", "")
+    ruin = r.choice([*RUINS, TEMPLATE])
+    at = r.randrange(len(text) + 1)
+    text = r.choice([ruin, ruin + text, text[:at] + ruin + text[at:], text[:at]])
+    file.write_text(text if not held else json.dumps({**held, "chat_template": text}), "utf-8", errors="surrogatepass")
+    return f"template:{ruin[:30]!r} at {at}"
+
+
+def rope_damage(file: Path, r: random.Random) -> str:
+    held = json.loads(file.read_text())
+    scaling = dict(held.get("rope_scaling") or {"rope_type": "linear", "factor": 2.0})
+    key = r.choice(["rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta",
+                    "mrope_section", "short_factor"])
+    scaling[key] = copy.deepcopy(r.choice([*ODD, "dynamic", "yarn", "longrope", "su", "linear", "llama3", "default", {"type": "linear"}, [8.0]]))
+    held[r.choice(["rope_scaling", "rope_parameters"])] = scaling
+    file.write_text(json.dumps(held))
+    return f"rope:{key}"
+
+
+def metadata_damage(file: Path, r: random.Random) -> str:
+    """What a safetensors file says beside its tensors."""
+    tensors, data = load_file(file), file.read_bytes()
+    said = json.loads(data[8:8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__", {})
+    key = r.choice([*said, "settings", "owner", "kind", "format", "x"])
+    said[key] = r.choice(["", "NaN", "{\"lr\": NaN}", "{\"lr\": 1e999}", "[" * 100_000, "{}", "[]", "null", "3", "{\"family\": 3}", "{\"a\": {}}",
+                          "prefix", "embedding", "\0", "x" * 10 ** 6, "{\"layers\": 3, \"note\": 3}", "{\"layers\": {}, \"note\": {\"layers\": [3]}}"])
+    if r.random() < 0.5:
+        save_file(tensors, file, said)
+        return f"metadata:{key}"
+    with unchecked():
+        write_safetensors(file, tensors, {k: v for k, v in said.items() if k not in ("crc32", "format")})
+    return f"metadata+sums:{key}"
+
+
+def zip_damage(file: Path, r: random.Random) -> str:
+    """The records of a torch file, put together again otherwise."""
+    if not zipfile.is_zipfile(file):
+        return bytes_damage(file, r)
+    with zipfile.ZipFile(file) as z:
+        held = [(name, z.read(name)) for name in z.namelist()]
+    at, how = r.randrange(len(held)), r.choice(["drop", "short", "long", "pickle", "pickle", "order", "endian", "packed", "outside", "twice",
+                                                "names", "version", "empty", "torn", "comment"])
+    name, data = held[at]
+    if how == "drop":
+        del held[at]
+    elif how in ("short", "long"):
+        held[at] = name, data[:len(data) // 2] if how == "short" else data + bytes(64)
+    elif how == "pickle":
+        data = bytearray(dict(held)[held[0][0]])
+        for _ in range(r.choice([1, 1, 3])):
+            data[r.randrange(len(data))] = r.choice([r.randrange(256), *b".cRio0b}(tq"])
+        held[0] = held[0][0], bytes(data)
+    elif how == "order":
+        r.shuffle(held)
+    elif how == "endian":
+        held = [(n, b"big" if n.endswith("byteorder") else d) for n, d in held]
+    elif how == "outside":
+        held.append((f"{name.split('/')[0]}/../../outside", b"x"))
+    elif how == "twice":
+        held.append((name, data[::-1]))
+    elif how == "names":
+        held[at] = r.choice(["x", name + "\0", name.upper(), "/" + name]), data
+    elif how == "version":
+        held = [(n, r.choice([b"", b"99", b"x"]) if n.endswith("version") else d) for n, d in held]
+    elif how == "empty":
+        held = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if how == "packed" else zipfile.ZIP_STORED) as z:
+            for name, data in held:
+                z.writestr(name, data)
+            z.comment = b"x" * 60_000 if how == "comment" else b""
+    if how == "torn":
+        file.write_bytes(file.read_bytes()[:-r.choice([1, 22, 100, 1000])])
+    return f"zip:{how} {name}"
+
+
+def state_damage(file: Path, r: random.Random) -> str:
+    """The state of a prompt that is being learned: all that it says, one thing changed."""
+    held = torch.load(file, weights_only=True)
+    paths = [(key,) for key in held] + [("settings", key) for key in held["settings"]] + [("optimizer", "state"), ("optimizer", "param_groups"),
+             ("params", "moved"), ("best", "moved"), ("optimizer", "state", 0), ("optimizer", "param_groups", 0)]
+    *above, key = r.choice(paths)
+    parent = held
+    for step in above:
+        parent = parent[step]
+    how = r.choice(["odd", "odd", "delete", "tensor"])
+    if how == "odd":
+        parent[key] = copy.deepcopy(r.choice([*ODD, torch.zeros(2), {"moved": torch.full((3, 32), float("nan"))}, {"moved": 3}]))
+    elif how == "delete":
+        del parent[key]
+    else:
+        t = r.choice([held["params"], held["best"], held["optimizer"]["state"].get(0, held["params"])])
+        name = r.choice(list(t))
+        if torch.is_tensor(t[name]):
+            t[name] = odd_tensor(t[name], r)[1]
+    torch.save(held, file)
+    return f"state:{how} {key}"
+
+
+OWN = {"model.safetensors.index.json": [index_damage], "pytorch_model.bin.index.json": [index_damage], "tokenizer.json": [tokenizer_damage],
+       "chat_template.jinja": [template_damage], "config.json": [rope_damage]}
+
+
 def damage(folder: Path, r: random.Random) -> tuple[str, str]:
-    """Damage one file of a folder: (its name, what was done)."""
-    files = sorted(f for f in folder.iterdir() if f.is_file())
+    """Damage one file of a folder: (its name, what was done). Of a run, only what it wrote."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.parent.name != "m" and f.name not in ("a.txt", ".lock"))
     file = r.choice(files)
-    ways = [bytes_damage, file_damage] if r.random() < 0.5 else [
-        {".json": json_damage, ".safetensors": r.choice([header_damage, tensors_damage])}.get(
-            file.suffix, torch_damage if file.suffix in (".bin", ".pth", ".pt") else bytes_damage)]
-    weights = [4, 1][:len(ways)]
+    if r.random() < 0.4:
+        ways, weights = [bytes_damage, file_damage], [4, 1]
+    elif file.suffix == ".json":
+        ways = [json_damage, *OWN.get(file.name, [])]
+        if file.name == "tokenizer_config.json" and "chat_template" in file.read_text():
+            ways.append(template_damage)
+        weights = [1] * len(ways)
+    elif file.suffix == ".safetensors":
+        ways, weights = [header_damage, tensors_damage, metadata_damage], [3, 3, 2]
+    elif file.suffix in (".bin", ".pth", ".pt"):
+        ways, weights = [torch_damage, zip_damage], [1, 1]
+    elif file.suffix == ".state":
+        ways, weights = [state_damage, zip_damage], [2, 1]
+    else:
+        ways, weights = OWN.get(file.name, [bytes_damage]), [1]
     return file.name, r.choices(ways, weights)[0](file, r)
 
 
@@ -524,7 +816,7 @@ class Watch:
     def __init__(self):
         places = (*sys.path, sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev")
         self.allowed = tuple({str(Path(p).resolve()) for p in places if p})
-        self.inside, self.seen = None, []
+        self.inside, self.seen, self.writes = None, [], False
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, args: tuple) -> None:
@@ -534,12 +826,12 @@ class Watch:
             path = os.path.abspath(os.fsdecode(args[0]))
             if not path.startswith((self.inside, *self.allowed)) or "outside" in path:
                 self.seen.append(f"opened {path}")
-        elif event in self.STARTS:
+        elif event in self.STARTS and not (self.writes and event in ("os.remove", "os.rename")):
             self.seen.append(f"{event} {args}"[:200])
 
     @contextlib.contextmanager
-    def over(self, folder: Path):
-        self.inside, self.seen = str(folder), []
+    def over(self, folder: Path, writes: bool = False):
+        self.inside, self.seen, self.writes = str(folder), [], writes
         try:
             yield self.seen
         finally:
@@ -550,7 +842,7 @@ def load_here(kind: Kind, folder: Path, watch: Watch) -> dict:
     """The outcome of a load, in this process."""
     seen = []
     try:
-        with watch.over(folder) as seen, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with watch.over(folder, kind.writes) as seen, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             out = {"loaded": kind.load(folder)}
     except (ValueError, OSError) as e:
@@ -558,7 +850,7 @@ def load_here(kind: Kind, folder: Path, watch: Watch) -> dict:
         out = {"refused": message[:500]}
         if "\n" in message:
             out["finding"] = "more than one line"
-        elif str(folder) not in message:
+        elif str(folder) not in message and not (kind.writes and "out/" in message):
             out["finding"] = "no file named"
         if isinstance(e, UnicodeError) or type(e).__module__ not in ("builtins", "io"):
             out["finding"] = f"a {type(e).__name__} that nobody meant"
@@ -623,7 +915,9 @@ class Bed:
             folder = place / "whole" / kind.name
             folder.mkdir(parents=True)
             kind.build(folder)
-            out, = apart([lambda watch: load_here(kind, folder, watch)])
+            shutil.copytree(folder, place / "case")             # a run goes on where it is loaded
+            out, = apart([lambda watch: load_here(kind, place / "case", watch)])
+            shutil.rmtree(place / "case")
             if "loaded" not in out:
                 raise SystemExit(f"{kind.name} does not load as it is: {out}")
             self.whole[kind.name] = out["loaded"]
@@ -649,12 +943,15 @@ class Bed:
         changed = {key for key, value in out["loaded"].items() if value != self.whole[kind.name].get(key)}
         if not changed:
             return "same"
-        if file.endswith(".json") or file in ("merges.txt", "tokenizer.model"):
+        if file.endswith((".json", ".jinja")) or file in ("merges.txt", "tokenizer.model"):
             return "other"
         path = folder / file
         summed = file.endswith(".safetensors") and path.is_file() and b'"crc32"' in path.read_bytes()[:200_000]
-        if how.startswith(("tensors+sums", "header:tree", "file:other", "tensors")) or not summed:
-            return "bytes" if kind.name.startswith(("hf", "meta", "prompt", "adapter", "packed-old")) else "unnoticed"
+        if how.startswith(("tensors", "metadata", "header:tree", "file:other")) or not summed:
+            free = kind.name.startswith(("hf", "meta", "prompt", "adapter", "packed-old"))
+            if free and how.startswith("metadata"):             # what a file says of its tensors has no checksum
+                return "other"
+            return "bytes" if free or kind.writes and "+sums" in how else "unnoticed"        # a shard with sums is a shard
         return "unnoticed"
 
 

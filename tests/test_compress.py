@@ -1,21 +1,26 @@
 """compress.py: the walk against one written by hand, what it keeps alive, what it writes, and how it goes on."""
 import ast
+import copy
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from compress import Moments, Settings, Stream, Walk, aim, compress, compress_block, compress_model, make_solver
-from data.config import SHIPPED
+from compress import Moments, Settings, Stream, Walk, aim, compress, compress_block, compress_model, make_solver, plan
+from data.config import PUBLISHED, SHIPPED, Config
 from data.text import calibration, eval_tokens
 from data.tokenizer import load_tokenizer
 from eval import perplexity, streamed_perplexity
 from gptq import hessian, relative_error
-from model import load_model, open_checkpoint, save_model
+from model import Transformer, load_model, open_checkpoint, save_model, skeleton_of
 from sparsegpt import prune_and_round, sparsegpt
 from test_prompt import TOKENS, tiny
 
@@ -59,6 +64,33 @@ def test_walk_equals_one_written_by_hand(family, sequential):
         assert int((a.weight == 0).sum()) >= a.weight.numel() // 2
         if name.startswith("blocks.0.attn"):                      # later a tie that falls the other way spreads
             assert ((a.weight - b.weight).abs() > 1e-3).float().mean() < 0.02, name
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_errors_on_held_out_windows(family, sequential):
+    """Against hooks: on windows that the solver has not seen, relative to the dense weights; and nothing else changes."""
+    windows, held = TOKENS[:96].view(6, 16), TOKENS.flip(0)[:80].view(5, 16)
+    model, dense, alone = tiny(family), tiny(family), tiny(family)
+    stats = compress_model(model, windows, solve, Settings(sequential, 0.0), 2, exact=True, held=held)
+    compress_model(alone, windows, solve, Settings(sequential, 0.0), 2, exact=True)
+    assert torch.equal(model(held), alone(held))
+    seen = copy.deepcopy(model)                                   # its inputs are those of the walk
+    if not sequential:
+        seen.blocks[0] = dense.blocks[0]
+    caught = {}
+    for name, m in seen.linears():
+        m.register_forward_hook(lambda m, a, o, n=name: caught.update({n: a[0]}))
+    seen(held)
+    new = {n: m.weight_dequantized(torch.float32) for n, m in model.linears()}
+    old = {n: m.weight.data for n, m in dense.linears()}
+    groups = [["attn.q", "attn.k", "attn.v"], ["attn.o"], ["mlp.gate", "mlp.up"] if family == "llama" else ["mlp.up"], ["mlp.down"]]
+    found = {s["name"]: s for s in stats}
+    for i in range(1 if not sequential else 2):
+        for names in ([f"blocks.{i}.{n}" for n in group] for group in groups):
+            want = relative_error(torch.cat([old[n] for n in names]), torch.cat([new[n] for n in names]), hessian(caught[names[0]]))
+            assert all(found[n]["error_heldout"] == pytest.approx(want, rel=1e-3) for n in names)
+            assert found[names[0]]["error_heldout"] != found[names[0]]["error"]
 
 
 @needs_tiny
@@ -178,6 +210,62 @@ def test_between_blocks_only_the_streams_live(settings, streams):
                  if isinstance(t, torch.Tensor) and t.dim() == 3 and t.shape[1] == 15}
         seen.append(sum(alive.values()))
     assert seen == [streams * 6 * 15 * 32 * 2] * 2
+
+
+class Counted(TorchDispatchMode):
+    """Inside, counts the bytes of all storages that operations make: those alive now, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def note(self, t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, storage._cdata)
+        return t
+
+    def gone(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return tree_map_only(torch.Tensor, self.note, func(*args, **(kwargs or {})))
+
+
+@pytest.mark.parametrize("settings,nsamples,seqlen", [(Settings(), 8, 64), (Settings(), 24, 64), (Settings(), 8, 256),
+                                                      (Settings(False, 0.0), 8, 256)])
+def test_the_device_holds_a_block_a_batch_and_the_solver(settings, nsamples, seqlen, tmp_path):
+    """Counted: beside the streams, which lie in CPU memory, a block takes what `plan` says, each as much as the other, and
+    no more for more windows."""
+    config = Config("llama", 64, 192, 2, 4, 512, 2)
+    torch.manual_seed(0)
+    save_model(Transformer(config), tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    windows, batch = torch.randint(0, 64, (nsamples, seqlen)), 4
+    walk = Walk(checkpoint.ends(torch.float32), windows, bool(settings.correct), batch, torch.float32, "cpu")
+    streams = nsamples * seqlen * config.d_model * 2 * (2 if settings.correct else 1)
+    planned = plan(checkpoint, windows.numel(), batch * seqlen, torch.float32, settings, 4, 0.5).device
+    peaks = []
+    for i in range(2):
+        with Counted() as counted:
+            compress_block(i, checkpoint.block(i), walk, make_solver(4, 0.5), settings)
+        peaks.append(counted.peak - streams)
+    assert 0.5 * planned < peaks[0] <= planned
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
+
+
+def test_a_7b_block_is_planned_under_8_gb_and_a_70b_block_under_24(tmp_path):
+    """What README says of GPUs; the formula is the one counted above."""
+    for name, most in (("llama-7b", 8e9), ("llama-2-70b", 24e9)):
+        width, _, heads, kv_heads, d_ff, vocab, _ = PUBLISHED[name]
+        shape = SimpleNamespace(config=Config("llama", vocab, width, 80, heads, d_ff, kv_heads))
+        shape.skeleton = lambda c=shape.config: skeleton_of(c)
+        shape.count = lambda s=shape: sum(p.numel() for p in s.skeleton().parameters())
+        planned = plan(shape, 128 * 2048, 4 * 2048, torch.float16, Settings(), 4, 0.5)
+        assert 0.3 * most < planned.device < most, planned
 
 
 def test_correcting_needs_the_walk_group_by_group():

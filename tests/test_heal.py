@@ -1,16 +1,20 @@
 """heal.py: planes and gradients against dense autograd, what is stored after it, and that it wins on held-out text."""
 import copy
+import json
+import shutil
 
 import pytest
 import torch
 
+from compress import compress, hold_out, make_solver
 from data.config import Config
-from heal import GridLinear, Tuned, heal, planes, tuned
+from heal import GridLinear, Tuned, heal, planes, save_healed, tuned
 from kernels.linear import PackedLinear
 from kernels.packing import pack
 from kernels.unpacking import unpack
-from model import Transformer, load_model, save_model
+from model import Transformer, load_model, open_checkpoint, save_model
 from prompt import mean_loss, teacher_states
+from test_train import needs_tiny, run, same_files, text
 
 
 def packed_linear(grid="offset", bits=4, groupsize=-1, share=0.5, rows=6, cols=48, bias=False, order=False, seed=0):
@@ -160,3 +164,48 @@ def test_checkpointing_gives_the_same_gradients(tmp_path):
             text_loss(model, None, text, states).mean().backward()
             grads.append([p.grad for m in parts.values() for p in (m.u, m.v, m.b) if p is not None])
     assert len(grads[0]) > 20 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_windows_held_out_share_no_text_with_the_others():
+    tokens = torch.randint(0, 1000, (4000,), generator=torch.Generator().manual_seed(0))
+    at = [0, 40, 1000, 10, 3000, 1090, 90, 2000, 3500]            # of windows of 100; the first three are learned from
+    drawn = torch.stack([tokens[i:i + 100] for i in at])
+    windows, held = hold_out(drawn, 3, 3)
+    assert torch.equal(windows, drawn[:3])
+    assert torch.equal(held, drawn[[4, 5, 7]])                    # 10 and 90 overlap; 1090 shares 10 tokens, which is no run
+    assert torch.equal(hold_out(drawn, 3, 5)[1], drawn[[4, 5, 6, 7, 8]])       # of a short text, the next best: 90
+
+
+def test_a_healed_folder_is_the_model_in_the_same_shards(tmp_path):
+    dense, _ = model_pair("opt")
+    text = torch.randint(0, 50, (8, 16), generator=torch.Generator().manual_seed(1))
+    save_model(dense, tmp_path / "dense", torch.float32)
+    compress(open_checkpoint(tmp_path / "dense"), tmp_path / "compressed", text, make_solver(4, 0.5))
+    model = load_model(tmp_path / "compressed")
+    states = teacher_states(dense, text, tmp_path)
+    heal(model, text, text, (states, states), steps=4)
+    save_healed(model, tmp_path / "compressed", tmp_path / "healed")
+    again = load_model(tmp_path / "healed")
+    assert torch.equal(again(text), model(text)) and not torch.equal(again(text), load_model(tmp_path / "compressed")(text))
+    names = lambda folder: sorted((p.name, p.stat().st_size) for p in folder.glob("*.safetensors"))
+    assert names(tmp_path / "healed") == names(tmp_path / "compressed")
+
+
+@needs_tiny
+def test_a_run_killed_while_the_healed_model_takes_its_place_goes_on(text, tmp_path):
+    args = ["train.py", "--nsamples", 4, "--seqlen", 64, "--calib", text, "--data", text, "--max-tokens", 512, "--heal", 2,
+            "--steps", 0, "--device", "cpu", "--dtype", "float32"]
+    run(*args, "--out", tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [".lock", "compressed", "report.json", "seconds.json"]
+    for name, half_removed in (("b", True), ("c", False)):        # before the new folder has its name, and after
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        report["rows"] = [row for row in report["rows"] if row["name"] != "compressed + healed"]
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+        (tmp_path / name / "heal.state").write_bytes(b"")
+        if half_removed:
+            (tmp_path / name / "compressed").rename(tmp_path / name / "healed")
+            (tmp_path / name / "compressed").mkdir()
+            (tmp_path / name / "compressed/model-00001-of-00007.safetensors").write_bytes(b"")
+        run(*args, "--out", tmp_path / name, "--resume")
+        assert same_files(tmp_path / "a", tmp_path / name) == []

@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import eval
+import train
+from data.checkpoint import read_json
 from data.config import Config
-from model import Transformer
-from prompt import (HeadLoss, as_prefix, default_rate, fit, initial_prompt, kind_of, learn, load_prompt, mean_loss,
-                    owner, save_prompt, teacher_states, text_loss, text_nll)
+from data.progress import Progress
+from model import Transformer, load_model, open_checkpoint
+from prompt import (PAPER, HeadLoss, as_prefix, default_rate, fit, initial_prompt, kind_of, learn, load_prompt,
+                    mean_loss, owner, save_prompt, streamed_prefix, teacher_states, text_loss, text_nll)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -406,3 +410,89 @@ def test_kinds_and_objectives_that_cannot_be(tmp_path):
         text_loss(Foreign(model), None, windows, torch.zeros(3, 16, 32))
 
 
+
+
+# What train.py makes of it. Its own process is not needed, and would take most of the time.
+
+SMALL = ["--seqlen", "32", "--max-tokens", "256", "--steps", "6", "--prompt-tokens", "6", "--batch-size", "2",
+         "--val-windows", "2", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """run(*flags) = (folder, {row: perplexity}) of train.py with a prompt on a compressed tiny model."""
+    place = tmp_path_factory.mktemp("train")
+    text = place / "sources.txt"
+    text.write_text("\n\n".join(p.read_text() for p in sorted(ROOT.glob("*.py"))))
+    texts = [part for name in ("--data", "--train-data") for part in (name, str(text))]
+
+    def run(*options, out, model=place / "made" / "compressed"):
+        args = train.flags().parse_args(["--model", str(model), *texts, *SMALL, *options, "--out", str(place / out)])
+        return place / out, {r["name"]: r["perplexity"] for r in train.main(args)["rows"]}
+    run("--calib", str(text), "--nsamples", "4", "--recipe", "plain", "--no-control", out="made", model="tiny-llama")
+    return run
+
+
+def held(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in ("seconds.json", ".lock")}
+
+
+@pytest.mark.parametrize("kind, objective", [("embedding", "kl"), ("prefix", "next")])
+def test_kinds_and_objectives_of_a_run_and_its_resuming(kind, objective, job, monkeypatch):
+    """Each flag changes what it says; killed between two looks at the validation windows, the run goes on to the same
+    bytes, and the teacher's states are gone at its end."""
+    options = ["--dense", "tiny-llama", "--kind", kind, "--objective", objective]
+    options += ["--control"] if kind == "prefix" else []
+    folder, rows = job(*options, out=f"{kind}-{objective}")
+    prompt, told = load_prompt(folder / "prompt.safetensors", load_model("tiny-llama"))
+    assert (kind_of(prompt), told["kind"], told["objective"], len(prompt)) == (kind, kind, objective, 6)
+    assert rows["compressed + learned prompt"] != rows["compressed + initial prompt"]
+    losses = read_json(folder / "report.json")["losses"]["prompt.safetensors"]["validation"]
+    assert (losses[0][1] < 2) == (objective == "kl")              # the dense model is nearer than the text
+    steps = []
+
+    class Dies(Progress):
+        def __iter__(self):
+            for item in super().__iter__():
+                steps.append(self.title)
+                if steps.count("learning the prompt") == 4:
+                    raise KeyboardInterrupt
+                yield item
+    with monkeypatch.context() as m:
+        m.setattr(train, "Progress", Dies)
+        with pytest.raises(KeyboardInterrupt):
+            job(*options, out=f"{kind}-{objective}-killed")
+    killed = folder.with_name(folder.name + "-killed")
+    assert (killed / "teacher").exists() == (objective == "kl") and (killed / "prompt.state").exists()
+    job(*options, "--resume", out=killed.name)
+    assert held(killed) == held(folder) and not (killed / "teacher").exists()
+
+
+def test_a_prefix_and_a_teacher_come_from_the_dense_model_block_by_block_too(job, monkeypatch, tmp_path):
+    dense, checkpoint = load_model("tiny-llama"), open_checkpoint("tiny-llama")
+    start = initial_prompt(dense, 6, "text", torch.arange(5, 15))
+    prefix = streamed_prefix(checkpoint, start)
+    assert torch.equal(prefix, as_prefix(dense, start))
+    windows = torch.arange(96).view(3, 32) % 50
+    whole = torch.cat(list(eval.last_states(checkpoint, windows, 2)))
+    monkeypatch.setattr(eval, "fits", lambda *_: False)
+    assert torch.equal(whole, dense.hidden(windows))
+    assert torch.allclose(torch.cat(list(eval.last_states(checkpoint, windows, 2))), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_papers_settings(job):
+    options = ["--prompt-recipe", "paper"]
+    args = train.flags().parse_args(["--model", "tiny-llama", "--device", "cpu", *options])
+    train.settle(args)
+    assert {name: getattr(args, name) for name in PAPER} == PAPER
+    folder, _ = job(*options, out="paper")
+    got = read_json(folder / "report.json")["settings"]
+    assert (got["lr"], got["warmup"], got["steps"], got["batch_size"]) == (1e-3, 1, 6, 2)      # flags win
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--kind", "prefix"], "--kind prefix starts from the dense model's keys and values: .* --dense FOLDER"),
+    (["--objective", "kl"], "--objective kl learns from the dense model's predictions: .* --dense FOLDER")])
+def test_what_cannot_be_learned_is_refused(options, message, job):
+    with pytest.raises(ValueError, match=message):
+        job(*options, out="refused")

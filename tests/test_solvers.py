@@ -10,7 +10,7 @@ import torch
 from bench.naive import naive_sparsegpt
 from bench.solvers import random_layer, steps
 from gptq import Compressed, descend, find_grid, gptq, hessian, inverse_factor, nearest, quantize, relative_error, search_grid
-from sparsegpt import admm, parse_sparsity, prune_and_round, prune_smallest, refit, sparsegpt
+from sparsegpt import admm, kth_smallest, parse_sparsity, prune_and_round, prune_smallest, refit, sparsegpt
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -149,11 +149,12 @@ def test_factor_is_the_inverse():
     assert torch.allclose(U.T @ U @ (H + 0.01 * H.diagonal().mean() * torch.eye(96)), torch.eye(96, dtype=H.dtype), atol=1e-8)
 
 
-def test_inputs_are_left_alone_and_factor_can_be_shared():
+def test_inputs_are_left_alone_and_the_factor_can_be_shared():
     W, H = layer()
     W0, H0 = W.clone(), H.clone()
-    shared = sparsegpt(W, H, 0.5, 4, U=inverse_factor(H, 0.01))
-    assert torch.equal(shared.weight, sparsegpt(W, H, 0.5, 4).weight)
+    shared = gptq(W, H, 4, U=inverse_factor(H, 0.01))
+    assert torch.equal(shared.weight, gptq(W, H, 4).weight)
+    sparsegpt(W, H, 0.5, 4)
     assert torch.equal(W, W0) and torch.equal(H, H0)
 
 
@@ -243,6 +244,30 @@ def naive_admm(W, H, fraction, rounds=15, damp=0.01, rho=0.2, growth=1.7, every=
 
 def project(Z, fraction):
     return Z.masked_fill(prune_smallest(Z.abs(), round(fraction * Z.numel())), 0)
+
+
+@pytest.mark.parametrize("values", ["normal", "few", "sorted"])
+def test_kth_smallest_of_many(values):
+    x = torch.randn(5_000_001, generator=torch.Generator().manual_seed(0))
+    x = {"normal": x, "few": x.round(), "sorted": x.sort().values}[values]
+    for k in (1, 1000, 2_500_000, 4_999_990, 5_000_001):
+        assert kth_smallest(x, k) == x.kthvalue(k).values
+
+
+@pytest.mark.parametrize("sparsity,bits", [(0.5, 4), ("2:4", 3), (0, 4), (0.5, None)])
+def test_some_rows_at_a_time_are_all_rows_at_once(sparsity, bits, monkeypatch):
+    """Behind the mask no row knows of the others."""
+    W, H = layer()
+    whole = prune_and_round(W, H, sparsity, bits)
+    monkeypatch.setattr("sparsegpt.SLAB", 7 * W.shape[1])       # 24 rows: 7 + 7 + 7 + 3
+    parts = prune_and_round(W, H, sparsity, bits)
+    for one, other in zip(whole, parts):
+        if torch.is_tensor(one) and not one.is_floating_point():
+            assert torch.equal(one, other)
+        elif torch.is_tensor(one) or isinstance(one, float):
+            assert torch.allclose(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-9)
+        else:
+            assert one == other
 
 
 @pytest.mark.parametrize("shape", [(24, 96), (288, 1024)])

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.checkpoint import write_atomic
+from data.checkpoint import write_atomic, write_torch
 from data.config import Config
 from data.harvest import harvest, harvest_name
 from data.tokenizer import load_tokenizer
@@ -115,7 +115,7 @@ def pretrain(name: str, work: Path, cpu_minutes: float, lr: float, seed: int, co
 
     def save(file):
         content = {"model": model.state_dict(), "optimizers": [opt.state_dict() for opt in opts], "state": state}
-        write_atomic(file, lambda f: torch.save(content, f))
+        write_torch(file, lambda f: torch.save(content, f))
 
     train_loss = torch.compile(loss_of) if compiled else loss_of
     while True:
@@ -177,7 +177,7 @@ def export(name: str, work: Path, folder: Path) -> None:
         if ours.endswith(("attn.q.weight", "attn.k.weight")):             # the inverse of model.half_split
             w = w.view(-1, 2, c.head_dim // 2, c.d_model).transpose(1, 2).reshape(w.shape)
         weights[published_name(ours, META)] = w.half()
-    write_atomic(folder / "consolidated.00.pth", lambda f: torch.save(weights, f))
+    write_torch(folder / "consolidated.00.pth", lambda f: torch.save(weights, f))
     params = {"dim": c.d_model, "multiple_of": 256, "n_heads": c.n_head, "n_kv_heads": c.n_kv_head,
               "n_layers": c.n_layer, "norm_eps": c.norm_eps, "vocab_size": c.vocab_size, "max_seq_len": c.max_positions}
     write_atomic(folder / "params.json", lambda f: f.write((json.dumps(params) + "\n").encode()))

@@ -1,0 +1,713 @@
+"""The paper's tables and its open questions, over runs of train.py: with controls and intervals.
+
+    python study.py levels runs/*               # perplexity against real bits a weight
+    python study.py recipes RUN...              # kinds and objectives: what heals, what only adapts
+    python study.py transfer RUN...             # learned on one text or model, read by the others
+    python study.py length RUN                  # 10 to 200 positions: perplexity, time, memory
+    python study.py hard RUN                    # prompts in words: is it the words, or the tokens?
+    python study.py robust RUN                  # text from elsewhere, and corrupted text
+    python study.py tasks RUN                   # zero-shot accuracy
+
+A RUN is a folder that train.py has written; its settings hold here too: seed, seqlen, text, steps.
+Each study prints a table and leaves NAME.md, NAME.json and NAME.svg in --out. Prompts that a run
+does not have are learned by train.py's own stages. Losses, answers and prompts are kept in
+--out/cache under what they were made of: a killed study goes on, and nothing is computed twice.
+
+Controls: the dense model; the compressed one; behind the prompt's start; behind the learned prompt;
+dense behind a prompt learned the same way; and behind as many tokens of real text, neutral and
+shuffled. Brackets hold 95% bootstrap intervals over windows (items); differences are paired, and a
+star marks those whose interval leaves zero out. Left out: several seeds in one table.
+"""
+from data.flags import Flags, read_flags, run_program, whole
+
+STUDIES = ("levels", "recipes", "transfer", "length", "hard", "robust", "tasks")
+ONE_RUN = ("length", "hard", "robust", "tasks")
+USES = {"texts": ("recipes", "transfer", "robust"), "tasks": ("hard", "tasks"),
+        "limit": ("hard", "tasks"), "lengths": ("length",)}         # flags of some studies only
+
+
+def flags() -> Flags:
+    p = Flags(description="Tables of the paper and of its open questions, over runs of train.py.")
+    a = p.add_argument
+    a("study", choices=STUDIES)
+    a("runs", nargs="+", metavar="RUN", help="--out folders of train.py")
+    a("--out", default="runs/study", help="folder of tables and of what is kept (default "
+                                       "runs/study)")
+    a("--texts", help="names or files, parted by commas, for transfer, recipes and robust; "
+                      "LEARN:MEASURE names two (default: the run's; tiny models docs and code too)")
+    a("--data-dir", metavar="FOLDER", help="folder of the text sets and of the tasks' files")
+    a("--tasks", help="as eval.py --tasks (default: continuations made of the measured text)")
+    a("--limit", type=whole(1, 1 << 30), help="items of a task (default 200)")
+    a("--lengths", metavar="N,N,...", help="positions (default 10,25,50,100,200)")
+    return p
+
+
+if __name__ == "__main__":
+    args = read_flags(flags())       # before torch is loaded: --help and wrong flags answer at once
+
+import argparse
+import json
+import math
+import random
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data.checkpoint import read_json, write_atomic, write_json
+from data.config import SHIPPED, packed_layers, resolve
+from data.picture import made_how
+from data.progress import Progress
+from data.report import identity
+from data.svg import DENSE, HEALED, HURT, dot_plot
+from data.tasks import Item, ask, find_task, load_items
+from data.text import eval_tokens
+from data.tokenizer import load_tokenizer
+from eval import DTYPES, cut, decode, generate, not_finite, zero_shot
+from model import load_model, open_checkpoint
+from prompt import (HARD_PROMPT, fingerprint, initial_prompt, load_prompt, streamed_prefix,
+                    text_nll, with_prompt)
+from train import Run, describe_machine
+
+NEUTRAL = ("The river rises in the hills, a long way from the sea, and for the first miles it is "
+           "no wider than a road. Farmers keep sheep on both banks, and in spring the lower "
+           "meadows are under water for a week or two. There is a stone bridge, then a mill that has "
+           "not turned for many years, and a row of poplars that someone planted to mark the way to "
+           "the village. On market days people come from all sides with bread, cheese and apples. "
+           "They stand about, talk of the weather and of the price of hay, and go home before it "
+           "gets dark. ")
+HARD = {"the paper's": HARD_PROMPT,
+        "the paper's, quantized": "The weight matrix inside the language model has been quantized. "
+                                  "Make any necessary adjustments to ensure optimal performance.",
+        "negated": "The weight matrix inside the language model is intact. No adjustments are "
+                   "necessary to ensure optimal performance."}
+SAMPLES = 2000                                      # of the bootstrap
+
+
+# -------------------------------------------------------------------------------------------------
+# Numbers with intervals. A measurement is (windows,) or (items,) float64.
+
+def spread(values: torch.Tensor) -> list[float]:
+    """[mean, low, high]: 95% bootstrap interval of the mean; the same draws for the same count, so
+    that a difference of two measurements is paired."""
+    g = torch.Generator().manual_seed(0)
+    drawn = values[torch.randint(len(values), (SAMPLES, len(values)), generator=g)].mean(1)
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return [values.mean().item(), low, high]
+
+
+def ppl(losses: torch.Tensor) -> list[float]:
+    return [math.exp(min(v, 700.0)) for v in spread(losses)]
+
+
+def show(numbers: list[float], form: str = ".2f") -> str:
+    value, low, high = (format(v, form) for v in numbers)
+    return f"{value} [{low}, {high}]"
+
+
+def change(losses: torch.Tensor, base: torch.Tensor) -> str:
+    """The difference in nats a token, below zero where `losses` are better."""
+    numbers = spread(losses - base)
+    return show(numbers, "+.3f") + ("" if numbers[1] <= 0 <= numbers[2] else " *")
+
+
+def mcnemar(ours: torch.Tensor, base: torch.Tensor) -> tuple[int, int, float]:
+    """(items that turned right, that turned wrong, two-sided exact p) of answers (items,), 0 or
+    1."""
+    right, wrong = int((ours > base).sum()), int((ours < base).sum())
+    n = right + wrong
+    tail = sum(math.comb(n, k) for k in range(min(right, wrong) + 1)) / 2 ** n
+    return right, wrong, min(1.0, 2 * tail)
+
+
+# -------------------------------------------------------------------------------------------------
+# Runs, and what is kept of them.
+
+def mark(held) -> str:
+    """16 hexadecimal digits that tell JSON values apart."""
+    return fingerprint(torch.tensor(list(json.dumps(held, sort_keys=True).encode())))
+
+
+class Case:
+    """One run of train.py: its settings, models and texts."""
+
+    def __init__(self, folder: str, data_dir: str | None):
+        self.folder = Path(folder)
+        path = self.folder / "report.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no report {path}: a RUN is a folder that train.py has "
+                                    f"written")
+        held = read_json(path)
+        try:
+            self.settings = s = argparse.Namespace(**held["settings"])
+            self.rows = {row["name"]: row for row in held["rows"]}
+            s.data_dir = data_dir or s.data_dir
+            source = resolve(s.model)
+            self.dense = resolve(s.dense) if s.dense else None if s.packed else source
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is not a report of this version's train.py: run it "
+                             f"again") from None
+        made = self.folder / "compressed"
+        self.compressed = source if s.packed else made if (made / "config.json").is_file() else None
+        if self.compressed is None and "compressed" in self.rows:
+            raise FileNotFoundError(f"{made} is missing: let the run end, train.py ... --resume")
+        maker = source.parent / "report.json"               # of the run that compressed it
+        self.made = read_json(maker)["settings"] if s.packed and maker.is_file() else vars(s)
+        self.n = s.prompt_tokens
+        self.tokenizer = load_tokenizer(source)
+        self.label = made_how(self.made) or "dense"
+        self.label += " + healed" if self.made.get("heal") else ""
+
+    def place(self, which: str) -> Path:
+        return self.dense if which == "dense" else self.compressed
+
+    def measured(self, name: str | None = None) -> torch.Tensor:
+        """Tokens to measure on, as the run takes them."""
+        s = self.settings
+        name = name or s.data
+        split = "validation" if name == "c4" else "test"
+        return eval_tokens(self.tokenizer, name, split, s.seqlen, s.max_tokens, s.data_dir)
+
+    def about(self) -> str:
+        s = self.settings
+        return (f"{self.folder.name}: {Path(s.model).name}, {self.label}, {self.n} positions "
+                f"({s.kind}, {s.objective}), {s.steps} steps of {s.batch_size} windows of "
+                f"{Path(s.train_data).name}, measured on the first {s.max_tokens or 'all'} tokens "
+                f"of {Path(s.data).name}, seqlen {s.seqlen}, seed {s.seed}, {s.dtype}")
+
+
+class Lab:
+    """Measurements of runs, each made once and kept in a folder under what it is made of."""
+
+    def __init__(self, args):
+        self.args = args
+        self.out = Path(args.out)
+        self.cache = self.out / "cache"
+        self.cases = [Case(folder, args.data_dir) for folder in args.runs]
+        self.loaded = {}
+
+    def model(self, case: Case, which: str):
+        """"dense" or "compressed"; two stay in memory."""
+        s = case.settings
+        key = case.place(which), s.dtype, s.device, s.fused
+        if key not in self.loaded:
+            while len(self.loaded) > 1:
+                del self.loaded[next(iter(self.loaded))]
+            self.loaded[key] = load_model(key[0], DTYPES[s.dtype], s.device, s.fused == "on")
+        return self.loaded[key]
+
+    def keep(self, kind: str, made_of: dict, make):
+        """make(), JSON, or what it was when it was last asked for the same."""
+        path = self.cache / f"{kind}-{mark(made_of)}.json"
+        if not path.exists():
+            made = make()
+            self.cache.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"made_of": made_of, "made": made})
+        return read_json(path)["made"]
+
+    def made_of(self, case: Case, which: str, prompt) -> dict:
+        s = case.settings
+        return {"model": identity(case.place(which)), "dtype": s.dtype, "device": s.device,
+                "fused": s.fused, "prompt": None if prompt is None else fingerprint(prompt)}
+
+    def losses(self, case: Case, which: str, prompt, tokens: torch.Tensor) -> torch.Tensor:
+        """Mean loss, nats a token, of every window (windows,) float64."""
+        s = case.settings
+
+        @torch.no_grad()
+        def make():
+            model, means = self.model(case, which), []
+            title = f"{case.folder.name}, {which}"
+            for batch in Progress(cut(tokens, s.seqlen, s.batch_size).split(s.batch_size), title):
+                nll = text_nll(model, prompt, batch.to(s.device)).double()
+                means += nll.view(len(batch), -1).mean(1).tolist()
+            if not all(map(math.isfinite, means)):
+                raise not_finite(title, "a loss", math.nan, model)
+            return means
+        made_of = {**self.made_of(case, which, prompt), "tokens": fingerprint(tokens),
+                   "seqlen": s.seqlen, "batch_size": s.batch_size}
+        return torch.tensor(self.keep("losses", made_of, make), dtype=torch.float64)
+
+    def answers(self, case: Case, which: str, prompt, items: list[Item], task: str) -> torch.Tensor:
+        """1 where an item is answered right (acc), else 0: (items,) float64."""
+        def make():
+            model = self.model(case, which)
+            got = zero_shot(model, case.tokenizer, items, prompt, 16, f"{task}, {which}")
+            return [int(r["acc"]) for r in got]
+        made_of = {**self.made_of(case, which, prompt), "items": mark(items)}
+        return torch.tensor(self.keep("answers", made_of, make), dtype=torch.float64)
+
+    def learned(self, case: Case, which: str, text: str | None = None, n: int | None = None):
+        """The prompt learned on a model, on the run's own text and of its length unless told
+        otherwise: the run's, or a new one by train.py's stages."""
+        s = case.settings
+        text, n = text or s.train_data, n or case.n
+        own = case.folder / ("prompt.safetensors" if which == "compressed" or not case.compressed
+                             else "prompt-dense.safetensors")
+        if (text, n) == (s.train_data, case.n) and own.exists():
+            return load_prompt(own)[0].to(s.device)
+        if not s.steps:
+            raise ValueError(f"{case.folder} learned no prompt (--steps 0): name a run that did")
+        dense = str(case.dense) if case.dense and which == "compressed" else None
+        asked = {**vars(s), "model": str(case.place(which)), "dense": dense, "bits": 16,
+                 "sparsity": "0", "packed": bool(packed_layers(case.place(which))),
+                 "control": False,
+                 "heal": 0, "train_data": text, "prompt_tokens": n, "max_tokens": s.seqlen}
+
+        def make():
+            folder = self.cache / f"run-{mark(asked)}"
+            begun = (folder / "report.json").exists()
+            run = Run(argparse.Namespace(**asked, out=str(folder), resume=begun, overwrite=False))
+            run.run()
+            run.report.lock.close()
+            return folder.name
+        name = self.keep("prompt", {**self.made_of(case, which, None), "asked": asked}, make)
+        return load_prompt(self.cache / name / "prompt.safetensors")[0].to(s.device)
+
+    def start(self, case: Case, which: str, n: int | None = None) -> torch.Tensor:
+        """Where a run's prompt starts from."""
+        s, n = case.settings, n or case.n
+        least = max(n, 2)
+        tokens = eval_tokens(case.tokenizer, s.train_data, "train", least, least, s.data_dir)
+        start = initial_prompt(self.model(case, which), n, s.prompt_init, tokens, s.seed)
+        if s.kind == "prefix":
+            return streamed_prefix(open_checkpoint(case.dense), start, DTYPES[s.dtype], s.device)
+        return start
+
+    def words(self, case: Case, which: str, text: str, n: int | None = None,
+              shuffled: bool = False) -> torch.Tensor:
+        """Text as a prompt (n, width), repeated or cut to n tokens; shuffled: these by seed."""
+        ids = torch.tensor(case.tokenizer.encode(text, bos=False))
+        ids = ids if n is None else ids.repeat(-(-n // len(ids)))[:n]
+        if shuffled:
+            ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+        return self.model(case, which).embed(ids.to(case.settings.device)).float()
+
+    def behind(self, case: Case, which: str) -> dict:
+        """The prompts that one model is measured behind."""
+        prompts = {"no prompt": None, "start": self.start(case, which),
+                   "learned": self.learned(case, which),
+                   "neutral text": self.words(case, which, NEUTRAL, case.n),
+                   "shuffled text": self.words(case, which, NEUTRAL, case.n, shuffled=True)}
+        return prompts
+
+    def controls(self, case: Case) -> dict[str, tuple]:
+        """{name: (model, prompt)} of all controls that a run has."""
+        found = {}
+        if case.dense:
+            found["dense"] = "dense", None
+        if case.compressed:
+            prompts = self.behind(case, "compressed")
+            found["compressed"] = "compressed", prompts.pop("no prompt")
+            found |= {f"+ {name}": ("compressed", prompt) for name, prompt in prompts.items()}
+        if case.dense:
+            found["dense + learned"] = "dense", self.learned(case, "dense")
+        return found
+
+    def texts(self, case: Case) -> dict[str, tuple[str, str]]:
+        """{label: (text to learn on, text to measure on)}."""
+        s = case.settings
+        default = [f"{s.train_data}:{s.data}"]
+        if s.model in SHIPPED or str(s.dense) in SHIPPED:
+            default += [name for name in ("docs", "code") if name != s.data]
+        asked = self.args.texts.split(",") if self.args.texts else default
+        pairs = [(name.partition(":")[0], name.partition(":")[2] or name) for name in asked]
+        return {Path(measure).stem: (learn, measure) for learn, measure in pairs}
+
+    def items(self, case: Case) -> dict[str, list[Item]]:
+        """{task: items}; without --tasks, of the text that the run is measured on."""
+        a = self.args
+        if a.tasks:
+            return {find_task(name, a.data_dir)[0]: load_items(name, a.data_dir, a.limit or 200)
+                    for name in a.tasks.split(",")}
+        text = case.tokenizer.decode(case.measured().tolist())
+        return {f"continue {Path(case.settings.data).name}": made_items(text, a.limit or 200)}
+
+
+def made_items(text: str, limit: int, given: int = 40, asked: int = 8) -> list[Item]:
+    """Items of any text: which of four passages goes on where 40 words end? The wrong ones are from
+    elsewhere in it."""
+    words = re.findall(r"\S+\s*", text)
+    starts = range(0, len(words) - given - asked, given + asked)
+    if len(starts) < 4:
+        raise ValueError(f"{len(words)} words make no items: measure on more text, or give --tasks")
+    passages = ["".join(words[i + given:i + given + asked]).strip() for i in starts]
+    rng, items = random.Random(0), []
+    for k, i in enumerate(starts[:limit]):
+        others = [p for p in passages if p != passages[k]]
+        choices = rng.sample(others, 3)
+        gold = rng.randrange(4)
+        choices.insert(gold, passages[k])
+        items.append(ask("".join(words[i:i + given]).rstrip(), choices, gold))
+    return items
+
+
+def corrupted(text: str, how: str, share: float = 0.1) -> str:
+    """A text with every tenth word, by seed, hurt: "typos" (two letters change places), "dropped",
+    "swapped" (with the next); or all of it in "upper case" or "lower case"."""
+    if how.endswith("case"):
+        return text.upper() if how == "upper case" else text.lower()
+    rng, words = random.Random(0), re.findall(r"\s*\S+|\s+$", text)
+    out, i = [], 0
+    while i < len(words):
+        word, hit = words[i], rng.random() < share
+        if hit and how == "typos" and len(word.strip()) > 3:
+            k = rng.randrange(len(word) - len(word.strip()), len(word) - 1)
+            word = word[:k] + word[k + 1] + word[k] + word[k + 2:]
+        if hit and how == "swapped" and i + 1 < len(words):
+            out.append(words[i + 1])
+            i += 1
+        if not (hit and how == "dropped"):
+            out.append(word)
+        i += 1
+    return "".join(out)
+
+
+# -------------------------------------------------------------------------------------------------
+# What a study leaves behind.
+
+class Table:
+    """Head and rows of text; values: what they were made of, for JSON."""
+
+    def __init__(self, title: str, *head: str):
+        self.title, self.head, self.rows, self.values = title, head, [], []
+
+    def add(self, *cells: str, **values) -> None:
+        self.rows.append([str(cell) for cell in cells])
+        self.values.append({"row": str(cells[0]), **values})
+
+    def plain(self) -> str:
+        lines = [list(self.head), *self.rows]
+        wide = [max(map(len, column)) for column in zip(*lines)]
+        return "\n".join([self.title, *("  ".join([line[0].ljust(wide[0])] + [
+            cell.rjust(w) for cell, w in zip(line[1:], wide[1:])]).rstrip() for line in lines)])
+
+    def markdown(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        return "\n".join([f"{self.title}\n", *("| " + " | ".join(line) + " |" for line in cells)])
+
+
+def commit() -> str:
+    """The commit of this folder, and whether anything was changed since."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip()
+    try:
+        mark = git("rev-parse", "--short", "HEAD")
+        changed = mark and git("status", "--porcelain", "-uno")
+        return mark + (", changed" if changed else "") or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def publish(lab: Lab, name: str, tables: list[Table], says: list[str], drawing: str) -> None:
+    """Print the tables, and write them as Markdown, JSON and SVG beside each other."""
+    words = [re.sub(r".*/(?=[^/]+/?$)", "", word) if "/" in word else word for word in sys.argv[1:]]
+    told = {"command": f"python study.py {shlex.join(words)}", "commit": commit(),
+            "machine": describe_machine(lab.cases[0].settings.device),
+            "runs": [case.about() for case in lab.cases]}
+    text = [f"## {name}\n", *(f"{line}\n" for line in says), *(t.markdown() + "\n" for t in tables),
+            f"`{told['command']}`, commit {told['commit']}, {told['machine']}. Runs:\n",
+            "\n".join(f"- {run}" for run in told["runs"]) + "\n"]
+    held = {**told, "tables": [{"title": t.title, "rows": t.values} for t in tables]}
+    write_json(lab.out / f"{name}.json", held)
+    for path, content in (("md", "\n".join(text)), ("svg", drawing)):
+        write_atomic(lab.out / f"{name}.{path}", lambda f: f.write(content.encode()))
+    saved = f"saved in {lab.out}: {name}.md, .json, .svg"
+    print("\n\n".join([*(t.plain() for t in tables), *says, saved]))
+
+
+# -------------------------------------------------------------------------------------------------
+# The studies.
+
+def levels(lab: Lab) -> None:
+    """Perplexity against the real bits of a weight in Linears: the paper's main figure."""
+    names = ["no prompt", "start", "learned", "neutral text", "shuffled text"]
+    table = Table("Perplexity", "model", "bits a weight", "MB", *names, "learned, change in nats")
+    found, done = [], set()                             # folders: runs share the dense model
+    for case in lab.cases:
+        for which in ("dense", "compressed"):
+            folder = case.place(which)
+            if folder and folder not in done:
+                done.add(folder)
+                losses = {name: lab.losses(case, which, prompt, case.measured())
+                          for name, prompt in lab.behind(case, which).items()}
+                label = "dense" if which == "dense" else case.label
+                row = case.rows[which]
+                found.append((row["linear_bits_per_weight"], label, row["megabytes"], losses))
+    for bits, label, size, losses in sorted(found, key=lambda f: f[:2]):
+        shift = change(losses["learned"], losses["no prompt"])
+        numbers = {name: ppl(losses[name]) for name in names}
+        table.add(label, f"{bits:.2f}", f"{size:.2f}", *(show(v) for v in numbers.values()), shift,
+                  bits=bits, megabytes=size, perplexity=numbers)
+    says = []
+    for name in ("no prompt", "learned"):
+        front, best = [], math.inf
+        for row in table.values:
+            if row["perplexity"][name][0] < best:
+                best = row["perplexity"][name][0]
+                front.append(f"{row['row']} ({row['bits']:.2f} bits, {best:.2f})")
+        behind = "without a prompt" if name == "no prompt" else "behind the learned prompt"
+        says.append(f"Worth its bytes {behind}, as no smaller model is as good: "
+                    f"{', '.join(front)}.")
+    rows = [(f"{row['row']}: {row['bits']:.2f} bits",
+             [row["perplexity"]["no prompt"], row["perplexity"]["learned"]])
+            for row in table.values]
+    publish(lab, "levels", [table], says, dot_plot(
+        "Perplexity by real bits a weight, masks and grids counted", "lower is better", rows,
+        [("no prompt", HURT), ("learned prompt", HEALED)], log=True))
+
+
+def recipes(lab: Lab) -> None:
+    """What the compressed model loses to the dense one, before and behind a prompt of each kind and
+    objective: what is healed is the difference; the rest of a prompt's gain is adaptation."""
+    table = Table("Perplexity, and the gap between compressed and dense in nats a token", "prompt",
+                  "text", "dense", "compressed", "+ start", "+ learned", "dense + learned",
+                  "gap without", "gap with prompts", "healed", "gained, of the gap")
+    rows = []
+    for case in lab.cases:
+        for label, (_, measure) in lab.texts(case).items():
+            tokens = case.measured(measure)
+            losses = {name: lab.losses(case, which, prompt, tokens)
+                      for name, (which, prompt) in lab.controls(case).items() if "text" not in name}
+            before = losses["compressed"] - losses["dense"]
+            after = losses["+ learned"] - losses["dense + learned"]
+            healed = spread(before - after)
+            gained = losses["compressed"] - losses["+ learned"]
+            recovered = 100 * float(gained.mean() / before.mean())
+            name = f"{case.settings.kind}, {case.settings.objective}"
+            numbers = {key: ppl(value) for key, value in losses.items()}
+            gaps = spread(before), spread(after)
+            table.add(name, label, *(show(v) for v in numbers.values()),
+                      *(show(v, ".3f") for v in gaps), change(before, after), f"{recovered:.0f}%",
+                      text=label, perplexity=numbers, gap_without=gaps[0], gap_with=gaps[1],
+                      healed=healed, recovered=recovered)
+            rows.append((f"{name}, {label}", list(gaps)))
+    publish(lab, "recipes", [table], [], dot_plot(
+        "Gap between compressed and dense, nats a token", "lower is better", rows,
+        [("without prompts", HURT), ("both behind a prompt learned alike", HEALED)]))
+
+
+def transfer(lab: Lab) -> None:
+    """Prompts learned on one text, level or type of compression, read by all others: the change in
+    nats against no prompt."""
+    first = lab.cases[0]
+    texts = lab.texts(first)
+    by_text = {text: lab.learned(first, "compressed", learn) for text, (learn, _) in texts.items()}
+    tables, rows = [], []
+
+    def matrix(title: str, prompts: dict, targets: dict) -> None:
+        table = Table(f"{title}: change in nats a token", "learned on", *targets)
+        for source, prompt in prompts.items():
+            cells = {}
+            for target, (case, measure) in targets.items():
+                base, got = (lab.losses(case, "compressed", p, case.measured(measure))
+                             for p in (None, prompt))
+                cells[target] = spread(got - base)
+                rows.append((f"{source} → {target}", [cells[target]]))
+            table.add(source, *(show(v, "+.3f") + ("" if v[1] <= 0 <= v[2] else " *")
+                                for v in cells.values()), cells=cells)
+        tables.append(table)
+
+    def kind(case: Case) -> tuple:
+        sparsity = str(case.made["sparsity"])
+        return case.made["bits"] < 16, ":" in sparsity, sparsity != "0"
+    matrix("Texts", by_text, {text: (first, measure) for text, (_, measure) in texts.items()})
+    same = [case for case in lab.cases if kind(case) == kind(first)]
+    types = {kind(case): case for case in reversed(lab.cases)}.values()
+    for title, cases in (("Levels", same), ("Types", sorted(types, key=lab.cases.index))):
+        if len(cases) > 1:
+            prompts = {case.label: lab.learned(case, "compressed") for case in cases}
+            matrix(title, prompts, {case.label: (case, None) for case in cases})
+    says = ["Learned on the row, read by the column; below zero is better than no prompt, a star "
+            "marks what the interval tells from zero."]
+    publish(lab, "transfer", tables, says, dot_plot(
+        "Change of the loss by a prompt from elsewhere, nats a token", "lower is better", rows,
+        [("learned on → read by", HEALED)]))
+
+
+def length(lab: Lab) -> None:
+    """Positions of a prompt: perplexity of both models, time of reading and writing, bytes."""
+    case = lab.cases[0]
+    tokens, rows = case.measured(), []
+    table = Table("Perplexity by the number of positions", "positions", "compressed + start",
+                  "compressed + learned", "dense + learned", "prefill, ms", "decode, ms a token",
+                  "cache, KB")
+    asked = (lab.args.lengths or "10,25,50,100,200").split(",")
+    if not all(n.isdecimal() and int(n) for n in asked):
+        raise ValueError(f"--lengths {lab.args.lengths} is not numbers of positions parted by "
+                         f"commas")
+    longest = open_checkpoint(case.compressed).config.max_positions - case.settings.seqlen
+    for n in [0, *(int(n) for n in asked if int(n) <= longest)]:
+        if n:
+            prompts = lab.start(case, "compressed", n), lab.learned(case, "compressed", n=n)
+        else:
+            prompts = None, None
+        losses = [lab.losses(case, "compressed", p, tokens) for p in prompts]
+        if case.dense:
+            control = lab.learned(case, "dense", n=n) if n else None
+            losses.append(lab.losses(case, "dense", control, tokens))
+        made_of = {**lab.made_of(case, "compressed", prompts[1]), "seqlen": case.settings.seqlen,
+                   "machine": describe_machine(case.settings.device)}
+        cost = lab.keep("seconds", made_of, lambda: seconds(lab, case, prompts[1]))
+        numbers = [ppl(values) for values in losses]
+        table.add(str(n), *(show(v) for v in numbers), *([] if case.dense else [""]),
+                  f"{1e3 * cost['prefill']:.1f}", f"{1e3 * cost['decode']:.2f}",
+                  f"{cost['bytes'] / 1e3:.0f}", perplexity=numbers, **cost)
+        rows.append((f"{n} positions", numbers[1:]))
+    series = [("compressed", HURT), ("dense, a prompt learned alike", DENSE)]
+    says = [f"Prefill: the prompt and {case.settings.seqlen} tokens of text; decoding: a token "
+            f"behind them; the best of three."]
+    publish(lab, "length", [table], says, dot_plot(
+        "Perplexity behind a learned prompt", "lower is better", rows, series[:len(rows[0][1])]))
+
+
+@torch.no_grad()
+def seconds(lab: Lab, case: Case, prompt, count: int = 16) -> dict:
+    """Seconds of reading prompt and text, and a token of writing behind them; bytes of the prompt's
+    keys and values."""
+    model, text = lab.model(case, "compressed"), case.measured()[:case.settings.seqlen - count]
+    prefill, writing = [], []
+    for _ in range(3):
+        began = time.perf_counter()
+        model.hidden(*with_prompt(model, prompt, text[None].to(case.settings.device)))
+        read = time.perf_counter()
+        for _ in decode(model, [text.tolist()], count, prompt=prompt):
+            pass
+        prefill.append(read - began)
+        writing.append((time.perf_counter() - read - prefill[-1]) / count)
+    c = model.config
+    held = 0 if prompt is None else len(prompt) * c.n_layer * 2 * c.n_kv_head * c.head_dim
+    return {"prefill": min(prefill), "decode": max(min(writing), 0.0),
+            "bytes": held * DTYPES[case.settings.dtype].itemsize}
+
+
+def hard(lab: Lab) -> None:
+    """Prompts in words: does a compressed model use what they say, or only their being there?"""
+    case = lab.cases[0]
+    which = [w for w in ("compressed", "dense") if case.place(w)]
+    tokens, tasks = case.measured(), lab.items(case)
+    heads = [f"{task}: {what}" for task in tasks for what in ("acc", "turned right, wrong", "p")]
+    table = Table("Perplexity, change in nats a token, and answers that a prompt in words changes",
+                  "prompt", *(f"{w}, {what}" for w in which for what in ("perplexity", "change")),
+                  *heads)
+    rows, made = [], {}
+    for name in ["no prompt", *HARD, "neutral, as long", "the paper's, shuffled", "learned"]:
+        cells, numbers, prompts = [], {}, {}
+        for w in which:
+            prompts[w] = in_words(lab, case, w, name)
+            losses, base = (lab.losses(case, w, p, tokens) for p in (prompts[w], None))
+            numbers[w] = {"perplexity": ppl(losses), "change": spread(losses - base)}
+            cells += [show(numbers[w]["perplexity"]), change(losses, base)]
+        for task, items in tasks.items():
+            got, base = (lab.answers(case, which[0], p, items, task)
+                         for p in (prompts[which[0]], None))
+            flips = mcnemar(got, base)
+            numbers[task] = {"acc": spread(got), "turned right, turned wrong, p": flips}
+            cells += [show(spread(got), ".3f"), f"{flips[0]}, {flips[1]}", f"{flips[2]:.2f}"]
+        table.add(name, *cells, numbers=numbers)
+        rows.append((name, [numbers[w]["change"] for w in which]))
+        made[name] = lab.keep("texts", {**lab.made_of(case, which[0], prompts[which[0]]),
+                                        "tokens": fingerprint(tokens)},
+                              lambda: continued(lab, case, which[0], prompts[which[0]], tokens))
+    texts = Table("Greedy continuations of the compressed model", "prompt", "first", "second")
+    for name, pair in made.items():
+        texts.add(name, *(" ".join(text.split()) for text in pair), texts=pair)
+    publish(lab, "hard", [table, texts], [], dot_plot(
+        "Change of the loss by a prompt in words, nats a token", "lower is better", rows,
+        [(w, color) for w, color in zip(which, (HURT, DENSE))]))
+
+
+def in_words(lab: Lab, case: Case, which: str, name: str) -> torch.Tensor | None:
+    """The prompt of one row of `hard`."""
+    if name in HARD:
+        return lab.words(case, which, HARD[name])
+    if name == "the paper's, shuffled":
+        return lab.words(case, which, HARD_PROMPT, shuffled=True)
+    if name == "neutral, as long":
+        return lab.words(case, which, NEUTRAL, len(case.tokenizer.encode(HARD_PROMPT, bos=False)))
+    return lab.learned(case, which) if name == "learned" else None
+
+
+def continued(lab: Lab, case: Case, which: str, prompt, tokens: torch.Tensor) -> list[str]:
+    """24 tokens that follow the first 32 of two windows."""
+    windows = tokens[:len(tokens) // 32 * 32].view(-1, 32)
+    texts = [case.tokenizer.decode(windows[k].tolist()) for k in (0, len(windows) // 2)]
+    made = ["", ""]
+    for i, piece in generate(lab.model(case, which), case.tokenizer, texts, 24, prompt=prompt):
+        made[i] += piece
+    return made
+
+
+def robust(lab: Lab) -> None:
+    """Text from elsewhere, and text that is damaged, with and without the prompt."""
+    case = lab.cases[0]
+    s, tokens = case.settings, case.measured()
+    texts = {label: case.measured(measure) for label, (_, measure) in lab.texts(case).items()}
+    text = case.tokenizer.decode(tokens.tolist())
+    for how in ("typos", "dropped", "swapped", "upper case", "lower case"):
+        ids = torch.tensor(case.tokenizer.encode(corrupted(text, how)))[:len(tokens)]
+        texts[f"{Path(s.data).stem}, {how}"] = ids
+    controls = lab.controls(case)
+    table = Table("Perplexity", "text", *controls, "learned, change in nats")
+    rows = []
+    for label, tokens in texts.items():
+        losses = {name: lab.losses(case, which, prompt, tokens)
+                  for name, (which, prompt) in controls.items()}
+        numbers = {name: ppl(value) for name, value in losses.items()}
+        table.add(label, *(show(v) for v in numbers.values()),
+                  change(losses["+ learned"], losses["compressed"]), perplexity=numbers)
+        rows.append((label, [numbers["compressed"], numbers["+ learned"]]))
+    publish(lab, "robust", [table], [], dot_plot(
+        "Perplexity on other and on damaged text", "lower is better", rows,
+        [("compressed", HURT), ("+ learned prompt", HEALED)], log=True))
+
+
+def tasks(lab: Lab) -> None:
+    """Zero-shot accuracy of all controls; McNemar's test against the compressed model."""
+    case = lab.cases[0]
+    asked, controls = lab.items(case), lab.controls(case)
+    heads = [f"{task}{what}" for task, items in asked.items()
+             for what in (f", {len(items)} items", ": turned right, wrong", ": p")]
+    table = Table("Accuracy, and answers that differ from the compressed model's", "model", *heads)
+    rows = []
+    for name, (which, prompt) in controls.items():
+        cells, numbers = [], {}
+        for task, items in asked.items():
+            got = lab.answers(case, which, prompt, items, task)
+            flips = mcnemar(got, lab.answers(case, *controls["compressed"], items, task))
+            numbers[task] = {"acc": spread(got), "turned right, turned wrong, p": flips}
+            cells += [show(spread(got), ".3f"), f"{flips[0]}, {flips[1]}", f"{flips[2]:.2f}"]
+        table.add(name, *cells, tasks=numbers)
+        rows += [(f"{name}: {task}" if len(asked) > 1 else name, [v["acc"]])
+                 for task, v in numbers.items()]
+    publish(lab, "tasks", [table], [], dot_plot("Accuracy", "higher is better", rows,
+                                                [("accuracy", HEALED)]))
+
+
+def main(args) -> None:
+    for name, studies in USES.items():
+        if getattr(args, name) is not None and args.study not in studies:
+            raise ValueError(f"--{name} does nothing in study {args.study}: leave it out")
+    if args.study in ONE_RUN and len(args.runs) > 1:
+        raise ValueError(f"study {args.study} takes one RUN, not {len(args.runs)}")
+    lab = Lab(args)
+    if args.study != "levels" and not all(case.compressed for case in lab.cases):
+        raise ValueError(f"study {args.study} compares compressed models: a RUN has none")
+    if args.study in ("recipes", "tasks") and not all(case.dense for case in lab.cases):
+        raise ValueError(f"study {args.study} compares with the dense model: run train.py with "
+                         f"--dense FOLDER")
+    studies = levels, recipes, transfer, length, hard, robust, tasks
+    {f.__name__: f for f in studies}[args.study](lab)
+
+
+if __name__ == "__main__":
+    run_program(main, args, after_interrupt=lambda: f"stopped; what is done is in {args.out}: the "
+                                                    f"same command goes on")

@@ -90,7 +90,7 @@ from pathlib import Path
 
 import torch
 
-from compress import Stream, Walk
+from compress import Stream
 from data import parallel
 from data.chat import ChatTemplate
 from data.checkpoint import read_json, write_atomic
@@ -134,13 +134,10 @@ def streamed_perplexity(checkpoint: Checkpoint, tokens: torch.Tensor, seqlen: in
                         device: str = "cpu", title: str = "perplexity") -> tuple[float, int]:
     """The same of a model that does not fit the device: block by block over all windows, one block
     there at a time."""
-    windows = cut(tokens, seqlen, batch_size)
+    batches = list(parallel.mine(cut(tokens, seqlen, batch_size).split(batch_size)))
     ends = checkpoint.ends(dtype, device)
-    walk = Walk(ends, windows, False, batch_size, dtype, device, exact=True)
-    for i in Progress(range(checkpoint.config.n_layer), title):
-        walk.advance(checkpoint.block(i, dtype, device), None, False)
     total, count = 0.0, 0
-    for h, batch in zip(walk.stream, parallel.mine(windows.split(batch_size))):
+    for h, batch in zip(block_by_block(checkpoint, ends, batches, title), batches):
         z = ends.final(h[:, :-1]).flatten(0, 1)
         nll = HeadLoss.apply(z, ends.unembed, batch[:, 1:].flatten().to(device))
         total += nll.double().sum().item()
@@ -161,15 +158,24 @@ def last_states(checkpoint: Checkpoint, windows: torch.Tensor, batch_size: int =
         for batch in Progress(batches, title):
             yield model.hidden(batch.to(device))
         return
-    ends, stream = checkpoint.ends(dtype, device), Stream(dtype, device, exact=True)
+    yield from block_by_block(checkpoint, checkpoint.ends(dtype, device), batches, title)
+
+
+@torch.no_grad()
+def block_by_block(checkpoint: Checkpoint, ends, batches: list[torch.Tensor], title: str) -> Stream:
+    """The last block's outputs (batch, T, d_model) of batches of windows: every block goes over all
+    of them before the next is read. ends: `checkpoint.ends`, whose dtype and device hold here."""
+    weight = ends.embed_tokens.weight
+    dtype, device = weight.dtype, str(weight.device)
+    stream = Stream(dtype, device, exact=True)
     for batch in batches:
         stream.append(ends.stem(ends.embed(batch.to(device))).to(dtype))
-    rope = ends.rope(0, windows.shape[1], device)
+        rope = ends.rope(0, batch.shape[1], device)             # the same for all
     for i in Progress(range(checkpoint.config.n_layer), title):
         block = checkpoint.block(i, dtype, device)
         for k in range(len(stream)):
             stream[k] = block(stream[k], rope)
-    yield from stream
+    return stream
 
 
 def cut(tokens: torch.Tensor, seqlen: int, batch_size: int) -> torch.Tensor:

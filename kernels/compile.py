@@ -1,16 +1,23 @@
 """Compile the kernels for GPUs that are not there, and count what one weight costs.
 
     python -m kernels.compile                               # a line for each kernel; seconds per line
-    python -m kernels.compile --arch 90 --format nm --tokens 8 --write              # into compiled.csv
+    python -m kernels.compile --arch 90 --format nm --tokens 8
+    python -m kernels.compile --write                       # puts the lines into compiled.csv
 
-compiled.csv has lines of two versions of triton, and --write replaces those of the version that runs. predict.py turns
-them into times. Columns: registers a thread, bytes spilled, bytes of shared memory, and of the innermost loop (of the slab
-kernel, which has none: of all of it), for every weight that a thread decodes:
+compiled.csv has lines of several versions of triton: --write replaces, of the version that runs, the lines of the kernels
+it compiled. Columns: registers a thread, bytes spilled, bytes of shared memory; then what a thread does in the innermost
+loop (counted = loop), or in all of the kernel where a layer has so few columns that the compiler unrolled it, and in the
+slab kernel, which has no loop (counted = all). For every weight that it decodes:
 
     per_weight    machine instructions, and of these by pipe: alu (logic, shifts, prmt: half rate on all these GPUs), fma
                   (also integer multiplication), lsu (loads, stores, shared memory), tensor, other
-    wavefronts    what the loads and stores keep the L1 cache busy with: 128 bytes of a warp each
-    in_shared, barriers, converts       counted, not per weight: accesses to shared memory, barriers, layout conversions
+    wavefronts    what loads and stores keep the L1 cache busy with: 128 bytes of a warp each
+
+and not per weight:
+
+    exchanges     instructions by which threads see each other's data: accesses to shared memory and shuffles. A layout
+                  conversion that is more than another name for a register becomes one of these
+    barriers
 
 Uses the assembler and disassembler inside triton's wheel.
 """
@@ -29,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.matmul import launch
+from kernels.matmul import launch, steps_of
 from kernels.product import product_kernel
 from kernels.slab import slab_kernel
 
@@ -40,6 +47,8 @@ FORMATS, GRIDS = ("dense", "nm", "unstructured"), ("uniform", "offset")
 LAYER = (4096, 11008)
 SHAPES = ((4096, 4096), (11008, 4096), (2048, 8192), (8192, 2048))                  # LLaMA-7B's others and OPT-1.3B's MLP
 SLAB = 0                                                    # in the place of tokens: the kernel that unpacks
+TOKENS = (8, 16, 32, 64, SLAB)
+KEY = ("triton", "sm", "tokens", "format", "grid", "x", "group", "shape")           # the columns that name a kernel
 ALU = ("LOP3 SHF PRMT IADD3 IADD SEL ISETP LEA VIADD IABS IMNMX VIMNMX FMNMX PLOP3 P2R R2P BMSK SGXT LOP FSEL FSETP "
        "HMNMX2 SHL SHR FSET HSETP2 VABSDIFF MOV CS2R").split()
 FMA = "IMAD FFMA FMUL FADD HFMA2 HADD2 HMUL2 IDP".split()
@@ -57,9 +66,11 @@ class Variant(NamedTuple):
     shape: tuple[int, int]
 
 
-def variants(archs=ARCHS, formats=FORMATS, tokens=(8, 16, 32, 64, SLAB)) -> Iterator[Variant]:
-    """Every kernel with one grid a row in fp16; bf16, groups and other shapes for up to 8 tokens on an H100."""
+def variants(archs=ARCHS, formats=FORMATS, tokens=TOKENS) -> Iterator[Variant]:
+    """On an H100 every kernel, and up to 8 tokens also with bf16, groups and other shapes; elsewhere the two extremes."""
     for arch, count, format, grid in itertools.product(archs, tokens, formats, GRIDS):
+        if arch != 90 and count not in (8, SLAB):
+            continue
         yield Variant(arch, count, format, grid, "fp16", 0, LAYER)
         if arch == 90 and count == 8:
             yield Variant(arch, count, format, grid, "bf16", 0, LAYER)
@@ -68,17 +79,23 @@ def variants(archs=ARCHS, formats=FORMATS, tokens=(8, 16, 32, 64, SLAB)) -> Iter
                 yield from (Variant(arch, count, format, grid, "fp16", 0, shape) for shape in SHAPES)
 
 
-def build(v: Variant):
-    """-> the compiled kernel, the weights that a thread decodes in one pass of its loop."""
+class Built(NamedTuple):
+    compiled: triton.compiler.CompiledKernel
+    in_loop: int                        # weights that a thread decodes in one pass of the innermost loop
+    in_all: int                         # in the whole kernel
+
+
+def build(v: Variant) -> Built:
     N, K = v.shape
     if v.tokens == SLAB:
-        kernel, warps, weights = slab_kernel, 4, 64
+        kernel, warps, in_loop, in_all = slab_kernel, 4, 64, 64
         constants = dict(N=N, K=K, GROUP=v.group, FORMAT=v.format, OFFSET=v.grid == "offset", WARPS=warps)
     else:
         meta = dict(shape=v.shape, format=v.format, grid=v.grid, groupsize=v.group or -1)
         kernel, constants = product_kernel, launch(meta, v.tokens)[1]
         warps = constants.pop("num_warps")
-        weights = 64 * constants["STRIPS"] * constants["UNROLL"]
+        in_loop = 64 * constants["STRIPS"] * constants["UNROLL"]
+        in_all = 64 * constants["STRIPS"] * steps_of(K)
     types = dict(x_ptr=f"*{v.dtype}", y_ptr=f"*{v.dtype}", out_ptr=f"*{v.dtype}", mask_ptr="*i32", codes_ptr="*i32",
                  start_ptr="*i32", at_ptr="*u8", scale_ptr="*fp16", zero_ptr="*fp16", M="i32", first_strip="i32",
                  first_tile="i32", width="i32")
@@ -87,7 +104,7 @@ def build(v: Variant):
                if kind.startswith("*") or name == "width"}
     source = ASTSource(kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, aligned)
     options = {"num_warps": warps, "num_stages": 3}         # what a launch takes; without tl.dot nothing is pipelined
-    return triton.compile(source, target=GPUTarget("cuda", v.arch, 32), options=options), weights
+    return Built(triton.compile(source, target=GPUTarget("cuda", v.arch, 32), options=options), in_loop, in_all)
 
 
 def assembler(arch: int) -> Path:
@@ -97,15 +114,16 @@ def assembler(arch: int) -> Path:
     return newer if (arch >= 90 and recent or arch >= 100) and newer.exists() else TOOLS / "ptxas"
 
 
-def innermost(sass: str) -> list[str]:
-    """The instructions of the longest loop that has no loop inside; all instructions where there is no loop."""
+def innermost(sass: str) -> tuple[list[str], bool]:
+    """The instructions of the longest loop that has no loop inside, True; where there is no loop all of them, False."""
     lines = [(int(a, 16), t) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
     jumps = [(int(to[1], 16), at) for at, text in lines if "BRA" in text and (to := re.search(r"0x([0-9a-f]+)", text))]
     loops = [(a, b) for a, b in jumps if a < b]
     inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
-    start, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, 1 << 62))
-    body = [text for at, text in lines if start <= at <= end]
-    return body if inner else body[:next((i for i, t in enumerate(body) if t.startswith("EXIT")), None)]
+    if not inner:
+        return [text for _, text in lines][:next(i for i, (_, text) in enumerate(lines) if text.startswith("EXIT"))], False
+    start, end = max(inner, key=lambda loop: loop[1] - loop[0])
+    return [text for at, text in lines if start <= at <= end], True
 
 
 def pipe(name: str) -> str:
@@ -122,7 +140,7 @@ def wavefronts(name: str) -> int:
 
 def inspect(v: Variant) -> dict:
     """The numbers of a line of the table."""
-    compiled, weights = build(v)
+    compiled, in_loop, in_all = build(v)
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
         ptx.write_text(compiled.asm["ptx"])
@@ -135,24 +153,26 @@ def inspect(v: Variant) -> dict:
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report.stderr)
     if not registers or not spills:
         raise ValueError(f"{v}: ptxas says {report.stderr.strip()[-300:]}")
-    names = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in innermost(sass)]
+    texts, is_loop = innermost(sass)
+    weights = in_loop if is_loop else in_all
+    names = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in texts]
     short = [name.split(".")[0] for name in names]
     pipes = Counter(pipe(name) for name in short)
-    ttgir = compiled.asm["ttgir"]
-    loop = ttgir[ttgir.rfind("scf.for"):] if "scf.for" in ttgir else ttgir             # the last is the innermost
-    loop = loop[:loop.find("scf.yield")]
     each = {kind: f"{pipes[kind] / weights:.3f}" for kind in ("alu", "fma", "lsu", "tensor", "other")}
     return dict(registers=int(registers[1]), spilled=int(spills[1]) + int(spills[2]), shared=compiled.metadata.shared,
-                per_weight=f"{len(names) / weights:.3f}", **each,
+                counted="loop" if is_loop else "all", per_weight=f"{len(names) / weights:.3f}", **each,
                 wavefronts=f"{sum(map(wavefronts, names)) / weights:.3f}",
-                in_shared=sum(name in ("LDS", "STS", "LDSM") for name in short), barriers=short.count("BAR"),
-                converts=loop.count("convert_layout"))
+                exchanges=sum(name in ("LDS", "STS", "LDSM", "SHFL") for name in short), barriers=short.count("BAR"))
 
 
 def row(v: Variant) -> dict[str, str]:
     named = dict(triton=triton.__version__, sm=v.arch, tokens=v.tokens or "slab", format=v.format, grid=v.grid, x=v.dtype,
                  group=v.group or "row", shape=f"{v.shape[0]}x{v.shape[1]}", **inspect(v))
     return {key: str(value) for key, value in named.items()}
+
+
+def key_of(line: dict[str, str]) -> tuple[str, ...]:
+    return tuple(line[name] for name in KEY)
 
 
 def table() -> list[dict[str, str]]:
@@ -175,7 +195,8 @@ def main(args) -> None:
         with open(part, "w", newline="") as f:
             writer = csv.DictWriter(f, lines[0])
             writer.writeheader()
-            writer.writerows([line for line in table() if line["triton"] != triton.__version__] + lines)
+            new = {key_of(line) for line in lines}
+            writer.writerows([line for line in table() if key_of(line) not in new] + lines)
         part.replace(TABLE)
 
 

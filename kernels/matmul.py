@@ -24,9 +24,9 @@ from kernels.slab import slab_kernel
 
 FUSED = {80: 64, 86: 64, 89: 64, 90: 64, 100: 64, 120: 64}   # the most tokens of product.py; by compile.py's model, untimed
 SLAB_BYTES = 45_000_000
-CHUNK = 16                                                  # tiles of 128 columns that a warp adds up in one go
+CHUNK = 15                                                  # tiles of 128 columns that a warp adds up in one go
 WARPS = 8                                                   # a program of product.py
-UNROLL = {"nm": 3, "unstructured": 3, "dense": 3}           # the words of three tiles go round in registers
+UNROLL = 3                                                  # the words of three tiles go round in registers
 
 
 @cache
@@ -44,13 +44,18 @@ def in_fp16(fragments: Fragments) -> bool:
     return bool(reach.all())
 
 
+def steps_of(K: int) -> int:
+    """Tiles of 128 columns that a warp decodes."""
+    return -(-K // (128 * WARPS))
+
+
 def launch(meta: dict, tokens: int) -> tuple[tuple[int], dict]:
     """-> grid and constants of product_kernel for this many tokens."""
     (N, K), strips = meta["shape"], 1 if tokens <= 8 else 2
     tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
     constants = dict(N=N, K=K, GROUP=max(meta["groupsize"], 0), FORMAT=meta["format"], OFFSET=meta["grid"] == "offset",
                      PLANES=tokens <= 8, STRIPS=strips, TOKENS=tiles, WARPS=WARPS, CHUNK=CHUNK,
-                     UNROLL=UNROLL[meta["format"]] if tokens <= 8 else 1, num_warps=WARPS)
+                     UNROLL=min(UNROLL, steps_of(K)) if tokens <= 8 else 1, num_warps=WARPS)
     return (-(-tiles_of(meta)[0] // strips),), constants
 
 

@@ -130,6 +130,7 @@ def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_p
     OUTS: tl.constexpr = STRIPS * TOKENS * 4
     STEPS: tl.constexpr = (TILES + WARPS - 1) // WARPS
     CHUNKS: tl.constexpr = (STEPS + CHUNK - 1) // CHUNK
+    EACH: tl.constexpr = (STEPS + CHUNKS - 1) // CHUNKS     # of about one size: at most one step a chunk is for nothing
     thread = tl.arange(0, T)
     lane, warp = thread % 32, thread // 32
     g, q = lane // 4, lane % 4
@@ -141,8 +142,8 @@ def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_p
     total = zeros(OUTS, T)
     for chunk in range(CHUNKS):
         sums = zeros(SUMS, T)
-        for step in tl.range(min(CHUNK, STEPS), loop_unroll_factor=UNROLL):
-            tile = (chunk * CHUNK + step) * WARPS + warp
+        for step in tl.range(EACH, loop_unroll_factor=UNROLL):
+            tile = (chunk * EACH + step) * WARPS + warp
             later = fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, tile + 2 * WARPS, lane, STRIPS, TILES, LAST, FORMAT)
             if GROUP:
                 group = tl.minimum(tile, TILES - 1) * 128 // GROUP

@@ -1,4 +1,7 @@
-"""The two tiny checkpoints that ship: their size, their logits against transformers, what they have learned."""
+"""The two tiny checkpoints that ship: their size, their logits against transformers, what they have learned.
+
+    python -m pytest -q tests/test_tiny.py
+"""
 import json
 import math
 from pathlib import Path

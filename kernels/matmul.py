@@ -26,7 +26,7 @@ FUSED = {80: 64, 86: 64, 89: 64, 90: 64, 100: 64, 120: 64}   # the most tokens o
 SLAB_BYTES = 45_000_000
 CHUNK = 15                                                  # tiles of 128 columns that a warp adds up in one go
 WARPS = 8                                                   # a program of product.py
-UNROLL = 3                                                  # the words of three tiles go round in registers
+UNROLL = 3, 2, 1                                            # of three: a step's words go round in three sets of registers
 
 
 @cache
@@ -52,10 +52,11 @@ def steps_of(K: int) -> int:
 def launch(meta: dict, tokens: int) -> tuple[tuple[int], dict]:
     """-> grid and constants of product_kernel for this many tokens."""
     (N, K), strips = meta["shape"], 1 if tokens <= 8 else 2
+    unroll = next((n for n in UNROLL if 2 * n <= steps_of(K)), 1) if tokens <= 8 else 1     # a loop of one pass would spill
     tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
     constants = dict(N=N, K=K, GROUP=max(meta["groupsize"], 0), FORMAT=meta["format"], OFFSET=meta["grid"] == "offset",
                      PLANES=tokens <= 8, STRIPS=strips, TOKENS=tiles, WARPS=WARPS, CHUNK=CHUNK,
-                     UNROLL=min(UNROLL, steps_of(K)) if tokens <= 8 else 1, num_warps=WARPS)
+                     UNROLL=unroll, num_warps=WARPS)
     return (-(-tiles_of(meta)[0] // strips),), constants
 
 

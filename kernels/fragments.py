@@ -24,10 +24,13 @@ other, then comes the next strip; rows and columns are filled up with pruned wei
 
     start    int32 a tile, the place of its lane 0; at (uint8, tiles x 32): how many words further each lane's is
 
-A nibble's way from the file to a register, row 5, column 83, "nm": its file word is that of columns 80 ... 95, where it is
-the r-th that the row keeps of 80 ... 87. Column 83 is 64 + 16 q + 3 with q = 1: lane 4 * 5 + 1 = 21, block 1, byte 2,
-j = 3. It becomes position r of the second word of lane 21's upper row, and the kernel picks it by a selector counted from
-bits 2, 6, 10 of mask (bit 14 is its own) into the second half of the first of the two registers of product m = 4.
+A nibble's way from the file to a register, row 5, column 83, "nm":
+
+    file      row 5's word for columns 80 ... 95, and in it nibble r, if the row keeps r of columns 80 ... 82
+    lane      83 = 64 + 16 q + 3 with q = 1: lane 4 * 5 + 1 = 21, its upper row, the second block, byte 2, j = 3
+    fragment  bit 4 * 3 + 2 = 14 of the row's mask; position r of the row's second word, nibble 2 r (r < 4) or 2 r - 7
+    register  a selector counts bits 2, 6, 10 of the mask and finds r; the pattern becomes the upper half of register
+              4 b + j // 2 = 9, which is the second of the upper row's two registers (8, 9) of product m = 4
 
     fragments = to_fragments(packed)                        # on the device of packed's tensors, in slabs of rows
     packed = from_fragments(fragments)                      # the file's tensors again, bit for bit
@@ -107,7 +110,8 @@ def slab(packed: Packed, format: str) -> dict[str, torch.Tensor]:
     pad = (0, -rank.shape[1] % 128, 0, -rank.shape[0] % 16)
     rank = by_lane(torch.nn.functional.pad(rank.to(torch.uint8), pad))
     if keep is None:
-        return {"codes": to_words(rank[..., [0, 2, 4, 6, 1, 3, 5, 7]]).permute(0, 2, 1, 3).contiguous()}               # rows outermost
+        words = to_words(rank[..., [0, 2, 4, 6, 1, 3, 5, 7]])
+        return {"codes": words.permute(0, 2, 1, 3).contiguous()}                            # rows outermost
     keep = by_lane(torch.nn.functional.pad(keep, pad))
     bit = 4 * torch.arange(8, device=keep.device) + torch.arange(4, device=keep.device)[:, None]
     mask = (keep.long() << bit).sum((-1, -2)).to(torch.int32)

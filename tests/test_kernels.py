@@ -178,6 +178,23 @@ def test_triton_gets_only_four_bits_in_neighbouring_groups():
     assert not triton_reads(pack(*example((8, 64), 4, "uniform", 16, "nm"), 4, "uniform", 16, g_idx=g_idx))
 
 
+def test_a_nibble_lies_where_fragments_draws_it():
+    """The example of its docstring: row 5, column 83, of which the row keeps two columns before."""
+    from kernels.fragments import from_fragments, to_fragments
+    mask, codes = torch.ones(16, 128, dtype=torch.bool), torch.zeros(16, 128, dtype=torch.uint8)
+    for column, code in ((80, 3), (82, 7), (83, 9)):
+        mask[5, column], codes[5, column] = False, code
+    ones = torch.ones(16, 1)
+    packed = pack(codes, mask, ones, ones, 4, format="nm")
+    fragments = to_fragments(packed)
+    words, bits = (fragments.tensors[name].long() & 0xFFFFFFFF for name in ("codes", "mask"))
+    assert words.shape == (1, 32, 4) and bits.shape == (1, 32, 2)
+    assert int(bits[0, 21, 0]) == 1 << 2 | 1 << 10 | 1 << 14 and int(bits.sum()) == int(bits[0, 21, 0])
+    assert int(words[0, 21, 1]) == 3 | 7 << 8 | 9 << 4 * 2 * 2 and int(words.sum()) == int(words[0, 21, 1])
+    back = from_fragments(fragments)
+    assert all(torch.equal(back.tensors[name], t) for name, t in packed.tensors.items())
+
+
 def run(*command, **environment):
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=TESTS.parent,
                             env={**os.environ, "OMP_NUM_THREADS": "1", **environment})

@@ -11,12 +11,15 @@ were left out. A check that fails stops everything but the record: what is wrong
     fp16       seconds of F.linear, or of dy W, with the same weights in 16 bits
     int4       seconds of torch's own int4 product, where it fits
 
-Products are replayed from a CUDA graph unless the case says "from Python".
+Products are replayed from a CUDA graph unless the case says "from Python". Kernels are compiled by several processes
+before: each uses its part of them once, and Triton keeps what it compiled on disk.
 """
 import contextlib
 import csv
 import io
 import itertools
+import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -29,7 +32,9 @@ import torch.nn.functional as F
 FORMATS, GRIDS = ("nm", "unstructured", "dense"), ("uniform", "offset")
 SHAPES = ((4096, 11008), (4096, 4096), (11008, 4096))
 BATCHES = (1, 16, 64, 512, 4096)
-SMALL = ((33, 130), (80, 1100))                             # rows and columns that fill no tile; several steps of a warp
+# shape, groupsize, tokens, dtype of the checks: rows and columns that fill no tile; several steps of a warp; all kernels
+CHECKS = (((33, 130), -1, (1, 12, 100), torch.float16), ((80, 1100), 128, (5, 64), torch.bfloat16))
+WARMED = 36                                                 # cases whose kernels are compiled before
 TOLERANCE = {torch.float16: 2 ** -10, torch.bfloat16: 2 ** -6}
 COLUMNS = ("kind", "case", "value", "fp16", "int4")
 
@@ -86,35 +91,60 @@ def until(deadline: float, work: list[tuple[object, Callable[[], None]]], record
             record.add("failed", name, str(problem).splitlines()[0])
 
 
-def checks(device: torch.device) -> Iterator[tuple[str, float, float]]:
-    """(case, largest error over the largest output, what is allowed) of every kernel beside float64."""
+def check(format: str, grid: str, shape, groupsize: int, tokens, dtype, device) -> Iterator[tuple[str, float, float]]:
+    """(case, largest error over the largest output, what is allowed) of products, forward and backward, beside float64."""
     from bench.kernels import random_layer
     from kernels.linear import PackedLinear
     from kernels.unpacking import unpack
-    for format, grid, shape in itertools.product(FORMATS, GRIDS, SMALL):
-        for groupsize, tokens, dtype in itertools.product((-1, 128), (1, 12, 64, 100), TOLERANCE):
-            packed = random_layer(shape, format, grid, groupsize, device)
-            weight, layer = unpack(packed, torch.float64).to(device), PackedLinear(packed).to(device)
-            x = torch.randn(tokens, shape[1], device=device).to(dtype).requires_grad_()
-            dy = torch.randn(tokens, shape[0], device=device).to(dtype)
-            y = layer(x)
-            y.backward(dy)
-            for what, got, exact in (("y", y, x.double() @ weight.T), ("dx", x.grad, dy.double() @ weight)):
-                error = float((got.detach().double() - exact).abs().max() / exact.abs().max())
-                yield f"{what} {format} {grid} {shape} groupsize {groupsize} tokens {tokens} {dtype}", error, TOLERANCE[dtype]
+    packed = random_layer(shape, format, grid, groupsize, device)
+    weight, layer = unpack(packed, torch.float64).to(device), PackedLinear(packed).to(device)
+    for count in tokens:
+        x = torch.randn(count, shape[1], device=device).to(dtype).requires_grad_()
+        dy = torch.randn(count, shape[0], device=device).to(dtype)
+        y = layer(x)
+        y.backward(dy)
+        for what, got, exact in (("y", y, x.detach().double() @ weight.T), ("dx", x.grad, dy.double() @ weight)):
+            error = float((got.detach().double() - exact).abs().max() / exact.abs().max())
+            yield f"{what} {format} {grid} {shape} groupsize {groupsize} tokens {count} {dtype}", error, TOLERANCE[dtype]
+
+
+def all_checks() -> list[tuple]:
+    return [(f, g, *how) for f, g, how in itertools.product(FORMATS, GRIDS, CHECKS)]
 
 
 def check_all(record: Record, device: torch.device) -> None:
     """Decoding in fp16 multiplies subnormal numbers: a tensor core that flushed them to zero would give zeros here."""
     worst = {}
-    for case, error, allowed in checks(device):
-        if not error <= allowed:
-            record.add("check", case, error)
-            raise ValueError(f"{case}: error {error:.1e} where {allowed:.1e} is allowed: a kernel is wrong on this GPU")
-        kind = case.partition(" (")[0]
-        worst[kind] = max(error, worst.get(kind, 0.0))
+    for one in all_checks():
+        for case, error, allowed in check(*one, device):
+            if not error <= allowed:
+                record.add("check", case, error)
+                raise ValueError(f"{case}: error {error:.1e} where {allowed:.1e} is allowed: a kernel is wrong on this GPU")
+            kind = case.partition(" (")[0]
+            worst[kind] = max(error, worst.get(kind, 0.0))
     for kind, error in worst.items():
         record.add("check", kind, error)
+
+
+def warm(part: int, parts: int) -> None:
+    """Has Triton compile one part of all kernels. What fails will fail again where it is recorded."""
+    from bench.kernels import random_layer
+    from kernels.linear import PackedLinear
+    device = torch.device("cuda", 0)
+    for one in all_checks()[part::parts]:
+        with contextlib.suppress(RuntimeError, ValueError):
+            list(check(*one, device))
+    for case in cases()[:WARMED][part::parts]:
+        with contextlib.suppress(RuntimeError, ValueError):
+            layer = PackedLinear(random_layer(case.shape, case.format, case.grid, -1, device)).to(device)
+            width = case.shape[1] if case.direction == "forward" else case.shape[0]
+            layer.product(torch.zeros(case.batch, width, device=device).half(), transposed=case.direction != "forward")
+
+
+def warm_all() -> None:
+    parts = max(1, min(8, os.cpu_count() or 1))
+    with multiprocessing.get_context("spawn").Pool(parts) as pool:
+        pool.starmap(warm, [(part, parts) for part in range(parts)], chunksize=1)
 
 
 def run_tests(record: Record) -> None:
@@ -173,6 +203,7 @@ def main(minutes: float, out: str) -> None:
     device = torch.device("cuda", 0)
     deadline, record = time.monotonic() + 60 * minutes, Record(out)
     record.add("machine", torch.cuda.get_device_name(device), f"torch {torch.__version__}")
+    warm_all()
     check_all(record, device)
     todo = [(case, lambda case=case: time_product(case, record, device)) for case in cases()]
     until(deadline, [("copy", lambda: bandwidth(record, device)), *todo[:12],

@@ -345,7 +345,7 @@ def test_a_gpu_day_without_a_gpu(tmp_path):
 
 def test_checks_of_a_gpu_day_notice_a_wrong_kernel(tmp_path, monkeypatch):
     from bench import day
-    monkeypatch.setattr(day, "SMALL", ((16, 128),))
+    monkeypatch.setattr(day, "CHECKS", (((16, 128), -1, (1, 12), torch.float16),))
     monkeypatch.setattr(day, "FORMATS", ("nm",))
     day.check_all(day.Record(tmp_path / "right.csv"), torch.device("cpu"))
     right = PackedLinear.multiply

@@ -22,7 +22,7 @@ import re
 import sys
 from typing import NamedTuple
 
-from kernels.compile import SLAB, TABLE, TOKENS, table
+from kernels.compile import SLAB, TABLE, table
 
 REACHED, CUBLAS = 0.92, 0.75                                # of the memory's rate; of the peak rate of products
 FIXED = 2e-6                                                # seconds: start, first loads, last sums; in a CUDA graph
@@ -75,7 +75,7 @@ def packed(gpu: GPU, shape: tuple[int, int], tokens: int, lines: dict[int, dict[
         slabs = -(-2 * weights // int(SLAB_BYTES))
         unpacking = max(parts.values()) + slabs * FIXED
         return unpacking + cublas(gpu, shape, tokens, gpu.cache) + FIXED, f"{unpacking * 1e6:.0f} us unpacking"
-    line = lines[next(n for n in (8, 16, 64) if tokens <= n)]
+    line = lines[kernel_for(tokens)]
     programs = shape[0] / (16 if tokens <= 8 else 32)
     most = -(-programs // gpu.multiprocessors) / (programs / gpu.multiprocessors)           # over the average
     parts = {name: most * seconds for name, seconds in on_chip(line, gpu, weights).items()}
@@ -94,11 +94,13 @@ def lines_of(version: str, sm: int, format: str, grid: str) -> dict[int, dict[st
             tokens = SLAB if line["tokens"] == "slab" else int(line["tokens"])
             if line["sm"] == str(sm) or line["sm"] == "90" and tokens not in found:
                 found[tokens] = line
-    missing = [str(t or "slab") for t in TOKENS if t not in found]
-    if missing:
-        raise ValueError(f"{TABLE.name} has no line of triton {version} for {format}, {grid}, {', '.join(missing)}: "
-                         "python -m kernels.compile --write")
+    if not found:
+        raise ValueError(f"{TABLE.name} has no line of triton {version} for {format}, {grid}: python -m kernels.compile --write")
     return found
+
+
+def kernel_for(tokens: int) -> int:
+    return SLAB if tokens > 64 else next(n for n in (8, 16, 64) if tokens <= n)
 
 
 def main(args) -> None:
@@ -116,7 +118,7 @@ def main(args) -> None:
         for format in BITS:
             for grid in ("uniform", "offset"):
                 lines = lines_of(version, gpu.sm, format, grid)
-                for tokens in TIMED:
+                for tokens in (t for t in TIMED if kernel_for(t) in lines):
                     seconds, bound = packed(gpu, shape, tokens, lines, BITS[format])
                     fp16 = cublas(gpu, shape, tokens, gpu.memory) + FIXED
                     int4 = max(moved(shape, tokens, 4.25) / (REACHED * gpu.memory),

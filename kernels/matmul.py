@@ -51,7 +51,7 @@ def steps_of(K: int) -> int:
 
 def launch(meta: dict, tokens: int) -> tuple[tuple[int], dict]:
     """-> grid and constants of product_kernel for this many tokens."""
-    (N, K), strips = meta["shape"], 1 if tokens <= 8 else 2
+    (N, K), strips = meta["shape"], 2 if 8 < tokens <= 32 else 1            # two share x; 64 tokens' sums leave no room
     unroll = next((n for n in UNROLL if 2 * n <= steps_of(K)), 1) if tokens <= 8 else 1     # a loop of one pass would spill
     tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
     constants = dict(N=N, K=K, GROUP=max(meta["groupsize"], 0), FORMAT=meta["format"], OFFSET=meta["grid"] == "offset",

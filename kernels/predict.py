@@ -76,7 +76,7 @@ def packed(gpu: GPU, shape: tuple[int, int], tokens: int, lines: dict[int, dict[
         unpacking = max(parts.values()) + slabs * FIXED
         return unpacking + cublas(gpu, shape, tokens, gpu.cache) + FIXED, f"{unpacking * 1e6:.0f} us unpacking"
     line = lines[kernel_for(tokens)]
-    programs = shape[0] / (16 if tokens <= 8 else 32)
+    programs = shape[0] / (32 if 8 < tokens <= 32 else 16)
     most = -(-programs // gpu.multiprocessors) / (programs / gpu.multiprocessors)           # over the average
     parts = {name: most * seconds for name, seconds in on_chip(line, gpu, weights).items()}
     parts["memory"] = moved(shape, tokens, bits) / (REACHED * gpu.memory)

@@ -273,9 +273,7 @@ def test_kernels_compile_as_cheap_as_the_table_says(arch, tokens, format, grid):
 
 def cheap(line: dict[str, str]) -> None:
     spilled = int(line["spilled"])
-    if line["tokens"] == "64":
-        assert spilled <= 72, line                          # of 255 registers a few wait in memory
-    elif spilled:                                           # outside the loop: inside are the loads of words and x alone
+    if spilled:                                             # outside the loop: inside are the loads of words and x alone
         assert (line["triton"], line["format"], line["lsu"]) == ("3.6.0", "nm", "0.094") and spilled <= 32, line
     if line["counted"] == "loop":
         assert line["exchanges"] == line["barriers"] == "0", line

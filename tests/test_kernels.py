@@ -282,15 +282,13 @@ def cheap(line: dict[str, str]) -> None:
         assert float(line["per_weight"]) <= instructions and float(line["alu"]) <= alu, line
 
 
-def test_table_holds_two_versions_of_what_decodes():
+def test_table_holds_every_kernel_in_two_versions():
     pytest.importorskip("triton")
     from kernels import compile
     lines = compile.table()
-    keys = {compile.key_of(line) for line in lines}
     versions = {line["triton"] for line in lines}
-    assert "3.6.0" in versions and len(versions) == 2 and len(keys) == len(lines)
-    for version, format, grid in itertools.product(versions, FORMATS, GRIDS):
-        assert (version, "90", "8", format, grid, "fp16", "row", "4096x11008") in keys
+    assert "3.6.0" in versions and len(versions) == 2
+    assert len({compile.key_of(line) for line in lines}) == len(lines) == 2 * len(list(compile.variants()))
     for line in lines:
         cheap(line)
 

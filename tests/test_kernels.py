@@ -1,4 +1,7 @@
-"""PackedLinear on the CPU; Triton kernels in the interpreter; compilation for GPUs that are not there."""
+"""PackedLinear on the CPU; Triton kernels in the interpreter; compilation for GPUs that are not there.
+
+    python -m pytest -q tests/test_kernels.py
+"""
 import itertools
 import os
 import re

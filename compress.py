@@ -39,16 +39,18 @@ from model import Block, Checkpoint, Half, load_block, read_note, save_index, sa
 from sparsegpt import SLAB, parse_sparsity, prune_and_round, sparsegpt
 
 RECIPES = {
-    "plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0, percdamp=0.01,     # as published
-                  true_sequential=False, correct=0.0),
-    "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2, percdamp=0.03,
-                 true_sequential=True, correct=0.5),
+    # as published
+    "plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0,
+                  percdamp=0.01, true_sequential=False, correct=0.0),
+    "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2,
+                 percdamp=0.03, true_sequential=True, correct=0.5),
 }
 Solve = Callable[[torch.Tensor, torch.Tensor, list[int]], Compressed]
 
 
 def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", groupsize: int = -1,
-                sym: bool = False, blocksize: int = 128, static_groups: bool = False, **steps) -> Solve | None:
+                sym: bool = False, blocksize: int = 128, static_groups: bool = False,
+                **steps) -> Solve | None:
     """solve(W, H, parts) -> Compressed, or None where nothing is to be done.
 
     W (rows, in) stacks the Linears that read one input, H (in, in) is that input's Hessian, parts
@@ -59,8 +61,8 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
     if bits is None and not fraction:
         return None
     if static_groups and (recipe != "plain" or not s["act_order"] or fraction):
-        raise ValueError("--static-groups belongs to --recipe plain --sparsity 0 --act-order; the searched grids' groups "
-                         "are static anyway")
+        raise ValueError("--static-groups belongs to --recipe plain --sparsity 0 --act-order; the "
+                         "searched grids' groups are static anyway")
     pattern = str(sparsity) if m else fraction
     common = dict(groupsize=groupsize, sym=sym, percdamp=s["percdamp"], blocksize=blocksize)
     taken_apart = s["mask"] == "admm" or s["refits"] or s["descent"] or s["grid"] != "minmax"
@@ -138,7 +140,7 @@ class Target(NamedTuple):
     W: torch.Tensor                     # (out, in) fp32 weights to come close to
     H: torch.Tensor                     # (in, in) in whose measure
     mean: torch.Tensor | None           # (in,) mean input, and
-    wanted: torch.Tensor | None         # (out,) what W x was to give on average, where there is a bias
+    wanted: torch.Tensor | None         # (out,) what W x was to give on average, if with a bias
 
     def measure(self, moments: Moments) -> torch.Tensor:
         """(in, in) H of other inputs, taken around their mean if this one's is."""
@@ -163,8 +165,8 @@ def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_out
     itself. With a bias, H and A are taken around the means, which the bias then meets."""
     H, mean, E, e = moments.H, moments.x, moments.E, moments.e
     if not torch.isfinite(H.diagonal().sum()):
-        raise ValueError("the calibration's activations hold NaN or Inf: use --dtype bfloat16 or float32, and check the "
-                         "checkpoint's weights")
+        raise ValueError("the calibration's activations hold NaN or Inf: use --dtype bfloat16 or "
+                         "float32, and check the checkpoint's weights")
     if E is None or strength == 0:
         return Target(W, H, None, None)
     A, a = (E, e) if of_outputs else (W @ E, W @ e)             # e is (out,) or (in,)
@@ -240,8 +242,9 @@ class Walk:
         for batch in () if held is None or parallel.rank() else held.split(batch_size):
             self.held.append(ends.stem(ends.embed(batch.to(device))).to(dtype))
         if not len(self.stream):
-            raise ValueError(f"{len(windows)} windows in batches of {batch_size} leave none for one of {parallel.world()} "
-                             f"processes: use more windows, smaller batches or fewer processes")
+            raise ValueError(f"{len(windows)} windows in batches of {batch_size} leave none for one "
+                             f"of {parallel.world()} processes: use more windows, smaller batches or "
+                             f"fewer processes")
 
     def advance(self, block: Block, source: Block | None, true_sequential: bool) -> None:
         """Through a block that is compressed already, and its dense source; parked where the walk
@@ -280,8 +283,8 @@ class Settings(NamedTuple):
 
     def check(self) -> None:
         if self.correct and not self.true_sequential:
-            raise ValueError(f"--correct {self.correct} works group by group: add --true-sequential, or turn it off with "
-                             f"--correct 0")
+            raise ValueError(f"--correct {self.correct} works group by group: add --true-sequential, "
+                             f"or turn it off with --correct 0")
 
 
 def compress_block(i: int, source: Block, walk: Walk, solve: Solve,
@@ -312,7 +315,8 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve,
             release(half)
             release(dense_half)
     else:
-        moments, held = all_moments(work, walk.stream, walk.rope), all_moments(work, walk.held, walk.rope)
+        moments = all_moments(work, walk.stream, walk.rope)
+        held = all_moments(work, walk.held, walk.rope)
         for names in list(moments):
             solve_group(list(names), moments.pop(names), False, lambda: held.pop(names))
         for stream in (walk.stream, walk.held):
@@ -334,7 +338,7 @@ def copy_block(block: Block, dtype: torch.dtype, device: str) -> Block:
 
 
 def all_moments(block: Block, stream: Stream, rope) -> dict[tuple, Moments]:
-    """{Linears: moments of what they read} of all four groups of a block, from the block as it is."""
+    """{Linears: moments of what they read} of all four groups of a block as it is."""
     moments = {}
     for h in stream:
         for half in block.halves():
@@ -464,8 +468,9 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
     done; load_model reads the folder once config.json is there, which is last. Shards that are
     there are kept, and only run.
 
-    windows (N, T) int64: the calibration text; held (M, T), if given, only measures (error_heldout).
-    dtype: of activations; solvers work in fp32. exact: see Stream. Returns one dict a Linear (compress_block)."""
+    windows (N, T) int64: the calibration text; held (M, T), if given, only measures
+    (error_heldout). dtype: of activations; solvers work in fp32. exact: see Stream. Returns one
+    dict a Linear (compress_block)."""
     folder, config = Path(folder), checkpoint.config
     first = parallel.rank() == 0
     if first:
@@ -514,8 +519,9 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         gb = [f"{n / 1e9:.2f} GB" for n in (self.device, self.host, self.disk)]
-        return (f"plan: {self.blocks} blocks one by one, at most about {gb[0]} on the device and {gb[1]} of host memory beside "
-                f"mapped files, {gb[2]} on disk; the time is told from the first block on")
+        return (f"plan: {self.blocks} blocks one by one, at most about {gb[0]} on the device and "
+                f"{gb[1]} of host memory beside mapped files, {gb[2]} on disk; the time is told from "
+                f"the first block on")
 
 
 def solver_bytes(rows: int, n: int) -> int:

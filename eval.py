@@ -27,7 +27,8 @@ MODES = {
 
 def flags() -> Flags:
     """What can be asked for. A flag that was not given is None: `fill_in` says what it means."""
-    p = Flags(description="Perplexity of a model, its answers to tasks, or its continuations of text.")
+    p = Flags(description="Perplexity of a model, its answers to tasks, or its continuations of "
+                          "text.")
     a = p.add_argument
     a("model", help="a checkpoint folder, the --out folder of a run, or a name such as llama-7b")
     a("--prompt", metavar="FILE", help="a learned prompt, as train.py leaves it in --out")
@@ -90,7 +91,7 @@ from pathlib import Path
 
 import torch
 
-from compress import Stream, Walk
+from compress import Stream
 from data import parallel
 from data.chat import ChatTemplate
 from data.checkpoint import read_json, write_atomic
@@ -124,7 +125,8 @@ def perplexity(model, tokens: torch.Tensor, seqlen: int, prompt: torch.Tensor | 
         total += nll.double().sum().item()
         count += nll.numel()
         if not math.isfinite(total):
-            raise not_finite(title, f"the loss of tokens {count - nll.numel()} to {count}", total, model)
+            what = f"the loss of tokens {count - nll.numel()} to {count}"
+            raise not_finite(title, what, total, model)
     return over_all(total, count)
 
 
@@ -134,13 +136,10 @@ def streamed_perplexity(checkpoint: Checkpoint, tokens: torch.Tensor, seqlen: in
                         device: str = "cpu", title: str = "perplexity") -> tuple[float, int]:
     """The same of a model that does not fit the device: block by block over all windows, one block
     there at a time."""
-    windows = cut(tokens, seqlen, batch_size)
+    batches = list(parallel.mine(cut(tokens, seqlen, batch_size).split(batch_size)))
     ends = checkpoint.ends(dtype, device)
-    walk = Walk(ends, windows, False, batch_size, dtype, device, exact=True)
-    for i in Progress(range(checkpoint.config.n_layer), title):
-        walk.advance(checkpoint.block(i, dtype, device), None, False)
     total, count = 0.0, 0
-    for h, batch in zip(walk.stream, parallel.mine(windows.split(batch_size))):
+    for h, batch in zip(block_by_block(checkpoint, ends, batches, title), batches):
         z = ends.final(h[:, :-1]).flatten(0, 1)
         nll = HeadLoss.apply(z, ends.unembed, batch[:, 1:].flatten().to(device))
         total += nll.double().sum().item()
@@ -161,15 +160,24 @@ def last_states(checkpoint: Checkpoint, windows: torch.Tensor, batch_size: int =
         for batch in Progress(batches, title):
             yield model.hidden(batch.to(device))
         return
-    ends, stream = checkpoint.ends(dtype, device), Stream(dtype, device, exact=True)
+    yield from block_by_block(checkpoint, checkpoint.ends(dtype, device), batches, title)
+
+
+@torch.no_grad()
+def block_by_block(checkpoint: Checkpoint, ends, batches: list[torch.Tensor], title: str) -> Stream:
+    """The last block's outputs (batch, T, d_model) of batches of windows: every block goes over all
+    of them before the next is read. ends: `checkpoint.ends`, whose dtype and device hold here."""
+    weight = ends.embed_tokens.weight
+    dtype, device = weight.dtype, str(weight.device)
+    stream = Stream(dtype, device, exact=True)
     for batch in batches:
         stream.append(ends.stem(ends.embed(batch.to(device))).to(dtype))
-    rope = ends.rope(0, windows.shape[1], device)
+        rope = ends.rope(0, batch.shape[1], device)             # the same for all
     for i in Progress(range(checkpoint.config.n_layer), title):
         block = checkpoint.block(i, dtype, device)
         for k in range(len(stream)):
             stream[k] = block(stream[k], rope)
-    yield from stream
+    return stream
 
 
 def cut(tokens: torch.Tensor, seqlen: int, batch_size: int) -> torch.Tensor:
@@ -196,7 +204,8 @@ def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> bool:
         return need < torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        free = next(1024 * int(line.split()[1]) for line in lines
+                    if line.startswith("MemAvailable"))
     except (OSError, StopIteration):                     # not Linux: let the operating system page
         return True
     return need < free
@@ -205,9 +214,10 @@ def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> bool:
 def not_finite(title: str, what: str, value: float, model) -> ValueError:
     dtype = model.embed_tokens.weight.dtype
     why = {torch.float16: "activations overflow float16: try --dtype bfloat16 or float32",
-           torch.bfloat16: "weights or prompt are damaged, or bfloat16 is too coarse: try --dtype float32"}
-    return ValueError(f"{title}: {what} is {value}: "
-                      + why.get(dtype, "weights or prompt are damaged: make or download them again"))
+           torch.bfloat16: "weights or prompt are damaged, or bfloat16 is too coarse: try --dtype "
+                           "float32"}
+    usual = "weights or prompt are damaged: make or download them again"
+    return ValueError(f"{title}: {what} is {value}: {why.get(dtype, usual)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -588,7 +598,8 @@ def check_flags(args) -> None:
         raise ValueError("--force does nothing without --prompt: leave it out")
     if args.json and args.mode == "chat":
         raise ValueError("--json does nothing with --chat: leave it out")
-    if args.mode == "tasks" and args.data_dir and all("=" in name for name in args.tasks.split(",")):
+    names = args.tasks.split(",") if args.mode == "tasks" else []
+    if names and args.data_dir and all("=" in name for name in names):
         raise ValueError("--data-dir does nothing where --tasks names every file: leave it out")
 
 
@@ -673,7 +684,8 @@ def main(args) -> None:
     check_flags(args)
     folder, run, source = locate(args.model)
     if args.fused and not packed_layers(folder):
-        raise ValueError(f"--fused does nothing with {args.model}, which is not packed: leave it out")
+        raise ValueError(f"--fused does nothing with {args.model}, which is not packed: leave it "
+                         f"out")
     texts = args.generate or (read_texts(args.generate_from) if args.generate_from else [])
     names = args.tasks.split(",") if args.tasks is not None else []
     tasks = {find_task(name, args.data_dir)[0]: load_items(name, args.data_dir, args.limit)
@@ -699,7 +711,8 @@ def main(args) -> None:
     elif args.mode == "tasks":
         result = answer(args, model, tokenizer, prompt, tasks)
     else:
-        pieces = generate(model, tokenizer, texts, seed=args.seed, batch_size=args.batch_size, **how)
+        pieces = generate(model, tokenizer, texts, seed=args.seed, batch_size=args.batch_size,
+                          **how)
         made = print_in_order(texts, pieces)
         result = {"generations": [{"text": a, "generated": b} for a, b in zip(texts, made)]}
     if args.json:

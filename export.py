@@ -1,24 +1,27 @@
 """Models and prompts in the files of other programs, and theirs in ours.
 
-    python export.py runs/out/compressed --to hf OUT                      # transformers and what reads its folders
-    python export.py runs/out/compressed --to gptq OUT                    # GPTQModel, transformers, vLLM: 4 bits stay 4 bits
-    python export.py checkpoints/llama-7b --to meta OUT                   # consolidated.00.pth and params.json
-    python export.py MODEL --to peft OUT --prompt prompt.safetensors      # PEFT's prompt-tuning adapter
-    python export.py MODEL --to prompt OUT.safetensors --prompt ADAPTER   # and back
-    python export.py runs/out/compressed --verify                         # every byte against its checksum
+    python export.py runs/out/compressed --to hf OUT          # transformers reads it, and others
+    python export.py runs/out/compressed --to gptq OUT        # GPTQModel, vLLM: 4 bits stay 4 bits
+    python export.py checkpoints/llama-7b --to meta OUT       # consolidated.00.pth and params.json
+    python export.py MODEL --to peft OUT --prompt FILE        # PEFT's prompt-tuning adapter
+    python export.py MODEL --to prompt FILE --prompt ADAPTER  # and back
+    python export.py runs/out/compressed --verify             # every byte against its checksum
 
-MODEL is any folder that load_model reads: packed, Hugging Face's or Meta's. Weights go through one at a time, so a model
-larger than the memory is converted too. What is stored as a number stays that number (--dtype rounds it); a packed
-Linear becomes fp16, as fp16 models compute with it. config.json comes last: a folder without one is not complete.
+MODEL is any folder that load_model reads: packed, Hugging Face's or Meta's. Weights go through one
+at a time, so a model larger than the memory is converted too. What is stored as a number stays that
+number (--dtype rounds it); a packed Linear becomes fp16, as fp16 models compute with it.
+config.json comes last: a folder without one is not complete.
 
 hf     dense weights, in shards, with the tokenizer.
-gptq   qweight, qzeros, scales, g_idx (arXiv 2210.17323's own layout): w = scale (q - zero). Pruned weights lie on the zero
-       point. A grid without a level on zero has one value more than its bits can count, so 4 such bits go exactly into 8,
-       and only where the offset is 1/2: w = +-s (k + 1/2) = s/2 (q - 128) with q = 128 +- (2k + 1).
+gptq   qweight, qzeros, scales, g_idx (arXiv 2210.17323's own layout): w = scale (q - zero). Pruned
+       weights lie on the zero point. A grid without a level on zero has one value more than its
+       bits can count, so 4 such bits go exactly into 8, and only where the offset is 1/2:
+       w = +-s (k + 1/2) = s/2 (q - 128) with q = 128 +- (2k + 1).
 meta   LLaMA's first layout, one shard; rotary channels interleaved again.
 peft   prompt_embeddings and adapter_config.json.
 
-Left out: GGUF, compressed-tensors (its sparse forms left vLLM in 2026), and model-parallel shards of Meta's layout.
+Left out: GGUF, compressed-tensors (its sparse forms left vLLM in 2026), and model-parallel shards
+of Meta's layout.
 """
 import argparse
 
@@ -31,8 +34,10 @@ def flags() -> Flags:
     p.add_argument("out", nargs="?", help="the new folder (--to prompt: file)")
     p.add_argument("--to", choices=["hf", "gptq", "meta", "peft", "prompt"], help="what to write")
     p.add_argument("--prompt", help="--to peft: a prompt file; --to prompt: PEFT's adapter folder")
-    p.add_argument("--dtype", choices=PRECISIONS, help="hf and meta: round weights to this (default: as they are stored)")
-    p.add_argument("--verify", action="store_true", help="compare every tensor with the checksum it was written with")
+    p.add_argument("--dtype", choices=PRECISIONS,
+                   help="hf and meta: round weights to this (default: as they are stored)")
+    p.add_argument("--verify", action="store_true",
+                   help="compare every tensor with the checksum it was written with")
     return p
 
 
@@ -41,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    args = read_flags(flags())                           # before torch is loaded: --help answers at once
+    args = read_flags(flags())       # before torch is loaded: --help and wrong flags answer at once
 
 
 import io
@@ -54,7 +59,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.checkpoint import raw, read_json, read_safetensors, verify, write_json, write_safetensors, write_torch
+from data.checkpoint import (raw, read_json, read_safetensors, verify, write_json,
+                             write_safetensors, write_torch)
 from data.config import Config, hf_config, resolve
 from data.tokenizer import SentencePiece, copy_tokenizer, load_tokenizer
 from kernels.packing import Packed, groups_of
@@ -64,10 +70,10 @@ from prompt import load_prompt, save_prompt
 
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 SHARD = 2_000_000_000                       # bytes of a shard, unless one tensor is larger
-Make = Callable[[], dict[str, torch.Tensor]]            # what makes some tensors of a file, when their turn comes
+Make = Callable[[], dict[str, torch.Tensor]]    # makes some tensors of a file in their turn
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Weights one at a time
 
 def shapes_of(c: Config) -> dict[str, torch.Size]:
@@ -86,7 +92,8 @@ def weight(source: Checkpoint, name: str, dtype: torch.dtype | None) -> torch.Te
 
 
 def write_folder(folder: Path, parts: list[tuple[int, Make]]) -> None:
-    """Write tensors, given as (bytes, what makes them), as model.safetensors, or as shards of about SHARD and an index."""
+    """Write tensors, given as (bytes, what makes them), as model.safetensors, or as shards of about
+    SHARD and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     shards, size = [[]], 0
     for nbytes, make in parts:
@@ -97,13 +104,16 @@ def write_folder(folder: Path, parts: list[tuple[int, Make]]) -> None:
         size += nbytes
     names, total = {}, 0
     for i, makes in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: t for make in makes for name, t in make().items()}
         write_safetensors(folder / file, tensors)
         names.update(dict.fromkeys(tensors, file))
         total += sum(t.nbytes for t in tensors.values())
     if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
+        index = {"metadata": {"total_size": total}, "weight_map": names}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def take_tokenizer(source: Path, folder: Path) -> dict:
@@ -115,96 +125,124 @@ def take_tokenizer(source: Path, folder: Path) -> dict:
         return {}
     held = {"add_bos_token": tokenizer.bos_id is not None}
     if isinstance(tokenizer, SentencePiece):
-        if not (folder / "tokenizer.json").exists():            # else transformers needs sentencepiece and protobuf
+        # without it, transformers needs sentencepiece and protobuf
+        if not (folder / "tokenizer.json").exists():
             write_json(folder / "tokenizer.json", sentencepiece_json(tokenizer))
-        names = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.model.unk_id()}
-        held.update({f"{role}_token": tokenizer.model.id_to_piece(i) for role, i in names.items() if i is not None})
-        held["tokenizer_class"] = "PreTrainedTokenizerFast"             # as written: LlamaTokenizer would change it
+        model = tokenizer.model
+        ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": model.unk_id()}
+        held.update({f"{role}_token": model.id_to_piece(i)
+                     for role, i in ids.items() if i is not None})
+        held["tokenizer_class"] = "PreTrainedTokenizerFast"     # LlamaTokenizer changes it
     elif (folder / "merges.txt").exists():                      # OPT
-        held.update(bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>", tokenizer_class="GPT2Tokenizer")
+        held.update(bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>",
+                    tokenizer_class="GPT2Tokenizer")
     if not (folder / "tokenizer_config.json").exists():
         write_json(folder / "tokenizer_config.json", held)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
 def sentencepiece_json(tokenizer: SentencePiece) -> dict:
-    """A sentencepiece BPE as a tokenizer.json: merges in the order of their results' scores, a space in front of a text."""
+    """A sentencepiece BPE as a tokenizer.json: merges in the order of their results' scores, a
+    space in front of a text."""
     model, space = tokenizer.model, "\u2581"
     pieces = {model.id_to_piece(i): i for i in range(tokenizer.vocab_size)}
-    special = [i for i in range(tokenizer.vocab_size) if model.is_control(i) or model.is_unknown(i)]
+    special = [i for i in range(tokenizer.vocab_size)
+               if model.is_control(i) or model.is_unknown(i)]
     whole = {p: i for p, i in pieces.items() if i not in special and not model.is_byte(i)}
-    merges = sorted((-model.get_score(i), pieces[p[:k]], pieces[p[k:]], p[:k], p[k:]) for p, i in whole.items()
-                    for k in range(1, len(p)) if p[:k] in pieces and p[k:] in pieces)
-    text, template = [{"Sequence": {"id": "A", "type_id": 0}}], {}
+    merges = sorted((-model.get_score(i), pieces[p[:k]], pieces[p[k:]], p[:k], p[k:])
+                    for p, i in whole.items() for k in range(1, len(p))
+                    if p[:k] in pieces and p[k:] in pieces)
+    text = [{"Sequence": {"id": "A", "type_id": 0}}]
+    pair = {"Sequence": {"id": "B", "type_id": 1}}
+    template = {}
     if tokenizer.bos_id is not None:
         bos = model.id_to_piece(tokenizer.bos_id)
         text = [{"SpecialToken": {"id": bos, "type_id": 0}}, *text]
         template = {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}
+    added = [{"id": i, "content": model.id_to_piece(i), "special": True, "normalized": False,
+              "lstrip": False, "rstrip": False, "single_word": False} for i in special]
+    normalizers = [{"type": "Prepend", "prepend": space},
+                   {"type": "Replace", "pattern": {"String": " "}, "content": space}]
+    decoders = [{"type": "Replace", "pattern": {"String": space}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     return {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None,
-            "added_tokens": [{"id": i, "content": model.id_to_piece(i), "special": True, "normalized": False, "lstrip": False,
-                              "rstrip": False, "single_word": False} for i in special],
-            "normalizer": {"type": "Sequence", "normalizers": [
-                {"type": "Prepend", "prepend": space}, {"type": "Replace", "pattern": {"String": " "}, "content": space}]},
-            "post_processor": {"type": "TemplateProcessing", "single": text, "special_tokens": template,
-                               "pair": text + [{"Sequence": {"id": "B", "type_id": 1}}]},
-            "decoder": {"type": "Sequence", "decoders": [
-                {"type": "Replace", "pattern": {"String": space}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-            "model": {"type": "BPE", "dropout": None, "unk_token": model.id_to_piece(model.unk_id()), "fuse_unk": True,
-                      "continuing_subword_prefix": None, "end_of_word_suffix": None, "byte_fallback": True,
-                      "ignore_merges": False, "vocab": pieces, "merges": [[a, b] for *_, a, b in merges]}}
+            "added_tokens": added,
+            "normalizer": {"type": "Sequence", "normalizers": normalizers},
+            "post_processor": {"type": "TemplateProcessing", "single": text, "pair": [*text, pair],
+                               "special_tokens": template},
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": {"type": "BPE", "dropout": None, "fuse_unk": True, "byte_fallback": True,
+                      "ignore_merges": False, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None,
+                      "unk_token": model.id_to_piece(model.unk_id()), "vocab": pieces,
+                      "merges": [[left, right] for *_, left, right in merges]}}
 
 
 def stored_dtype(source: Checkpoint, dtype: torch.dtype | None) -> str:
     return str(dtype or source.tensor("embed_tokens.weight").dtype).removeprefix("torch.")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Hugging Face
 
 def to_hf(source: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """A folder with dense weights that transformers opens; see the module's docstring for dtype None."""
+    """A folder with dense weights that transformers opens; for dtype None see the module's
+    docstring."""
     table, c = HF[source.config.family], source.config
 
     def part(name: str, shape: torch.Size) -> tuple[int, Make]:
         return shape.numel() * 2, lambda: {published_name(name, table): weight(source, name, dtype)}
     write_folder(folder, [part(name, shape) for name, shape in shapes_of(c).items()])
-    config = {**hf_config(c), "torch_dtype": stored_dtype(source, dtype), **take_tokenizer(source.place, folder)}
+    config = {**hf_config(c), "torch_dtype": stored_dtype(source, dtype),
+              **take_tokenizer(source.place, folder)}
     write_json(folder / "config.json", config)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # GPTQ
 
 def to_gptq(source: Checkpoint, folder: Path) -> None:
     """A folder in the GPTQ layout. ValueError where a grid cannot be said in it exactly."""
     c, table = source.config, HF[source.config.family]
-    linears = [n.removesuffix(".weight") for n, s in shapes_of(c).items() if n.startswith("blocks.") and len(s) == 2]
+    linears = [name.removesuffix(".weight") for name, shape in shapes_of(c).items()
+               if name.startswith("blocks.") and len(shape) == 2]
     loose = next((name for name in linears if name not in source.packed), None)
     if loose:
-        raise ValueError(f"{source.place}: {loose} is not quantized, and GPTQ files hold quantized models: compress it with "
-                         f"train.py --bits 4 --grid uniform first, or use --to hf")
+        raise ValueError(f"{source.place}: {loose} is not quantized, and GPTQ files hold quantized "
+                         f"models: compress it with train.py --bits 4 --grid uniform first, or use "
+                         f"--to hf")
     meta = source.packed[linears[0]].meta
-    for name in linears:                                        # all of it is known before anything is written
+    for name in linears:                                # known before anything is written
         held = source.packed[name]
         if any(held.meta[key] != meta[key] for key in ("bits", "grid", "groupsize")):
-            raise ValueError(f"{source.place}: its Linears differ in bits, grid or groupsize, and a GPTQ file has one of each")
+            raise ValueError(f"{source.place}: its Linears differ in bits, grid or groupsize, and "
+                             f"a GPTQ file has one of each")
         check_grid(held, f"{source.place}: {name}")
     offset = meta["grid"] == "offset"
     bits = 8 if offset else meta["bits"]
-    zeros = [128] if offset else [int(z) for name in linears for z in source.packed[name].tensors["zero"].unique()]
-    old = min(zeros) > 0                                        # version 1 stores zero - 1, which nobody can do with 0
+    zeros = {128}
+    if not offset:
+        zeros = {int(z) for name in linears for z in source.packed[name].tensors["zero"].unique()}
+    old = min(zeros) > 0                # version 1 stores zero - 1, which nobody can do with 0
 
     def part(name: str, shape: torch.Size) -> tuple[int, Make]:
-        theirs, linear = published_name(name, table), name.removesuffix(".weight")
+        theirs = published_name(name, table)
+        linear = name.removesuffix(".weight")
         if linear not in source.packed:
             return shape.numel() * 2, lambda: {theirs: weight(source, name, torch.float16)}
         prefix = theirs.removesuffix("weight")
-        return shape.numel(), lambda: {prefix + n: t for n, t in gptq_tensors(source.packed[linear], bits, old).items()}
+
+        def make():
+            tensors = gptq_tensors(source.packed[linear], bits, old)
+            return {prefix + n: t for n, t in tensors.items()}
+        return shape.numel(), make
     write_folder(folder, [part(name, shape) for name, shape in shapes_of(c).items()])
     order = any("g_idx" in source.packed[name].tensors for name in linears)
-    quantization = {"quant_method": "gptq", "bits": bits, "group_size": meta["groupsize"], "desc_act": order,
-                    "sym": set(zeros) == {1 << bits - 1}, "lm_head": False, "pack_dtype": "int32",
+    quantization = {"quant_method": "gptq", "bits": bits, "group_size": meta["groupsize"],
+                    "desc_act": order, "sym": zeros == {1 << bits - 1}, "lm_head": False,
+                    "pack_dtype": "int32",
                     "checkpoint_format": "gptq" if old else "gptq_v2"}
     write_json(folder / "quantize_config.json", quantization)
     config = {**hf_config(c), "torch_dtype": "float16", **take_tokenizer(source.place, folder)}
@@ -212,64 +250,76 @@ def to_gptq(source: Checkpoint, folder: Path) -> None:
 
 
 def check_grid(held: Packed, name: str) -> None:
-    """ValueError unless a packed Linear's weights are exactly scale (q - zero) with whole q and zero."""
+    """ValueError unless a packed Linear's weights are exactly scale (q - zero) with whole q and
+    zero."""
     rows, cols = held.meta["shape"]
     if rows % 32 or cols % 32:
-        raise ValueError(f"{name} is {rows} x {cols}, and GPTQ's files need multiples of 32: use --to hf")
-    zero, bits = held.tensors["zero"].float(), held.meta["bits"]
+        raise ValueError(f"{name} is {rows} x {cols}, and GPTQ's files need multiples of 32: use "
+                         f"--to hf")
+    scale, zero = held.tensors["scale"], held.tensors["zero"].float()
+    bits = held.meta["bits"]
     if held.meta["grid"] == "offset":
-        if bits > 4 or not (zero == 0.5).all() or not ((held.tensors["scale"] / 2) * 2 == held.tensors["scale"]).all():
-            raise ValueError(f"{name} has a grid without a level on zero, which GPTQ's files cannot say (but for offsets of 1/2, "
-                             f"in 8 bits): compress with train.py --grid uniform, or use --to hf")
+        halves = (zero == 0.5).all() and ((scale / 2) * 2 == scale).all()
+        if bits > 4 or not halves:
+            raise ValueError(f"{name} has a grid without a level on zero, which GPTQ's files "
+                             f"cannot say (but for offsets of 1/2, in 8 bits): compress with train.py "
+                             f"--grid uniform, or use --to hf")
     elif not ((zero == zero.round()) & (zero >= 0) & (zero < 1 << bits)).all():
-        raise ValueError(f"{name} has a zero that is no level of its grid, which GPTQ's files cannot say: compress with "
-                         f"train.py --grid uniform and without tuning of grids afterwards, or use --to hf")
+        raise ValueError(f"{name} has a zero that is no level of its grid, which GPTQ's files "
+                         f"cannot say: compress with train.py --grid uniform and without tuning of grids "
+                         f"afterwards, or use --to hf")
 
 
 def gptq_tensors(held: Packed, bits: int, old: bool) -> dict[str, torch.Tensor]:
-    """qweight, qzeros, scales and g_idx of a packed Linear that check_grid passed. old: zeros minus one, version 1."""
+    """qweight, qzeros, scales and g_idx of a packed Linear that check_grid passed. old: zeros minus
+    one, version 1."""
     cols = held.meta["shape"][1]
     group = torch.from_numpy(groups_of(cols, held.meta["groupsize"], held.tensors.get("g_idx")))
-    scale, zero = held.tensors["scale"].float(), held.tensors["zero"].float()           # (out, groups)
+    scale, zero = (held.tensors[name].float() for name in ("scale", "zero"))    # (out, groups)
     if held.meta["grid"] == "offset":
         scale, zero = scale / 2, torch.full_like(scale, 128)
-    w = unpack(held, torch.float32)                                                     # (out, in), zero where pruned
+    w = unpack(held, torch.float32)                             # (out, in), zero where pruned
     q = (w / scale[:, group] + zero[:, group]).round()
-    if not torch.equal((q - zero[:, group]) * scale[:, group], w) or q.min() < 0 or q.max() >= 1 << bits:
+    same = torch.equal((q - zero[:, group]) * scale[:, group], w)
+    if not same or q.min() < 0 or q.max() >= 1 << bits:
         raise ValueError("a weight is no level of its grid: the packed file is damaged")
-    return {"qweight": bit_stream(q.T, bits), "qzeros": bit_stream(zero - int(old), bits).T.contiguous(),
+    return {"qweight": bit_stream(q.T, bits),
+            "qzeros": bit_stream(zero - int(old), bits).T.contiguous(),
             "scales": scale.half().T.contiguous(), "g_idx": group.int()}
 
 
 def bit_stream(q: torch.Tensor, bits: int) -> torch.Tensor:
-    """(n, columns) whole numbers -> (n * bits / 32, columns) int32: down a column the bits of one number follow those of
-    the one before, lowest first."""
+    """(n, columns) whole numbers -> (n * bits / 32, columns) int32: down a column the bits of one
+    number follow those of the one before, lowest first."""
     n, columns = q.shape
     out = np.empty((n * bits // 32, columns), np.int32)
     for at in range(0, columns, 256):                           # 8 bytes a number at a time
-        part = q[:, at:at + 256].numpy().astype(np.uint8).T                             # (columns, n)
+        part = q[:, at:at + 256].numpy().astype(np.uint8).T     # (columns, n)
         each = np.unpackbits(part[:, :, None], axis=2, count=bits, bitorder="little")
-        words = np.packbits(each.reshape(len(part), -1), axis=1, bitorder="little").view(np.int32)
-        out[:, at:at + 256] = words.T
+        packed = np.packbits(each.reshape(len(part), -1), axis=1, bitorder="little")
+        out[:, at:at + 256] = packed.view(np.int32).T
     return torch.from_numpy(out)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Meta
 
 def to_meta(source: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
     """consolidated.00.pth and params.json. ValueError for what Meta's code has no word for."""
     c = source.config
     scaling = c.rope_scaling
-    odd = ("OPT" if c.family == "opt" else "biases" if c.attention_bias or c.mlp_bias
-           else f"heads of {c.head_dim} channels" if c.head_dim * c.n_head != c.d_model
-           else f"the rotary scaling {scaling}" if scaling and {**scaling, "factor": 0} != LLAMA31 else None)
-    if odd:
-        raise ValueError(f"{source.place}: Meta's layout cannot say {odd}: use --to hf")
-    hidden = int(8 * c.d_model / 3)                             # Meta's code finds the MLP's width in this way
-    params = {"dim": c.d_model, "n_layers": c.n_layer, "n_heads": c.n_head, "n_kv_heads": c.n_kv_head,
-              "vocab_size": c.vocab_size, "multiple_of": 1, "ffn_dim_multiplier": (c.d_ff + 0.5) / hidden,
-              "norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "max_seq_len": c.max_positions}
+    odd = {"OPT": c.family == "opt",
+           "biases": c.attention_bias or c.mlp_bias,
+           f"heads of {c.head_dim} channels": c.head_dim * c.n_head != c.d_model,
+           f"the rotary scaling {scaling}": scaling and {**scaling, "factor": 0} != LLAMA31}
+    for what, is_so in odd.items():
+        if is_so:
+            raise ValueError(f"{source.place}: Meta's layout cannot say {what}: use --to hf")
+    hidden = int(8 * c.d_model / 3)             # Meta's code finds the MLP's width in this way
+    params = {"dim": c.d_model, "n_layers": c.n_layer, "n_heads": c.n_head,
+              "n_kv_heads": c.n_kv_head, "vocab_size": c.vocab_size, "multiple_of": 1,
+              "ffn_dim_multiplier": (c.d_ff + 0.5) / hidden, "norm_eps": c.norm_eps,
+              "rope_theta": c.rope_theta, "max_seq_len": c.max_positions}
     if scaling:
         params.update(use_scaled_rope=True, rope_scaling_factor=scaling["factor"])
     if c.n_kv_head == c.n_head:
@@ -277,9 +327,10 @@ def to_meta(source: Checkpoint, folder: Path, dtype: torch.dtype | None = None) 
 
     def make(name: str) -> torch.Tensor:
         w = weight(source, name, dtype)
-        return interleave(w, w.shape[0] // c.head_dim) if name.endswith(("attn.q.weight", "attn.k.weight")) else w
-    entries = [(published_name(n, META), shape, dtype or source_dtype(source, n), lambda n=n: make(n))
-               for n, shape in shapes_of(c).items()]
+        rotated = name.endswith(("attn.q.weight", "attn.k.weight"))
+        return interleave(w, w.shape[0] // c.head_dim) if rotated else w
+    entries = [(published_name(name, META), shape, dtype or source_dtype(source, name),
+                lambda name=name: make(name)) for name, shape in shapes_of(c).items()]
     folder.mkdir(parents=True, exist_ok=True)
     write_pth(folder / "consolidated.00.pth", entries)
     take_tokenizer(source.place, folder)
@@ -291,7 +342,8 @@ LLAMA31 = {"rope_type": "llama3", "factor": 0, "low_freq_factor": 1.0, "high_fre
 
 
 def source_dtype(source: Checkpoint, name: str) -> torch.dtype:
-    return torch.float16 if name.removesuffix(".weight") in source.packed else source.tensor(name).dtype
+    packed = name.removesuffix(".weight") in source.packed
+    return torch.float16 if packed else source.tensor(name).dtype
 
 
 def interleave(w: torch.Tensor, heads: int) -> torch.Tensor:
@@ -303,8 +355,8 @@ class Stored:
     """A storage in a torch file: its type, key and number of elements."""
 
     def __init__(self, key: str, dtype: torch.dtype, count: int):
-        kinds = {torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage, torch.float32: torch.FloatStorage,
-                 torch.float64: torch.DoubleStorage}
+        kinds = {torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage,
+                 torch.float32: torch.FloatStorage, torch.float64: torch.DoubleStorage}
         self.said = "storage", kinds[dtype], key, "cpu", count
 
 
@@ -325,14 +377,15 @@ class Pickler(pickle.Pickler):
 
 
 def write_pth(path: Path, entries: list[tuple[str, torch.Size, torch.dtype, Callable]]) -> None:
-    """A torch file of (name, shape, dtype, what makes the tensor), written tensor by tensor; torch.save would want all of
-    them at once."""
-    plan = {name: Planned(Stored(str(i), dtype, shape.numel()), shape) for i, (name, shape, dtype, _) in enumerate(entries)}
+    """A torch file of (name, shape, dtype, what makes the tensor), written tensor by tensor;
+    torch.save would want all of them at once."""
+    plan = {name: Planned(Stored(str(i), dtype, shape.numel()), shape)
+            for i, (name, shape, dtype, _) in enumerate(entries)}
 
     def write(f):
         head = io.BytesIO()
         Pickler(head, protocol=2).dump(plan)
-        out = torch._C.PyTorchFileWriter(f)                     # what torch.save writes its zip files with
+        out = torch._C.PyTorchFileWriter(f)         # what torch.save uses
         out.write_record("data.pkl", head.getvalue(), head.tell())
         out.write_record("byteorder", sys.byteorder, len(sys.byteorder))
         for i, (*_, make) in enumerate(entries):
@@ -342,44 +395,53 @@ def write_pth(path: Path, entries: list[tuple[str, torch.Size, torch.dtype, Call
     write_torch(path, write)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # PEFT
 
 def to_peft(model: str, c: Config, prompt: torch.Tensor, folder: Path) -> None:
     """prompt (n, width) as a prompt-tuning adapter of a causal model."""
     if prompt.dim() != 2:
-        raise ValueError("this prompt holds keys and values for every layer, and PEFT's prompt tuning knows embeddings only")
+        raise ValueError("this prompt holds keys and values for every layer, and PEFT's prompt "
+                         "tuning knows embeddings only")
     n, width = prompt.shape
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "adapter_model.safetensors", {"prompt_embeddings": prompt.float()})
     write_json(folder / "adapter_config.json", {
-        "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "inference_mode": True,
-        "num_virtual_tokens": n, "token_dim": width, "num_transformer_submodules": 1, "num_attention_heads": c.n_head,
-        "num_layers": c.n_layer, "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None,
-        "tokenizer_name_or_path": None, "auto_mapping": None, "modules_to_save": None, "revision": None})
+        "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "base_model_name_or_path": model, "tokenizer_name_or_path": None, "revision": None,
+        "num_virtual_tokens": n, "token_dim": width, "num_transformer_submodules": 1,
+        "num_attention_heads": c.n_head, "num_layers": c.n_layer,
+        "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None,
+        "auto_mapping": None, "modules_to_save": None})
 
 
 def from_peft(folder: Path) -> torch.Tensor:
     """The prompt (n, width) fp32 of a prompt-tuning adapter."""
-    said = read_json(folder / "adapter_config.json")
-    if said.get("peft_type") != "PROMPT_TUNING" or said.get("num_transformer_submodules", 1) not in (1, None):
-        raise ValueError(f"{folder / 'adapter_config.json'} is of peft_type {str(said.get('peft_type'))[:60]} with "
-                         f"{str(said.get('num_transformer_submodules'))[:20]} submodules: only PROMPT_TUNING of a causal model "
-                         f"is a prompt of embeddings")
+    config = folder / "adapter_config.json"
+    said = read_json(config)
+    kind, submodules = said.get("peft_type"), said.get("num_transformer_submodules", 1)
+    if kind != "PROMPT_TUNING" or submodules not in (1, None):
+        raise ValueError(f"{config} is of peft_type {str(kind)[:60]} with {str(submodules)[:20]} "
+                         f"submodules: only PROMPT_TUNING of a causal model is a prompt of "
+                         f"embeddings")
     path = folder / "adapter_model.safetensors"
     prompt = read_safetensors(path).get("prompt_embeddings")
-    if prompt is None or prompt.dim() != 2 or not prompt.is_floating_point() or len(prompt) != said.get("num_virtual_tokens"):
-        raise ValueError(f"{path} does not hold the prompt_embeddings of {str(said.get('num_virtual_tokens'))[:20]} tokens that "
+    n = said.get("num_virtual_tokens")
+    whole = prompt is not None and prompt.dim() == 2 and prompt.is_floating_point()
+    if not whole or len(prompt) != n:
+        raise ValueError(f"{path} does not hold the prompt_embeddings of {str(n)[:20]} tokens that "
                          f"adapter_config.json speaks of")
     return prompt.float()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 def new_folder(path: Path, source: Path) -> Path:
     """The folder to write into: new or empty, and not where the model comes from."""
-    if path.resolve() == source.resolve() or path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty: give a new folder, nothing is overwritten")
+    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if taken or path.resolve() == source.resolve():
+        raise ValueError(f"{path} exists and is not empty: give a new folder, nothing is "
+                         f"overwritten")
     return path
 
 
@@ -387,30 +449,39 @@ def main(args) -> None:
     folder = resolve(args.model)
     if args.verify:
         if args.to or args.out:
-            raise ValueError("--verify reads and writes nothing: leave out --to and the folder to write")
+            raise ValueError("--verify reads and writes nothing: leave out --to and the folder to "
+                             "write")
         for file, count in verify(folder).items():
-            print(f"{file}: " + ("no checksums in this file" if count is None else f"{count} tensors as they were written"))
+            found = "no checksums in this file"
+            if count is not None:
+                found = f"{count} tensors as they were written"
+            print(f"{file}: {found}")
         return
     if not args.to or not args.out:
-        raise ValueError("say what to write and where: --to hf|gptq|meta|peft|prompt OUT; or --verify")
-    needs_prompt, out = args.to in ("peft", "prompt"), Path(args.out)
+        raise ValueError("say what to write and where: --to hf|gptq|meta|peft|prompt OUT; or "
+                         "--verify")
+    out = Path(args.out)
+    needs_prompt = args.to in ("peft", "prompt")
     if needs_prompt != bool(args.prompt):
         raise ValueError(f"--to {args.to} {'needs' if needs_prompt else 'takes no'} --prompt")
     if args.dtype and args.to not in ("hf", "meta"):
         raise ValueError(f"--dtype does nothing with --to {args.to}: leave it out")
     source, dtype = open_checkpoint(folder), DTYPES.get(args.dtype)
+
+    def check_width(prompt: torch.Tensor) -> None:
+        width = source.config.d_embed
+        if prompt.dim() == 2 and prompt.shape[1] != width:
+            raise ValueError(f"{args.prompt} is of width {prompt.shape[1]}; the embeddings of "
+                             f"{folder} are {width} wide")
     if args.to == "prompt":
-        prompt, width = from_peft(Path(args.prompt)), source.config.d_embed
-        if prompt.shape[1] != width:
-            raise ValueError(f"{args.prompt} is of width {prompt.shape[1]}; the embeddings of {folder} are {width} wide")
+        prompt = from_peft(Path(args.prompt))
+        check_width(prompt)
         if out.exists():
             raise ValueError(f"{out} exists: give a new file, nothing is overwritten")
         save_prompt(out, prompt, {"from": str(args.prompt)})
     elif args.to == "peft":
         prompt, _ = load_prompt(args.prompt)
-        if prompt.dim() == 2 and prompt.shape[1] != source.config.d_embed:
-            raise ValueError(f"{args.prompt} is of width {prompt.shape[1]}; the embeddings of {folder} are "
-                             f"{source.config.d_embed} wide")
+        check_width(prompt)
         to_peft(str(args.model), source.config, prompt, new_folder(out, folder))
     elif args.to == "gptq":
         to_gptq(source, new_folder(out, folder))

@@ -29,12 +29,13 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class Compressed(NamedTuple):
     weight: torch.Tensor                # (out, in), dequantized, exact zeros where mask is True
     mask: torch.Tensor                  # (out, in) bool, True where pruned
-    codes: torch.Tensor | None          # (out, in) uint8, 0 where pruned; None when nothing was quantized
+    codes: torch.Tensor | None          # (out, in) uint8, 0 where pruned; None: not quantized
     scale: torch.Tensor | None          # (out, groups) float32 holding exact fp16 values
     zero: torch.Tensor | None           # (out, groups) likewise
     g_idx: torch.Tensor | None          # (in,) group of each column
@@ -59,17 +60,24 @@ def nearest(w: torch.Tensor, scale, zero, bits: int, grid: str = "uniform") -> t
     +-scale * (k + zero), k = 0 ... 2^(bits-1) - 1, the code's top bit being the sign: no level is
     spent on zero."""
     if grid == "offset":
-        k = (w.abs() / scale - zero).round_().clamp_(0, 2 ** (bits - 1) - 1)
+        k = magnitude(w, scale, zero, bits)
         return torch.copysign((k + zero) * scale, w)
     return (quantize(w, scale, zero, bits) - zero) * scale
+
+
+def magnitude(w: torch.Tensor, scale, zero, bits: int) -> torch.Tensor:
+    """k of an offset grid, the code without its sign, as floats."""
+    k = w.abs() / scale - zero
+    return k.round_().clamp_(0, 2 ** (bits - 1) - 1)
 
 
 def quantize(w: torch.Tensor, scale, zero, bits: int, grid: str = "uniform") -> torch.Tensor:
     """The codes of `nearest`, as floats."""
     if grid == "offset":
-        top = 2 ** (bits - 1)
-        return (w.abs() / scale - zero).round_().clamp_(0, top - 1) + top * torch.signbit(w)
-    return (w / scale + zero).round_().clamp_(0, 2 ** bits - 1)
+        sign_bit = 2 ** (bits - 1)
+        return magnitude(w, scale, zero, bits) + sign_bit * torch.signbit(w)
+    code = w / scale + zero
+    return code.round_().clamp_(0, 2 ** bits - 1)
 
 
 def encode(Vt, keep, scale, zero, g_idx, bits: int, grid: str = "uniform") -> torch.Tensor:
@@ -79,7 +87,8 @@ def encode(Vt, keep, scale, zero, g_idx, bits: int, grid: str = "uniform") -> to
     codes = torch.zeros(Vt.shape, dtype=torch.uint8, device=Vt.device)
     for g in range(len(scale)):
         at = g_idx == g
-        codes[at] = (quantize(Vt[at], scale[g], zero[g], bits, grid) * keep[at]).to(torch.uint8)
+        found = quantize(Vt[at], scale[g], zero[g], bits, grid)
+        codes[at] = (found * keep[at]).to(torch.uint8)
     return codes
 
 
@@ -113,11 +122,13 @@ def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, b
 
     def better(best, scale, zero):
         """Row by row the better of best = (error, scale, zero), or None, and another grid."""
-        error = ((nearest(W, scale, zero, bits, grid) - W).square_() * weight).sum(1, keepdim=True)
+        squared = (nearest(W, scale, zero, bits, grid) - W).square_()
+        error = (squared * weight).sum(1, keepdim=True)
+        other = error, scale, zero
         if best is None:
-            return error, scale, zero
+            return other
         wins = error < best[0]
-        return tuple(torch.where(wins, new, old) for new, old in zip((error, scale, zero), best))
+        return tuple(torch.where(wins, new, old) for new, old in zip(other, best))
 
     best = None
     if grid == "uniform":
@@ -151,29 +162,37 @@ def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, b
     return best[1:]
 
 
-def check(W: torch.Tensor, H: torch.Tensor, bits: int | None, blocksize: int, groupsize: int) -> None:
+def check(W: torch.Tensor, H: torch.Tensor, bits: int | None, blocksize: int,
+          groupsize: int) -> None:
     """One clear ValueError for what no solver can work with."""
     if W.dim() != 2 or H.shape != (W.shape[1], W.shape[1]):
-        raise ValueError(f"W {tuple(W.shape)} needs H of shape {(W.shape[-1],) * 2}, got {tuple(H.shape)}")
+        raise ValueError(f"W {tuple(W.shape)} needs H of shape {(W.shape[-1],) * 2}, got "
+                         f"{tuple(H.shape)}")
     for name, t in (("W", W), ("H", H)):
-        if not math.isfinite(t.sum(dtype=torch.float64)):                    # one number, no copies
+        total = t.sum(dtype=torch.float64)          # one number, no copies
+        if not math.isfinite(total):
             bad = int((~torch.isfinite(t)).sum())
-            raise ValueError(f"{name} holds {bad} NaN or Inf values of {t.numel()}: the layer or its calibration inputs "
-                             f"overflowed; run the calibration in float32 or bfloat16")
+            raise ValueError(f"{name} holds {bad} NaN or Inf values of {t.numel()}: the layer or "
+                             f"its calibration inputs overflowed; run the calibration in float32 "
+                             f"or bfloat16")
     if bits not in (None, 2, 3, 4, 8):
         raise ValueError(f"bits={bits}: supported are 2, 3, 4 and 8")
     if blocksize < 1 or groupsize == 0 or groupsize < -1:
-        raise ValueError(f"blocksize={blocksize} must be at least 1 and groupsize={groupsize} -1 (a whole row) or positive")
+        raise ValueError(f"blocksize={blocksize} must be at least 1 and groupsize={groupsize} -1 "
+                         f"(a whole row) or positive")
 
 
-def inverse_factor(H: torch.Tensor, percdamp: float = 0.01, order: torch.Tensor | None = None) -> torch.Tensor:
+def inverse_factor(H: torch.Tensor, percdamp: float = 0.01,
+                   order: torch.Tensor | None = None) -> torch.Tensor:
     """U (in, in) upper triangular with (H + damping)^-1 = U^T U; damping = percdamp * mean(diag H),
     raised until it works.
 
     H = R R^T with R upper is Cholesky with rows and columns in reverse order, and U = R^-1: one
     factorization. Inputs that are always zero get a diagonal of 1. order (in,): of the columns,
     first to last. Linears that share H can share U."""
-    back = (torch.arange(len(H), device=H.device) if order is None else order).flip(0)
+    if order is None:
+        order = torch.arange(len(H), device=H.device)
+    back = order.flip(0)
     H = H[back[:, None], back]
     H.diagonal().masked_fill_(H.diagonal() == 0, 1)
     mean = float(H.diagonal().mean())
@@ -204,10 +223,13 @@ def quick_dtype(like: torch.Tensor) -> torch.dtype:
 def relative_error(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor) -> float:
     """trace((W-V) H (W-V)^T) / trace(W H W^T)."""
     D = W - V
-    return float(((D @ H) * D).sum() / ((W @ H) * W).sum().clamp(min=1e-30))
+    lost = ((D @ H) * D).sum()
+    whole = ((W @ H) * W).sum()
+    return float(lost / whole.clamp(min=1e-30))
 
 
-def sweep(Wt: torch.Tensor, U: torch.Tensor, blocksize: int, choose, inner: int = 16) -> torch.Tensor:
+def sweep(Wt: torch.Tensor, U: torch.Tensor, blocksize: int, choose,
+          inner: int = 16) -> torch.Tensor:
     """The column loop of GPTQ, SparseGPT and `descend`: fixes W from left to right, in place. Wt
     (in, out) is W transposed, so that a column lies in one piece.
 
@@ -223,17 +245,22 @@ def sweep(Wt: torch.Tensor, U: torch.Tensor, blocksize: int, choose, inner: int 
         for s in range(b, end, inner):
             stop = min(s + inner, end)
             for j in range(s, stop):
-                Wt[j], E[j - b] = choose(Wt, j, end)
-                Wt[j + 1:stop].addr_(U[j, j + 1:stop], E[j - b], alpha=-1)
-            Wt[stop:end].addmm_(U[s:stop, stop:end].T, E[s - b:stop - b], alpha=-1)
-        Wt[end:].addmm_(U[b:end, end:].T, E[:end - b], alpha=-1)
+                Wt[j], e = choose(Wt, j, end)
+                E[j - b] = e
+                Wt[j + 1:stop].addr_(U[j, j + 1:stop], e, alpha=-1)
+            inner_errors = E[s - b:stop - b]
+            Wt[stop:end].addmm_(U[s:stop, stop:end].T, inner_errors, alpha=-1)
+        block_errors = E[:end - b]
+        Wt[end:].addmm_(U[b:end, end:].T, block_errors, alpha=-1)
     return Wt
 
 
 class Rounder:
-    """Chooses GPTQ's values in `sweep`: the nearest point of each column's grid, or 0 where the mask says so.
+    """Chooses GPTQ's values in `sweep`: the nearest point of each column's grid, or 0 where the
+    mask says so.
 
-    grids: scale and zero, each (groups, out), or None to find min-max grids when a group of columns begins."""
+    grids: scale and zero, each (groups, out), or None to find min-max grids when a group of columns
+    begins."""
 
     def __init__(self, U, group: list[int], grids, bits, grid="uniform", sym=False, keep=None):
         self.bits, self.grid, self.sym = bits, grid, sym
@@ -246,14 +273,15 @@ class Rounder:
     def __call__(self, Wt, j, end):
         g = self.group[j]
         if self.dynamic and g == len(self.scale):
-            width = self.group.count(g)
-            scale, zero = find_grid(Wt[j:j + width].T, self.bits, self.sym)
+            columns = Wt[j:j + self.group.count(g)]
+            scale, zero = find_grid(columns.T, self.bits, self.sym)
             self.scale.append(scale[:, 0])
             self.zero.append(zero[:, 0])
-        q = nearest(Wt[j], self.scale[g], self.zero[g], self.bits, self.grid)
+        w = Wt[j]
+        q = nearest(w, self.scale[g], self.zero[g], self.bits, self.grid)
         if self.keep is not None:
             q = q * self.keep[j]
-        return q, (Wt[j] - q) * self.damage[j]
+        return q, (w - q) * self.damage[j]
 
     def tables(self):
         """scale and zero, each (groups, out)."""
@@ -261,7 +289,7 @@ class Rounder:
 
 
 def column_order(H: torch.Tensor, act_order: bool) -> torch.Tensor:
-    """The columns (in,) in the order of the loop: as they are, or in order of falling H diagonal."""
+    """The columns (in,) in the order of the loop: as they are, or by falling H diagonal."""
     if act_order:
         return torch.argsort(H.diagonal(), descending=True, stable=True)
     return torch.arange(len(H), device=H.device)
@@ -284,18 +312,20 @@ def static_grids(W, H, keep, bits, groupsize, grid, sym):
 
     def grouped(t):
         """(rows, in) -> (rows * groups, size), a last group filled up with zeros."""
-        return torch.nn.functional.pad(t, (0, -n % size)).reshape(-1, size)
+        return F.pad(t, (0, -n % size)).reshape(-1, size)
 
-    step = max(1, 2 ** 20 // n)                     # a search holds many copies: a few rows at a time
+    # a search holds many copies: a few rows at a time
+    step = max(1, 2 ** 20 // n)
     for r in range(0, rows, step):
         part = W[r:r + step]
         if grid == "minmax":
             found = find_grid(grouped(part), bits, sym)
         else:
             importance = grouped(H.diagonal().expand(len(part), n))
-            found = search_grid(grouped(part), grouped(keep[r:r + step]), importance, bits, grid,
-                                sym)
-        scale[r:r + step], zero[r:r + step] = (t.view(len(part), -1) for t in found)
+            kept = grouped(keep[r:r + step])
+            found = search_grid(grouped(part), kept, importance, bits, grid, sym)
+        scale[r:r + step] = found[0].view(len(part), -1)
+        zero[r:r + step] = found[1].view(len(part), -1)
     return scale.T.contiguous(), zero.T.contiguous()
 
 
@@ -317,15 +347,17 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
     check(W, H, bits, blocksize, groupsize)
     if grid not in ("minmax", "uniform", "offset"):
         raise ValueError(f"grid={grid!r}: known are minmax, uniform and offset")
-    n, dtype = W.shape[1], torch.promote_types(W.dtype, torch.float32)
+    n = W.shape[1]
+    dtype = torch.promote_types(W.dtype, torch.float32)
     static = groupsize == -1 or static_groups or grid != "minmax"
     if not static and groupsize % blocksize and blocksize % groupsize:
-        raise ValueError(f"groupsize={groupsize} and blocksize={blocksize}: one must be a multiple of the other")
+        raise ValueError(f"groupsize={groupsize} and blocksize={blocksize}: one must be a multiple "
+                         f"of the other")
     W, H = W.to(dtype), H.to(dtype)
     target = W if target is None else target.to(dtype)
     dead = H.diagonal() == 0                        # inputs that are always 0: any weight will do
-    start = W.masked_fill(dead, 0) if mask is None else W.masked_fill(mask | dead, 0)
     keep = torch.ones_like(W, dtype=torch.bool) if mask is None else ~mask
+    start = W.masked_fill(~keep | dead, 0)
     order = column_order(H, act_order)
     group = column_groups(n, groupsize, order if static else None)
     U = inverse_factor(H, percdamp, order) if U is None else U
@@ -336,7 +368,8 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
     Wt = start.T[order]
     del start
     V = torch.empty_like(Wt)
-    V[order] = sweep(Wt, U, blocksize, choose, inner=16 if static else math.gcd(16, groupsize))
+    inner = 16 if static else math.gcd(16, groupsize)           # no grid begins within one
+    V[order] = sweep(Wt, U, blocksize, choose, inner)
     scale, zero = choose.tables()
     del U, Wt, choose
     g_idx = torch.empty(n, dtype=torch.long, device=W.device)
@@ -370,11 +403,14 @@ def descend(Vt, Wt, H, keep, scale, zero, g_idx, bits: int, grid: str, passes: i
         old = Vt
 
         def choose(T, j, end):
-            q = nearest(T[j], scale[group[j]], zero[group[j]], bits, grid) * keep[j]
+            g = group[j]
+            q = nearest(T[j], scale[g], zero[g], bits, grid) * keep[j]
             return q, q - old[j]
 
         D = Vt - Wt
-        T = (H @ D).add_(D.mul_(percdamp * H.diagonal()[:, None])).div_(h[:, None])     # g / diag(H)
+        T = H @ D
+        T.add_(D.mul_(percdamp * H.diagonal()[:, None]))
+        T.div_(h[:, None])                          # now g / diag(H)
         del D
         Vt = sweep(torch.sub(old, T, out=T), moves, blocksize, choose)
     return Vt

@@ -419,7 +419,7 @@ def read_run(path: str | Path | None, run: dict) -> dict | None:
 
 
 def mark_of(held) -> str:
-    """16 hexadecimal digits of all that lies in dictionaries and lists of tensors and plain values."""
+    """16 hexadecimal digits of all that lies in dictionaries and lists of tensors and values."""
     if torch.is_tensor(held):
         return fingerprint(held)
     if isinstance(held, dict):

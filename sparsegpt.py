@@ -1,5 +1,5 @@
-"""SparseGPT: prune one weight matrix in a single second-order pass, and quantize the survivors in the
-same pass (arXiv 2301.00774).
+"""SparseGPT: prune one weight matrix in a single second-order pass, and quantize the survivors in
+the same pass (arXiv 2301.00774).
 
 Removing weight w in column j and letting the columns to its right make up for it (see gptq.py for
 H, U and the update) adds (w / U[j, j])^2 to the layer's error. So, block of columns by block of
@@ -103,8 +103,8 @@ def prune_pattern(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 class Pruner(Rounder):
-    """Chooses SparseGPT's values in `sweep`: zero where the mask says so, else GPTQ's rounding, else
-    the weight as it is. The mask is chosen on the way."""
+    """Chooses SparseGPT's values in `sweep`: zero where the mask says so, else GPTQ's rounding,
+    else the weight as it is. The mask is chosen on the way."""
 
     def __init__(self, U, rows: int, parts: list[int], sparsity, blocksize: int, **rounding):
         """rows of W, of which each of `parts` is pruned to the sparsity; rounding: see Rounder."""
@@ -327,7 +327,8 @@ def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str,
         return solved[0]
     del V, U
     outputs = [float(((W[rows] @ H) * W[rows]).sum()) for rows in slabs]    # mean squares, that of
-    lost = sum(one.error * output for one, output in zip(solved, outputs))  # which errors are shares
+    # errors are shares of the outputs
+    lost = sum(one.error * output for one, output in zip(solved, outputs))
     whole = {name: torch.cat([getattr(one, name) for one in solved])
              for name in ("weight", "mask", "codes", "scale", "zero")
              if getattr(solved[0], name) is not None}

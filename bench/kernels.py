@@ -3,6 +3,7 @@
     python -m bench.kernels                               # a GPU: everything; a CPU: a short list, its own paths
     python -m bench.kernels --shapes 4096x11008 --batches 1 16 --formats nm --directions forward
     python -m bench.kernels --generate runs/out/compressed           # whole models, see bench/models.py
+    python -m bench.kernels --minutes 8 --out gpu.csv     # checks, then the most important timings, see bench/day.py
 
 Shapes are out x in. Calls take copies of the weights in turn, 200 MB of them (at most 64), more than a GPU's cache holds;
 on a GPU they are replayed from a CUDA graph, so that Python's launch time is not counted. Times are medians. `limit` is
@@ -51,8 +52,8 @@ def copies(size: int) -> int:
     return max(2, min(64, int(CACHE // size) + 1))
 
 
-def median_time(calls: list, device: torch.device, repeats: int) -> float:
-    """Seconds per call; calls are taken in turn."""
+def median_time(calls: list, device: torch.device, repeats: int, graph: bool = True) -> float:
+    """Seconds per call; calls are taken in turn, on a GPU from a CUDA graph or (graph=False) from Python."""
     for call in calls:                                      # the first call of a layer makes its decode cache
         call()
     times = []
@@ -63,14 +64,16 @@ def median_time(calls: list, device: torch.device, repeats: int) -> float:
             times.append(time.perf_counter() - start)
         return statistics.median(times)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    run = lambda: [call() for call in calls]
+    if graph:
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            run()
+        run = recorded.replay
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        run()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / len(calls))
@@ -138,6 +141,11 @@ def bench(shape, format, batches, grid, groupsize, dtype, device, repeats, direc
 
 
 def main(args: argparse.Namespace) -> None:
+    if (args.minutes is None) != (args.out is None):
+        raise ValueError("--minutes and --out go together: how long, and the CSV file to write")
+    if args.minutes is not None:
+        from bench import day
+        return day.main(args.minutes, args.out)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
     if gpu:
@@ -175,6 +183,8 @@ if __name__ == "__main__":
     parser.add_argument("--device")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--directions", nargs="*", default=["forward", "backward"], choices=["forward", "backward"])
+    parser.add_argument("--minutes", type=float, help="a GPU's checks and timings within about this time, into --out")
+    parser.add_argument("--out", metavar="FILE.csv")
     parser.add_argument("--generate", metavar="FOLDER", help="tokens per second, dense against packed; or random-llama-7b")
     parser.add_argument("--tune", metavar="FOLDER", help="a prompt-tuning step, dense against packed; or random-llama-7b")
     parser.add_argument("--context", type=int, default=64, help="--generate: tokens in front")
@@ -184,5 +194,5 @@ if __name__ == "__main__":
     parser.add_argument("--checkpointing", action="store_true", help="--tune: recompute activations")
     try:
         main(parser.parse_args())
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

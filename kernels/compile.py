@@ -1,11 +1,25 @@
-"""Compile every configuration that ships for sm_80 and sm_90, without a GPU, and count what one weight costs.
+"""Compile the kernels for GPUs that are not there, and count what one weight costs.
 
-    python -m kernels.compile --write                       # compiled.csv, all of it; about a second per line
+    python -m kernels.compile                               # a line for each kernel; seconds per line
     python -m kernels.compile --arch 90 --format nm --tokens 8
+    python -m kernels.compile --write                       # puts the lines into compiled.csv
 
-Columns: registers per thread, bytes spilled, bytes of shared memory, and per_weight: machine instructions of the main
-loop for every weight that a thread decodes. To stay limited by memory rather than by instructions at batch 1, an H100
-may spend about 3.5 per weight and an A100 3.7. Uses the assembler and disassembler inside triton's wheel.
+compiled.csv has lines of several versions of triton: --write replaces, of the version that runs, the lines of the kernels
+it compiled. Columns: registers a thread, bytes spilled, bytes of shared memory; then what a thread does in the innermost
+loop (counted = loop), or in all of the kernel where a layer has so few columns that the compiler unrolled it, and in the
+slab kernel, which has no loop (counted = all). For every weight that it decodes:
+
+    per_weight    machine instructions, and of these by pipe: alu (logic, shifts, prmt: half rate on all these GPUs), fma
+                  (also integer multiplication), lsu (loads, stores, shared memory), tensor, other
+    wavefronts    what loads and stores keep the L1 cache busy with: 128 bytes of a warp each
+
+and not per weight:
+
+    exchanges     instructions by which threads see each other's data: accesses to shared memory and shuffles. A layout
+                  conversion that is more than another name for a register becomes one of these
+    barriers
+
+Uses the assembler and disassembler inside triton's wheel.
 """
 import argparse
 import csv
@@ -14,70 +28,123 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.backward import backward_kernel
-from kernels.forward import forward_kernel
-from kernels.matmul import BACKWARD, FORWARD, Config, choose
+from kernels.matmul import launch, steps_of
+from kernels.product import product_kernel
+from kernels.slab import slab_kernel
 
 TABLE = Path(__file__).with_name("compiled.csv")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-N, K, TILES = 4096, 8192, 32                                # a layer whose columns are a multiple of every share
+ARCHS = (80, 89, 90)
+FORMATS, GRIDS = ("dense", "nm", "unstructured"), ("uniform", "offset")
+LAYER = (4096, 11008)
+SHAPES = ((4096, 4096), (2048, 8192))                       # LLaMA-7B's attention and the way up, OPT-1.3B's way down
+SLAB = 0                                                    # in the place of tokens: the kernel that unpacks
+TOKENS = (8, 16, 64, SLAB)
+KEY = ("triton", "sm", "tokens", "format", "grid", "x", "group", "shape")           # the columns that name a kernel
+ALU = ("LOP3 SHF PRMT IADD3 IADD SEL ISETP LEA VIADD IABS IMNMX VIMNMX FMNMX PLOP3 P2R R2P BMSK SGXT LOP FSEL FSETP "
+       "HMNMX2 SHL SHR FSET HSETP2 VABSDIFF MOV CS2R").split()
+FMA = "IMAD FFMA FMUL FADD HFMA2 HADD2 HMUL2 IDP".split()
+LSU = "LDG STG LDS STS LDSM SHFL RED ATOM ATOMG LDGSTS LDC STL LDL ATOMS MATCH REDUX".split()
+TENSOR = "HMMA IMMA HGMMA".split()
 
 
 class Variant(NamedTuple):
-    direction: str                      # forward or backward
     arch: int
+    tokens: int                         # 8, 16, 32, 64: the most of a product; SLAB
     format: str
     grid: str
     dtype: str                          # fp16 or bf16
     group: int                          # 0: grids per row
-    config: Config
+    shape: tuple[int, int]
 
 
-def variants(arch=(80, 90), directions=("forward", "backward"), formats=("dense", "nm", "unstructured"),
-             grids=("uniform", "offset"), dtypes=("fp16", "bf16"), groups=(0, 128)):
-    for direction, a, f, g, d, group in itertools.product(directions, arch, formats, grids, dtypes, groups):
-        for c in (FORWARD if direction == "forward" else BACKWARD)[a]:
-            yield Variant(direction, a, f, g, d, group, choose((c,), 1, group))
+def variants(archs=ARCHS, formats=FORMATS, tokens=TOKENS) -> Iterator[Variant]:
+    """On an H100 the kernels of four numbers of tokens, and up to 8 also bf16, groups and other shapes; elsewhere up to 8."""
+    for arch, count, format, grid in itertools.product(archs, tokens, formats, GRIDS):
+        if arch != 90 and count != 8:
+            continue
+        yield Variant(arch, count, format, grid, "fp16", 0, LAYER)
+        if arch == 90 and count == 8 and grid == "uniform":
+            yield Variant(arch, count, format, grid, "bf16", 0, LAYER)
+            yield Variant(arch, count, format, grid, "fp16", 128, LAYER)
+            yield from (Variant(arch, count, format, grid, "fp16", 0, shape) for shape in SHAPES)
 
 
-def build(v: Variant):
-    """The compiled kernel of one variant."""
-    kernel = forward_kernel if v.direction == "forward" else backward_kernel
-    c = v.config
-    constants = dict(N=N, K=K, GROUP=v.group, TILES=TILES, FORMAT=v.format, OFFSET=v.grid == "offset", PLANES=c.planes,
-                     BM=c.BM, BN=c.BN, BK=c.BK)
-    types = dict(x_ptr=f"*{v.dtype}", dy_ptr=f"*{v.dtype}", dx_ptr=f"*{v.dtype}", out_ptr="*fp32", mask_ptr="*i32",
-                 codes_ptr="*i32", row_start_ptr="*i32", tile_start_ptr="*i16", scale_ptr="*fp16", zero_ptr="*fp16",
-                 table_ptr="*i32", M="i32")
+class Built(NamedTuple):
+    compiled: triton.compiler.CompiledKernel
+    in_loop: int                        # weights that a thread decodes in one pass of the innermost loop
+    in_all: int                         # in the whole kernel
+
+
+def build(v: Variant) -> Built:
+    N, K = v.shape
+    if v.tokens == SLAB:
+        kernel, warps, in_loop, in_all = slab_kernel, 4, 64, 64
+        constants = dict(N=N, K=K, GROUP=v.group, FORMAT=v.format, OFFSET=v.grid == "offset", WARPS=warps)
+    else:
+        meta = dict(shape=v.shape, format=v.format, grid=v.grid, groupsize=v.group or -1)
+        kernel, constants = product_kernel, launch(meta, v.tokens)[1]
+        warps = constants.pop("num_warps")
+        in_loop = 64 * constants["STRIPS"] * constants["UNROLL"]
+        in_all = 64 * constants["STRIPS"] * steps_of(K)
+    types = dict(x_ptr=f"*{v.dtype}", y_ptr=f"*{v.dtype}", out_ptr=f"*{v.dtype}", mask_ptr="*i32", codes_ptr="*i32",
+                 start_ptr="*i32", at_ptr="*u8", scale_ptr="*fp16", zero_ptr="*fp16", M="i32", first_strip="i32",
+                 first_tile="i32", width="i32")
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
+               if kind.startswith("*") or name == "width"}
     source = ASTSource(kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, aligned)
-    options = {"num_warps": c.warps, "num_stages": c.stages}
-    return triton.compile(source, target=GPUTarget("cuda", v.arch, 32), options=options)
+    options = {"num_warps": warps, "num_stages": 3}         # what a launch takes; without tl.dot nothing is pipelined
+    return Built(triton.compile(source, target=GPUTarget("cuda", v.arch, 32), options=options), in_loop, in_all)
 
 
 def assembler(arch: int) -> Path:
     """PTX for sm_90 is newer than the plain ptxas reads since triton 3.8; the other one lies beside it."""
     newer = TOOLS / "ptxas-blackwell"
     recent = tuple(int(p) for p in triton.__version__.split(".")[:2]) >= (3, 8)
-    return newer if arch >= 90 and recent and newer.exists() else TOOLS / "ptxas"
+    return newer if (arch >= 90 and recent or arch >= 100) and newer.exists() else TOOLS / "ptxas"
+
+
+def innermost(sass: str) -> tuple[list[str], bool]:
+    """The instructions of the longest loop that has no loop inside, True; where there is no loop all of them, False."""
+    lines = [(int(a, 16), t) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
+    jumps = [(int(to[1], 16), at) for at, text in lines if "BRA" in text and (to := re.search(r"0x([0-9a-f]+)", text))]
+    loops = [(a, b) for a, b in jumps if a < b]
+    inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    if not inner:
+        return [text for _, text in lines][:next(i for i, (_, text) in enumerate(lines) if text.startswith("EXIT"))], False
+    start, end = max(inner, key=lambda loop: loop[1] - loop[0])
+    return [text for at, text in lines if start <= at <= end], True
+
+
+def pipe(name: str) -> str:
+    for kind, names in (("alu", ALU), ("fma", FMA), ("lsu", LSU), ("tensor", TENSOR)):
+        if name in names:
+            return kind
+    return "other"
+
+
+def wavefronts(name: str) -> int:
+    """Of a load or store of global memory by a warp whose lanes are neighbours."""
+    return 0 if name[:3] not in ("LDG", "STG") else 4 if ".128" in name else 2 if ".64" in name else 1
 
 
 def inspect(v: Variant) -> dict:
-    """registers, spilled (bytes), shared (bytes), per_weight (instructions of the main loop)."""
-    compiled = build(v)
+    """The numbers of a line of the table."""
+    compiled, in_loop, in_all = build(v)
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
         ptx.write_text(compiled.asm["ptx"])
         cubin.write_bytes(compiled.asm["cubin"])
-        name = "sm_90a" if v.arch == 90 else f"sm_{v.arch}"
+        name = f"sm_{v.arch}a" if v.arch >= 90 else f"sm_{v.arch}"
         command = [assembler(v.arch), "-v", f"--gpu-name={name}", ptx, "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True)
         sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True).stdout
@@ -85,57 +152,60 @@ def inspect(v: Variant) -> dict:
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report.stderr)
     if not registers or not spills:
         raise ValueError(f"{v}: ptxas says {report.stderr.strip()[-300:]}")
-    body = main_loop(sass)
-    weights = v.config.BN * v.config.BK / (32 * v.config.warps)
+    texts, is_loop = innermost(sass)
+    weights = in_loop if is_loop else in_all
+    names = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in texts]
+    short = [name.split(".")[0] for name in names]
+    pipes = Counter(pipe(name) for name in short)
+    each = {kind: f"{pipes[kind] / weights:.3f}" for kind in ("alu", "fma", "lsu", "tensor", "other")}
     return dict(registers=int(registers[1]), spilled=int(spills[1]) + int(spills[2]), shared=compiled.metadata.shared,
-                per_weight=len(body) / weights)
+                counted="loop" if is_loop else "all", per_weight=f"{len(names) / weights:.3f}", **each,
+                wavefronts=f"{sum(map(wavefronts, names)) / weights:.3f}",
+                exchanges=sum(name in ("LDS", "STS", "LDSM", "SHFL") for name in short), barriers=short.count("BAR"))
 
 
-def main_loop(sass: str) -> list[str]:
-    """The instructions between the longest backward jump and its target."""
-    lines = [(int(a, 16), t) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
-    jumps = [(int(to[1], 16), at) for at, text in lines if "BRA" in text and (to := re.search(r"0x([0-9a-f]+)", text))]
-    start, end = max((j for j in jumps if j[0] < j[1]), key=lambda j: j[1] - j[0], default=(0, 1 << 62))
-    return [text for at, text in lines if start <= at <= end]
-
-
-def row(v: Variant) -> dict:
-    """A line of the table, all values as text."""
-    c, r = v.config, inspect(v)
-    limit = c.tokens if c.tokens < 1 << 30 else "more"
-    named = dict(triton=triton.__version__, direction=v.direction, sm=v.arch, format=v.format, grid=v.grid, x=v.dtype,
-                 group=v.group or "row", tokens=limit, BM=c.BM, BN=c.BN, BK=c.BK, warps=c.warps, registers=r["registers"],
-                 spilled=r["spilled"], shared=r["shared"], per_weight=f"{r['per_weight']:.2f}")
+def row(v: Variant) -> dict[str, str]:
+    named = dict(triton=triton.__version__, sm=v.arch, tokens=v.tokens or "slab", format=v.format, grid=v.grid, x=v.dtype,
+                 group=v.group or "row", shape=f"{v.shape[0]}x{v.shape[1]}", **inspect(v))
     return {key: str(value) for key, value in named.items()}
 
 
+def key_of(line: dict[str, str]) -> tuple[str, ...]:
+    return tuple(line[name] for name in KEY)
+
+
+def table() -> list[dict[str, str]]:
+    if not TABLE.exists():
+        return []
+    with open(TABLE, newline="") as f:
+        return list(csv.DictReader(f))
+
+
 def main(args) -> None:
+    tokens = [SLAB if t == "slab" else int(t) for t in args.tokens]
     lines = []
-    for v in variants(args.arch, args.direction, args.format, args.grid, args.dtype, args.group):
-        if not args.tokens or v.config.tokens in args.tokens:
-            lines.append(row(v))
-            if len(lines) == 1:
-                print(",".join(lines[0]))
-            print(",".join(lines[-1].values()), flush=True)
-    if not lines:
-        raise ValueError(f"no configuration with a limit of {args.tokens} tokens")
+    for v in variants(args.arch, args.format, tokens):
+        lines.append(row(v))
+        if len(lines) == 1:
+            print(",".join(lines[0]))
+        print(",".join(lines[-1].values()), flush=True)
     if args.write:
         part = TABLE.with_suffix(".tmp")
         with open(part, "w", newline="") as f:
             writer = csv.DictWriter(f, lines[0])
             writer.writeheader()
-            writer.writerows(lines)
+            new = {key_of(line) for line in lines}
+            writer.writerows([line for line in table() if key_of(line) not in new] + lines)
         part.replace(TABLE)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, values in (("arch", [80, 90]), ("direction", ["forward", "backward"]), ("grid", ["uniform", "offset"]),
-                         ("format", ["dense", "nm", "unstructured"]), ("dtype", ["fp16", "bf16"])):
-        parser.add_argument(f"--{name}", nargs="+", type=type(values[0]), default=values, choices=values)
-    parser.add_argument("--group", type=int, nargs="+", default=[0, 128], help="columns that share a grid; 0: a row")
-    parser.add_argument("--tokens", type=int, nargs="*", help="only configurations with these limits")
-    parser.add_argument("--write", action="store_true", help="replace compiled.csv by the lines printed")
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="80, 89, 90; 100 and 120 where triton can")
+    parser.add_argument("--format", nargs="+", default=FORMATS, choices=FORMATS)
+    parser.add_argument("--tokens", nargs="+", default=["8", "16", "64", "slab"],
+                        choices=["8", "16", "32", "64", "slab"])
+    parser.add_argument("--write", action="store_true", help="put the lines printed into compiled.csv")
     try:
         main(parser.parse_args())
     except ValueError as e:

@@ -7,8 +7,11 @@ No weight gets a gradient and nothing dense is kept for the backward pass: dx = 
 which is what lets a prompt be trained through a compressed model. CPU decoding makes a form of its own of the weight: in
 bf16 int4 (cpu_int4.py), else bags (cpu_bags.py). `decode_bytes()` tells its size and `decode_cache = False` forbids it.
 The packed tensors are not read then: where a file is mapped they need no memory. On a CPU fp16 is computed in fp32,
-because fp16 products are some sixty times slower there. On a GPU, fp32 activations and what `triton_reads` refuses unpack
-the whole weight for every product. torch.compile goes around these layers.
+because fp16 products are some sixty times slower there.
+
+On a GPU the first product reorders the weight for it (fragments.py), in place of the packed tensors; who asks for `packed`
+gets these back. So a CUDA graph wants one call before it is recorded. What `triton_reads` refuses, and float64, unpacks
+the whole weight for every product by torch operations. torch.compile goes around these layers.
 """
 import torch
 import torch.nn as nn
@@ -35,12 +38,8 @@ class PackedMatmul(torch.autograd.Function):
 
 
 def triton_reads(packed: Packed) -> bool:
-    """Can the kernels multiply this? 4-bit codes, groups of neighbours in whole 32s, and a grid that stays within fp16
-    when planes.py scales it: by 1024 (scale, zero of "uniform") or 2048 (2 zero - 1 of "offset")."""
-    size, scale, zero = packed.meta["groupsize"], packed.tensors["scale"].float(), packed.tensors["zero"].float()
-    reach = (2 * zero - 1).abs() < 32 if packed.meta["grid"] == "offset" else zero.abs() < 64
-    return (packed.meta["bits"] == 4 and "g_idx" not in packed.tensors and (size == -1 or size % 32 == 0)
-            and bool(reach.all() and (scale.abs() < 64).all()))
+    """Can the kernels multiply this? 4-bit codes, groups of neighbours."""
+    return packed.meta["bits"] == 4 and "g_idx" not in packed.tensors
 
 
 class Unpacked:
@@ -80,14 +79,44 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.decoder = None, None                           # (form, what decodes in it), made at the first use
+        self.reordered, self.plan = False, None             # on a GPU: are the buffers fragments; what is launched
         self.in_triton = triton_reads(packed)
+
+    def held(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in self.names}
+
+    def hold(self, tensors: dict[str, torch.Tensor], reordered: bool) -> None:
+        for name in self.names:
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.names, self.reordered, self.plan = list(tensors), reordered, None
 
     @property
     def packed(self) -> Packed:
-        return Packed({name: getattr(self, name) for name in self.names}, self.meta)
+        """The tensors of a file. A layer that a GPU has used goes back to them, until its next product there."""
+        if self.reordered:
+            from kernels.fragments import Fragments, from_fragments
+            device = self.codes.device
+            tensors = from_fragments(Fragments(self.held(), self.meta)).tensors
+            self.hold({name: t.to(device) for name, t in tensors.items()}, False)
+        return Packed(self.held(), self.meta)
+
+    def launches(self):
+        """The matmul.Plan of this layer on its GPU, the weight reordered for it."""
+        if self.plan is None:
+            from kernels.fragments import Fragments, to_fragments       # here, because triton exists on few machines
+            from kernels.matmul import Plan
+            if not self.reordered:
+                self.hold(to_fragments(self.packed).tensors, True)
+            self.plan = Plan(Fragments(self.held(), self.meta))
+        return self.plan
 
     def weight_dequantized(self, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         """(out, in) on the layer's device."""
+        if self.reordered and self.codes.is_cuda:
+            from kernels.matmul import unpack_on_gpu
+            return unpack_on_gpu(self.launches(), dtype)
         return unpack(self.packed, dtype) if self.codes.device.type == "cpu" else dequantize(self.packed, dtype)
 
     def decode_bytes(self) -> int:
@@ -103,15 +132,20 @@ class PackedLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
-        y = self.decoder[1](x) if self.fused and self.decodes(x) else PackedMatmul.apply(x, self)
+        if self.fused and self.decodes(x):
+            y = self.decoder[1](x)
+        elif x.requires_grad and torch.is_grad_enabled():
+            y = PackedMatmul.apply(x, self)
+        else:
+            y = self.product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-        """x W^T, or x W: by Triton, which decodes tile by tile, or by unpacking W for this one product."""
-        if self.fused and self.in_triton and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-            from kernels.matmul import matmul, matmul_transposed        # here, because triton exists on few machines
+        """x W^T, or x W: by Triton on a GPU, or by unpacking W for this one product."""
+        if self.fused and self.in_triton and x.is_cuda and x.dtype != torch.float64:
+            from kernels.matmul import matmul, matmul_transposed
             with torch.cuda.device_of(x):
-                return matmul_transposed(x, self.packed) if transposed else matmul(x, self.packed)
+                return (matmul_transposed if transposed else matmul)(x, self.launches())
         weight = self.weight_dequantized(computed_in(x))
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(weight.dtype), weight.T if transposed else weight).to(x.dtype)
@@ -134,10 +168,15 @@ class PackedLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, exact in grid.items():
             setattr(self, name, exact.to(getattr(self, name).device))
-        self.decoder = None, None
+        self.decoder, self.plan = (None, None), None
         return self
 
+    def _save_to_state_dict(self, *args, **kwargs):
+        self.packed                                         # files know no other order
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, *args, **kwargs):
+        self.packed
         super()._load_from_state_dict(*args, **kwargs)
         self.decoder, self.in_triton = (None, None), triton_reads(self.packed)
 

@@ -1,113 +1,137 @@
-"""Which kernel, which tiles: the host's side of the packed matrix products.
+"""Packed matrix products on a GPU: which kernel, how it is cut, and what is launched.
 
-    y = matmul(x, packed)                                   # x (..., in) fp16 or bf16 -> (..., out)
-    dx = matmul_transposed(dy, packed)                      # dy (..., out) -> (..., in)
+    plan = Plan(to_fragments(packed))                       # once for a layer
+    y = matmul(x, plan)                                     # x (..., in) -> (..., out)
+    dx = matmul_transposed(dy, plan)                        # dy (..., out) -> (..., in)
 
-Tile sizes stand in FORWARD and BACKWARD, one table per architecture. They were chosen by instruction counts of the
-compiled kernels (compile.py), not by timing. One stage means no software pipelining: small programs, many per
-multiprocessor, hide memory latency instead; pipelining costs registers and, on sm_90, repacks every decoded weight.
+Three ways, each for what it is best at:
+
+    up to 8 tokens      product.py, x times every plane of the codes: nothing but packed words is read
+    up to FUSED tokens  product.py, patterns become weights in registers, one product for every 8 tokens
+    more, and backward  slab.py unpacks some rows (backward: columns) of W to x's dtype, cuBLAS multiplies with them while
+                        they lie in the GPU's cache. So do fp32, and groups that are no multiple of 128
+
+What is launched for a layer and a number of tokens is decided once and kept in its Plan: no kernel is compiled again for
+another length, and a CUDA graph may be recorded after one warm-up.
 """
 from functools import cache
-from typing import NamedTuple
 
 import torch
-import triton
 
-from kernels.backward import backward_kernel
-from kernels.decode import selector_table
-from kernels.forward import forward_kernel, sum_splits
-from kernels.packing import Packed
+from kernels.fragments import Fragments, tiles_of
+from kernels.product import product_kernel
+from kernels.slab import slab_kernel
 
-
-class Config(NamedTuple):
-    tokens: int                         # the most tokens this configuration is used for
-    planes: bool
-    BM: int                             # tokens,
-    BN: int                             # rows of W and
-    BK: int                             # columns of W per tile
-    warps: int
-    stages: int
-
-
-FORWARD = {
-    80: (Config(8, True, 8, 32, 128, 2, 1), Config(16, True, 16, 32, 128, 2, 1), Config(32, True, 32, 32, 128, 2, 1),
-         Config(64, False, 64, 64, 128, 4, 1), Config(1 << 30, False, 128, 64, 64, 4, 2)),
-    90: (Config(8, True, 8, 32, 256, 2, 1), Config(16, True, 16, 32, 128, 2, 1), Config(32, True, 32, 32, 128, 2, 1),
-         Config(64, False, 64, 64, 128, 4, 1), Config(1 << 30, False, 128, 128, 64, 8, 1)),
-}
-BACKWARD = {
-    80: (Config(32, False, 32, 32, 128, 4, 1), Config(1 << 30, False, 64, 64, 128, 8, 1)),
-    90: (Config(32, False, 32, 32, 128, 4, 1), Config(1 << 30, False, 128, 64, 128, 8, 1)),
-}
-PROGRAMS_PER_MULTIPROCESSOR = 16        # of two warps, for small batches; split-K makes as many
-OFFSETS = 1 << 31                       # the kernels' offsets have 32 bits: larger activations go in parts
+FUSED = {80: 64, 86: 64, 89: 64, 90: 64, 100: 64, 120: 64}   # the most tokens of product.py; by compile.py's model, untimed
+SLAB_BYTES = 45_000_000
+CHUNK = 15                                                  # tiles of 128 columns that a warp adds up in one go
+WARPS = 8                                                   # a program of product.py
+UNROLL = 3, 2, 1                                            # of three: a step's words go round in three sets of registers
 
 
 @cache
-def device_facts(device: torch.device) -> tuple[int, int, torch.Tensor]:
-    """-> row of the tables, number of multiprocessors, the selector table on that device."""
+def fused_tokens(device: torch.device) -> int:
     if device.type != "cuda":                               # the interpreter
-        return 80, 4, selector_table()
-    major = torch.cuda.get_device_capability(device)[0]
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return (90 if major >= 9 else 80), multiprocessors, selector_table(device)
+        return 64
+    major, minor = torch.cuda.get_device_capability(device)
+    return FUSED.get(10 * major + minor, 64)
 
 
-def choose(table: tuple[Config, ...], tokens: int, groupsize: int) -> Config:
-    """The first configuration large enough; a tile must lie within one group."""
-    config = next(c for c in table if tokens <= c.tokens)
-    BK = config.BK
-    while groupsize > 0 and groupsize % BK:
-        BK //= 2
-    return config._replace(BK=BK)
+def in_fp16(fragments: Fragments) -> bool:
+    """Do the weights over their scale stay within fp16 when planes.py scales them: by 1024 (uniform), 2048 (offset)?"""
+    zero = fragments.tensors["zero"].float()
+    reach = (2 * zero - 1).abs() < 31.9 if fragments.meta["grid"] == "offset" else zero.abs() < 63.9
+    return bool(reach.all())
 
 
-def pointers(packed: Packed, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    t = packed.tensors
-    none = t["codes"]                                       # formats without a mask or starts never read them
-    starts = t.get("row_start", none), t.get("tile_start", none)
-    return t.get("mask", none), t["codes"], *starts, t["scale"], t["zero"], table
+def steps_of(K: int) -> int:
+    """Tiles of 128 columns that a warp decodes."""
+    return -(-K // (128 * WARPS))
 
 
-def matmul(x: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """y = x W^T in x's dtype, accumulated in fp32."""
-    N, K = packed.meta["shape"]
-    group = max(packed.meta["groupsize"], 0)
+def launch(meta: dict, tokens: int) -> tuple[tuple[int], dict]:
+    """-> grid and constants of product_kernel for this many tokens."""
+    (N, K), strips = meta["shape"], 2 if 8 < tokens <= 32 else 1            # two share x; 64 tokens' sums leave no room
+    unroll = next((n for n in UNROLL if 2 * n <= steps_of(K)), 1) if tokens <= 8 else 1     # a loop of one pass would spill
+    tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
+    constants = dict(N=N, K=K, GROUP=max(meta["groupsize"], 0), FORMAT=meta["format"], OFFSET=meta["grid"] == "offset",
+                     PLANES=tokens <= 8, STRIPS=strips, TOKENS=tiles, WARPS=WARPS, CHUNK=CHUNK,
+                     UNROLL=unroll, num_warps=WARPS)
+    return (-(-tiles_of(meta)[0] // strips),), constants
+
+
+class Plan:
+    """A weight on its GPU and what is launched for it, by number of tokens; made at the first call and kept."""
+
+    def __init__(self, fragments: Fragments):
+        self.meta, t = fragments.meta, fragments.tensors
+        none = t["codes"]                                   # what a format lacks its kernel never reads
+        self.pointers = t.get("mask", none), none, t.get("start", none), t.get("at", none), t["scale"], t["zero"]
+        size = self.meta["groupsize"]
+        whole = size == -1 or size % 128 == 0
+        self.most = 0 if not whole else 64 if in_fp16(fragments) else 8
+        self.most = min(self.most, fused_tokens(none.device))
+        self.launches = {}
+
+    def of(self, tokens: int) -> tuple[tuple[int], dict]:
+        bucket = max(8, 1 << (tokens - 1).bit_length())     # 8, 16, 32, 64
+        if bucket not in self.launches:
+            self.launches[bucket] = launch(self.meta, bucket)
+        return self.launches[bucket]
+
+
+def matmul(x: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """y = x W^T in x's dtype (fp16, bf16, fp32), accumulated in fp32."""
+    N, K = plan.meta["shape"]
     flat = x.reshape(-1, K).contiguous()
+    if flat.data_ptr() % 16:
+        flat = flat.clone()                                 # the kernel reads 16 bytes at a time
     M = len(flat)
-    if M * max(N, K) >= OFFSETS:
-        return torch.cat([matmul(part, packed) for part in flat.split(M // 2)]).view(*x.shape[:-1], N)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    if M == 0:
-        return y.view(*x.shape[:-1], N)
-    arch, multiprocessors, table = device_facts(x.device)
-    c = choose(FORWARD[arch], M, group)
-    programs, tiles = triton.cdiv(N, c.BN) * triton.cdiv(M, c.BM), triton.cdiv(K, c.BK)
-    splits = min(tiles, max(1, multiprocessors * PROGRAMS_PER_MULTIPROCESSOR * 2 // c.warps // programs))
-    share = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, share)
-    out = y if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
-    forward_kernel[(triton.cdiv(N, c.BN), triton.cdiv(M, c.BM), splits)](
-        flat, out, *pointers(packed, table), M, N, K, group, share, packed.meta["format"],
-        packed.meta["grid"] == "offset", c.planes, c.BM, c.BN, c.BK, num_warps=c.warps, num_stages=c.stages)
-    if splits > 1:
-        sum_splits[(triton.cdiv(M * N, 256),)](out, y, M * N, splits, 256, num_warps=2)
+    if 0 < M <= plan.most and x.dtype != torch.float32:
+        grid, constants = plan.of(M)
+        product_kernel[grid](flat, y, *plan.pointers, M, **constants)
+    elif M:
+        for rows, weight in slabs(plan, x.dtype, 16):
+            torch.mm(flat, weight.T, out=y[:, rows])
     return y.view(*x.shape[:-1], N)
 
 
-def matmul_transposed(dy: torch.Tensor, packed: Packed) -> torch.Tensor:
+def matmul_transposed(dy: torch.Tensor, plan: Plan) -> torch.Tensor:
     """dx = dy W in dy's dtype, accumulated in fp32."""
-    N, K = packed.meta["shape"]
-    group = max(packed.meta["groupsize"], 0)
+    N, K = plan.meta["shape"]
     flat = dy.reshape(-1, N).contiguous()
-    M = len(flat)
-    if M * max(N, K) >= OFFSETS:
-        return torch.cat([matmul_transposed(part, packed) for part in flat.split(M // 2)]).view(*dy.shape[:-1], K)
-    dx = torch.empty(M, K, dtype=dy.dtype, device=dy.device)
-    if M:
-        arch, _, table = device_facts(dy.device)
-        c = choose(BACKWARD[arch], M, group)
-        backward_kernel[(triton.cdiv(K, c.BK), triton.cdiv(M, c.BM))](
-            flat, dx, *pointers(packed, table), M, N, K, group, packed.meta["format"], packed.meta["grid"] == "offset",
-            c.BM, c.BN, c.BK, num_warps=c.warps, num_stages=c.stages)
+    dx = torch.empty(len(flat), K, dtype=dy.dtype, device=dy.device)
+    if len(flat):
+        for columns, weight in slabs(plan, dy.dtype, 128):
+            torch.mm(flat, weight, out=dx[:, columns])
     return dx.view(*dy.shape[:-1], K)
+
+
+def slabs(plan: Plan, dtype: torch.dtype, unit: int):
+    """Yields (which rows, W[rows]) for unit 16, (which columns, W[:, columns]) for unit 128."""
+    N, K = plan.meta["shape"]
+    length, other = (N, K) if unit == 16 else (K, N)
+    step = max(unit, SLAB_BYTES // (other * dtype.itemsize) // unit * unit)
+    parts = -(-length // step)
+    step = -(-length // parts // unit) * unit               # of about one size
+    for a in range(0, length, step):
+        b = min(a + step, length)
+        yield slice(a, b), (unpack_slab(plan, dtype, (a, b), (0, K)) if unit == 16 else
+                            unpack_slab(plan, dtype, (0, N), (a, b)))
+
+
+def unpack_slab(plan: Plan, dtype: torch.dtype, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
+    """W[rows, columns]; both begin at whole tiles."""
+    meta, width = plan.meta, columns[1] - columns[0]
+    out = torch.empty(rows[1] - rows[0], width, dtype=dtype, device=plan.pointers[0].device)
+    grid = (-(-out.shape[0] // 16), -(-width // 512))
+    slab_kernel[grid](out, *plan.pointers, rows[0] // 16, columns[0] // 128, width, *meta["shape"],
+                      max(meta["groupsize"], 0), meta["format"], meta["grid"] == "offset", 4, num_warps=4)
+    return out
+
+
+def unpack_on_gpu(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
+    """(out, in), all of it."""
+    N, K = plan.meta["shape"]
+    return unpack_slab(plan, dtype, (0, N), (0, K))

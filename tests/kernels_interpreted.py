@@ -1,7 +1,7 @@
 """Run by test_kernels.py in a process of its own: compiling fails in a process that interprets.
 
-Every format, grid and grouping with odd shapes and batches 1 to 64, and every configuration, also above 64, forward and
-backward, against float64 products with the unpacked weight."""
+Fragments back to what was packed; every format, grid and grouping with odd shapes and 1 to 64 tokens, forward and backward,
+against float64 products with the unpacked weight; slabs bit for bit."""
 import itertools
 import os
 import sys
@@ -12,17 +12,23 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import torch
 
+import kernels.matmul as host
 import ptx
-from kernels.linear import PackedLinear, PackedMatmul, triton_reads
-from kernels.matmul import BACKWARD, FORWARD, device_facts, matmul, matmul_transposed
+from kernels.fragments import from_fragments, to_fragments
+from kernels.linear import PackedLinear, PackedMatmul
+from kernels.matmul import Plan, matmul, matmul_transposed, unpack_on_gpu, unpack_slab
 from kernels.packing import pack
 from kernels.reference import dequantize
 from kernels.unpacking import unpack
 from test_packing import example
 
-TOLERANCE = {torch.float16: 2 ** -10, torch.bfloat16: 2 ** -6}          # two roundings of the largest output
-CASES = [((64, 256), 1, -1), ((33, 130), 5, -1), ((40, 576), 9, 128), ((16, 160), 3, 32), ((24, 576), 32, -1),
-         ((20, 300), 64, 64)]               # shape, tokens, groupsize
+FORMATS, GRIDS = ("dense", "nm", "unstructured"), ("uniform", "offset")
+TOLERANCE = {torch.float16: 2 ** -10, torch.bfloat16: 2 ** -6, torch.float32: 2 ** -20}      # of the largest output
+HALVES = (torch.float16, torch.bfloat16)
+# shape, tokens, groupsize, dtypes, grids: rows and columns that fill no tile, one strip too few for a pair
+CASES = [((20, 552), 5, -1, HALVES, GRIDS), ((16, 576), 8, 128, HALVES[:1], GRIDS), ((20, 304), 12, -1, HALVES, GRIDS),
+         ((18, 384), 30, 256, HALVES[:1], GRIDS[1:]), ((33, 130), 5, -1, HALVES[1:], GRIDS[1:]),
+         ((40, 200), 9, -1, HALVES[:1], GRIDS[:1])]
 
 
 def check(name: str, value: torch.Tensor, exact: torch.Tensor) -> None:
@@ -30,69 +36,104 @@ def check(name: str, value: torch.Tensor, exact: torch.Tensor) -> None:
     assert error < TOLERANCE[value.dtype] and value.shape == exact.shape, f"{name}: error {error:.1e}"
 
 
+def same(packed, other) -> bool:
+    a, b = packed.tensors, other.tensors
+    return packed.meta == other.meta and a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def product(shape, tokens, groupsize, format, grid, dtype) -> None:
+    packed = pack(*example(shape, 4, grid, groupsize, format), 4, grid, groupsize, format)
+    fragments = to_fragments(packed)
+    assert same(from_fragments(fragments), packed)
+    x = torch.randn(tokens, shape[1]).to(dtype)
+    plan = Plan(fragments)
+    assert tokens <= plan.most                              # not by slabs
+    name = f"{format} {grid} {shape} groupsize {groupsize} tokens {tokens} {dtype}"
+    check(name, matmul(x, plan), x.double() @ unpack(packed, torch.float64).T)
+
+
 def formats_grids_shapes() -> None:
-    formats, grids = ("dense", "nm", "unstructured"), ("uniform", "offset")
-    for format, grid, (shape, tokens, groupsize) in itertools.product(formats, grids, CASES):
-        codes, mask, scale, zero = example(shape, 4, grid, groupsize, format)
-        if grid == "offset" and groupsize > 0:
-            zero *= 16                                      # nearly as far as fp16 allows, see triton_reads
-        packed = pack(codes, mask, scale, zero, 4, grid, groupsize, format)
-        assert triton_reads(packed)
-        weight = unpack(packed, torch.float64)
-        for dtype in (torch.float16, torch.bfloat16):
-            if dtype == torch.bfloat16 and tokens > 9:
-                continue
-            name = f"{format} {grid} {shape} groupsize {groupsize} tokens {tokens} {dtype}"
-            x, dy = torch.randn(tokens, shape[1]).to(dtype), torch.randn(tokens, shape[0]).to(dtype)
-            check(f"forward {name}", matmul(x, packed), x.double() @ weight.T)
-            check(f"backward {name}", matmul_transposed(dy, packed), dy.double() @ weight)
+    """With two warps that add up three tiles in two turns, and once as a GPU runs it."""
+    usual = host.WARPS, host.CHUNK
+    host.WARPS, host.CHUNK = 2, 2
+    for format, (shape, tokens, groupsize, dtypes, grids) in itertools.product(FORMATS, CASES):
+        for dtype, grid in itertools.product(dtypes, grids):
+            product(shape, tokens, groupsize, format, grid, dtype)
+    product((18, 264), 64, -1, "unstructured", "offset", torch.bfloat16)
+    host.WARPS, host.CHUNK = usual
+    product((16, 1104), 1, -1, "nm", "offset", torch.float16)
     print("formats, grids and shapes agree")
 
 
-def configurations() -> None:
-    """Every line of both tables, at its largest batch (or a few more than one tile)."""
-    packed = pack(*example((70, 400), 4, "uniform", -1, "unstructured"), 4, "uniform", -1, "unstructured")
-    weight = unpack(packed, torch.float64)
-    facts = device_facts(torch.device("cpu"))
-    import kernels.matmul as host
-    for arch in FORWARD:
-        host.device_facts = lambda device: (arch,) + facts[1:]
-        for tokens in sorted({min(c.tokens, c.BM + 3) for table in (FORWARD[arch], BACKWARD[arch]) for c in table}):
-            x, dy = torch.randn(tokens, 400).half(), torch.randn(tokens, 70).half()
-            check(f"forward sm_{arch} tokens {tokens}", matmul(x, packed), x.double() @ weight.T)
-            check(f"backward sm_{arch} tokens {tokens}", matmul_transposed(dy, packed), dy.double() @ weight)
-    host.device_facts = device_facts
-    host.OFFSETS = 40 * 400                                 # in parts of at most 39 tokens
-    x, dy = torch.randn(3, 27, 400).half(), torch.randn(3, 27, 70).half()
-    check("forward in parts", matmul(x, packed), x.double() @ weight.T)
-    check("backward in parts", matmul_transposed(dy, packed), dy.double() @ weight)
-    print("configurations agree")
+def large_zeros() -> None:
+    """Grids whose zero lies far outside: fp16 weights above 8 tokens leave them to the slabs."""
+    for grid, zero in (("uniform", 63.5), ("uniform", 300.0), ("offset", 16.0), ("offset", -40.0)):
+        codes, mask, scale, zeros = example((16, 256), 4, grid, -1, "nm")
+        packed = pack(codes, mask, scale, torch.full_like(zeros, zero), 4, grid, -1, "nm")
+        weight = unpack(packed, torch.float64)
+        for tokens in (2, 10):
+            x = torch.randn(tokens, 256).half()
+            check(f"{grid} zero {zero} tokens {tokens}", matmul(x, Plan(to_fragments(packed))), x.double() @ weight.T)
+    print("large zeros agree")
 
 
-def gradient() -> None:
-    """The autograd function against autograd through the unpacked weight; the slow torch reference against unpack."""
-    for format in ("dense", "nm", "unstructured"):
-        packed = pack(*example((48, 320), 4, "offset", -1, format), 4, "offset", -1, format)
+def slabs() -> None:
+    """The unpacked weight bit for bit, +0 where pruned, whole or in parts; products over several parts; fp32."""
+    for format, grid in itertools.product(FORMATS, GRIDS):
+        odd = format == "unstructured"                      # groups that end within 8 columns
+        shape, groupsize = ((20, 140), 20) if odd else ((33, 130), 32)
+        packed = pack(*example(shape, 4, grid, groupsize, format), 4, grid, groupsize, format)
+        plan = Plan(to_fragments(packed))
+        dtype = torch.float32 if grid == "offset" else torch.float16    # the interpreter cuts bf16 off, a GPU rounds
+        exact, whole = unpack(packed, dtype), unpack_on_gpu(plan, dtype)
+        assert torch.equal(whole, exact) and not (torch.signbit(whole) & (whole == 0)).any()
+        if grid == "uniform":
+            continue
+        assert torch.equal(unpack_slab(plan, dtype, (16, shape[0]), (128, shape[1])), exact[16:, 128:])
+        host.SLAB_BYTES, usual = 4 * 16 * max(shape), host.SLAB_BYTES
+        x, dy = torch.randn(9, shape[1]), torch.randn(9, shape[0])
+        check("fp32", matmul(x, plan), x.double() @ exact.double().T)
+        check("fp32, backward", matmul_transposed(dy, plan), dy.double() @ exact.double())
+        host.SLAB_BYTES = usual
+    print("slabs agree")
+
+
+def layers() -> None:
+    """A layer in the order of a GPU: gradients of any order, its file's tensors again, loading, moving."""
+    for format in FORMATS:
+        packed = pack(*example((24, 160), 4, "offset", -1, format), 4, "offset", -1, format)
+        exact_weight = unpack(packed, torch.float64)
         assert torch.equal(dequantize(packed), unpack(packed))
         layer = PackedLinear(packed)
-        layer.product = lambda x, transposed=False: (matmul_transposed if transposed else matmul)(x, packed)
-        x = torch.randn(2, 3, 320).half().requires_grad_()
-        y = PackedMatmul.apply(x, layer)
+        layer.product = lambda x, transposed=False: (matmul_transposed if transposed else matmul)(x, layer.launches())
+        x = torch.randn(2, 3, 160).half().requires_grad_()
+        y = layer(x)
+        assert layer.reordered and layer.launches() is layer.launches()
         dy = torch.randn_like(y)
         y.backward(dy)
         exact = x.detach().double().requires_grad_()
-        (exact @ unpack(packed, torch.float64).T).backward(dy.double())
+        (exact @ exact_weight.T).backward(dy.double())
         check(f"gradient {format}", x.grad, exact.grad)
         dy.requires_grad_()                                 # the gradient is linear in dy: its own gradient is y again
         dx, = torch.autograd.grad(PackedMatmul.apply(x, layer), x, dy, create_graph=True)
         again, = torch.autograd.grad(dx, dy, x.detach())
-        check(f"gradient of the gradient {format}", again, exact.detach() @ unpack(packed, torch.float64).T)
-    print("gradients agree")
+        check(f"gradient of the gradient {format}", again, exact.detach() @ exact_weight.T)
+        held = {n for n, _ in layer.named_buffers()}
+        assert ("row_start" not in held) and same(layer.packed, packed) and not layer.reordered
+        layer.launches()
+        assert layer.state_dict().keys() == packed.tensors.keys() and not layer.reordered
+        other = PackedLinear(pack(*example((24, 160), 4, "offset", -1, format, seed=1), 4, "offset", -1, format))
+        if format != "unstructured":                        # its streams differ in length
+            layer.launches()
+            layer.load_state_dict(other.state_dict())
+            check("loaded", matmul(x.detach(), layer.launches()), x.detach().double() @ unpack(other.packed, torch.float64).T)
+    print("layers agree")
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     ptx.install()
     formats_grids_shapes()
-    configurations()
-    gradient()
+    large_zeros()
+    slabs()
+    layers()

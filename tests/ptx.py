@@ -1,5 +1,5 @@
-"""Inline PTX under Triton's interpreter: a numpy emulator of the few instructions that kernels/decode.py and
-planes.py use, and a dot product that knows bfloat16.
+"""Inline PTX under Triton's interpreter: a numpy emulator of the few instructions that kernels/decode.py and planes.py
+use, mma.sync among them.
 
     TRITON_INTERPRET=1 in the environment, then `ptx.install()` before a kernel is called.
 """
@@ -10,7 +10,8 @@ import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
-U32 = np.uint32
+U32, U64 = np.uint32, np.uint64
+LANE = np.arange(32)
 
 
 def prmt(a, b, selector):
@@ -33,69 +34,91 @@ def lop3(a, b, c, table):
     return out
 
 
+def numbers(word, dtype):
+    """(...,) uint32 -> (..., 2) float64 of the halves."""
+    return torch.from_numpy(np.ascontiguousarray(word)[..., None].view(np.int16)).view(dtype).double().numpy()
+
+
 def fma_halves(dtype):
     """a * b + c on both 16-bit halves, in float64 (exact here), rounded once."""
     def operation(*words):
-        a, b, c = (torch.from_numpy(w.copy().view(np.int16)).view(dtype).double() for w in words)
-        return (a * b + c).to(dtype).view(torch.int16).numpy().view(U32)
+        a, b, c = (numbers(w, dtype) for w in words)
+        return torch.from_numpy(a * b + c).to(dtype).view(torch.int16).numpy().view(U32)[..., 0]
     return operation
 
 
-def shr(a, n):
-    return np.where(n > 31, U32(0), a >> np.minimum(n, U32(31)))
+def shifted(a, n, by):
+    """32-bit shifts give 0 from 32 on."""
+    return np.where(n > 31, U32(0), by(a, np.minimum(n, U32(31))))
+
+
+def funnel(left: bool):
+    """Both words as one of 64 bits, shifted by at most 32; the lower or (left) the upper word of that."""
+    def operation(lo, hi, n):
+        pair, n = lo.astype(U64) | hi.astype(U64) << U64(32), np.minimum(n, U32(32)).astype(U64)
+        return ((pair << n >> U64(32)) if left else (pair >> n)).astype(U32)
+    return operation
+
+
+def mma(kind, A, B, C):
+    """D = A B + C of m16n8k16, registers as the PTX manual draws them; C and D fp32, the sum in fp32 as well."""
+    dtype = torch.bfloat16 if ".bf16." in kind else torch.float16
+    warps, g, q = A[0].size // 32, LANE // 4, LANE % 4
+    a, b = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
+    for i, word in enumerate(A):
+        for e in range(2):
+            a[:, g + 8 * (i % 2), 2 * q + e + 8 * (i // 2)] = numbers(word.reshape(warps, 32), dtype)[:, :, e]
+    for i, word in enumerate(B):
+        for e in range(2):
+            b[:, 2 * q + e + 8 * i, g] = numbers(word.reshape(warps, 32), dtype)[:, :, e]
+    product = a @ b
+    places = [product[:, g + 8 * (i // 2), 2 * q + i % 2] for i in range(4)]
+    return [(c.view(np.float32).reshape(warps, 32) + p).astype(np.float32).reshape(-1).view(U32) for c, p in zip(C, places)]
 
 
 OPERATIONS = {
-    "mov.b32": lambda a: a, "and.b32": np.bitwise_and, "shr.u32": shr, "prmt.b32": prmt, "lop3.b32": lop3,
-    "popc.b32": lambda a: np.bitwise_count(a).astype(U32),
-    "shf.r.wrap.b32": lambda lo, hi, n: ((lo.astype(np.uint64) | hi.astype(np.uint64) << np.uint64(32))
-                                         >> (n & U32(31)).astype(np.uint64)).astype(U32),
+    "mov.b32": lambda a: a, "and.b32": np.bitwise_and, "prmt.b32": prmt, "lop3.b32": lop3,
+    "shr.u32": lambda a, n: shifted(a, n, np.right_shift), "shl.b32": lambda a, n: shifted(a, n, np.left_shift),
+    "shf.r.clamp.b32": funnel(False), "shf.l.clamp.b32": funnel(True),
+    "mad.lo.u32": lambda a, b, c: a * b + c, "popc.b32": lambda a: np.bitwise_count(a).astype(U32),
     "fma.rn.f16x2": fma_halves(torch.float16), "fma.rn.bf16x2": fma_halves(torch.bfloat16),
 }
 
 
-def run(asm: str, registers: dict[str, np.ndarray], shape) -> None:
-    """Executes asm on 32-bit registers, one lane per weight (or per two)."""
+def run(asm: str, registers: dict[str, np.ndarray], lanes: int) -> None:
+    """Executes asm on 32-bit registers, one lane per element."""
     def value(name):
-        return registers[name] if name in registers else np.full(shape, int(name, 0), U32)
-    for line in re.sub(r"[\n{}]*\.reg[^;]*;", "", asm.strip().removeprefix("{").removesuffix("}")).split(";"):
+        return registers[name] if name in registers else np.full(lanes, int(name, 0), U32)
+    for line in re.sub(r"\.reg[^;]*;", "", asm.strip().removeprefix("{").removesuffix("}")).split(";"):
         line = line.strip()
-        halves = re.match(r"mov\.b32 \{(\$\d+),(\$\d+)\}, (\w+)$", line)
-        if halves:
-            registers[halves[1]], registers[halves[2]] = value(halves[3]) & U32(0xFFFF), value(halves[3]) >> U32(16)
-        elif line:
-            name, operands = line.split(None, 1)
+        if not line:
+            continue
+        name, operands = line.split(None, 1)
+        if name.startswith("mma.sync"):
+            D, A, B, C = ([r.strip() for r in group.split(",")] for group in re.findall(r"\{([^}]*)\}", operands))
+            results = mma(name, *([value(r) for r in group] for group in (A, B, C)))
+            registers.update(zip(D, results))
+        else:
             target, *sources = (o.strip() for o in operands.split(","))
-            registers[target] = OPERATIONS[name](*(value(s) for s in sources))
+            registers[target] = OPERATIONS[name](*(value(s) for s in sources)).astype(U32)
 
 
 def create_inline_asm(builder, asm, constraints, values, types, pure, pack):
+    assert pack == 1 and all(v.data.dtype.itemsize == 4 for v in values), "32 bits per register"
     outputs = [c for c in constraints.split(",") if c.startswith("=")]
     shape, registers = values[0].data.shape, {}
-    lanes = (values[0].data.size // pack,)
     for i, v in enumerate(values):
-        assert v.data.dtype.itemsize * pack == 4, "32 bits per register"
         registers[f"${len(outputs) + i}"] = np.ascontiguousarray(v.data).reshape(-1).view(U32)
-    run(asm, registers, lanes)
+    with np.errstate(over="ignore"):
+        run(asm, registers, values[0].data.size)
     results = []
-    for i, (constraint, kind) in enumerate(zip(outputs, types)):
-        word = registers[f"${i}"]
+    for i, kind in enumerate(types):
         element = getattr(kind, "element_ty", kind)
-        if constraint == "=h":
-            word = word.astype(np.uint16)
-        stored = {tl.float16: np.float16, tl.bfloat16: np.uint16, tl.int32: np.int32}[element]
-        results.append(interpreter.TensorHandle(np.ascontiguousarray(word).view(stored).reshape(shape), element))
+        stored = {tl.float32: np.float32, tl.int32: np.int32}[element]
+        results.append(interpreter.TensorHandle(registers[f"${i}"].view(stored).reshape(shape).copy(), element))
     return type("Results", (), {"get_result": lambda self, i: results[i]})()
 
 
-def create_dot(builder, a, b, d, *_):
-    """The interpreter's own dot takes bf16 bits for integers."""
-    def numbers(t):
-        bits = t.data.astype(U32) << U32(16)
-        return bits.view(np.float32) if t.dtype.scalar == tl.bfloat16 else t.data.astype(np.float32)
-    return interpreter.TensorHandle(np.matmul(numbers(a), numbers(b)) + d.data, d.dtype.scalar)
-
-
 def install() -> None:
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    tl.tuple.__radd__ = lambda self, other: tl.tuple([*other, *self])           # the compiler takes () + results as well
     interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm

@@ -1,4 +1,7 @@
-"""compress.py: the walk against one written by hand, what it keeps alive, what it writes, and how it goes on."""
+"""compress.py: the walk against one written by hand, what it keeps alive, what it writes, and how it goes on.
+
+    python -m pytest -q tests/test_compress.py
+"""
 import ast
 import copy
 import json

@@ -1,4 +1,7 @@
-"""export.py: every file it writes is read by the program it is meant for, or by a reader written from that format's text."""
+"""export.py: every file it writes is read by the program it is meant for, or by a reader written from that format's text.
+
+    python -m pytest -q tests/test_export.py
+"""
 import json
 import shutil
 import subprocess

@@ -1,4 +1,7 @@
-"""tests/fuzz.py in small: a few hundred damaged folders, and headers judged beside the safetensors package."""
+"""tests/fuzz.py in small: a few hundred damaged folders, and headers judged beside the safetensors package.
+
+    python -m pytest -q tests/test_fuzz.py
+"""
 import random
 import shutil
 

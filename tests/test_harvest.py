@@ -1,4 +1,7 @@
-"""data/harvest.py: same texts every time, nothing in two splits, every set and split usable, from an empty cache."""
+"""data/harvest.py: same texts every time, nothing in two splits, every set and split usable, from an empty cache.
+
+    python -m pytest -q tests/test_harvest.py
+"""
 import ast
 import json
 import re

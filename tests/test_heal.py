@@ -1,4 +1,7 @@
-"""heal.py: planes and gradients against dense autograd, what is stored after it, and that it wins on held-out text."""
+"""heal.py: planes and gradients against dense autograd, what is stored after it, and that it wins on held-out text.
+
+    python -m pytest -q tests/test_heal.py
+"""
 import copy
 import json
 import shutil

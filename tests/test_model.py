@@ -1,4 +1,7 @@
-"""model.py and data/checkpoint.py: logits against transformers for every variant, every file layout, every error."""
+"""model.py and data/checkpoint.py: logits against transformers for every variant, every file layout, every error.
+
+    python -m pytest -q tests/test_model.py
+"""
 import json
 import resource
 import shutil

@@ -1,4 +1,7 @@
-"""Packed checkpoints: saved, read back mapped, equal to the dequantized model; bytes counted; damage found."""
+"""Packed checkpoints: saved, read back mapped, equal to the dequantized model; bytes counted; damage found.
+
+    python -m pytest -q tests/test_packed_model.py
+"""
 import json
 import math
 import shutil

@@ -1,4 +1,7 @@
-"""pack and unpack are a pure pair: every format, bit width, grid and grouping, odd shapes, empty and full rows."""
+"""pack and unpack are a pure pair: every format, bit width, grid and grouping, odd shapes, empty and full rows.
+
+    python -m pytest -q tests/test_packing.py
+"""
 import json
 import time
 

@@ -1,4 +1,7 @@
-"""prompt.py: what is learned, chosen and stored; resuming to the same bits."""
+"""prompt.py: what is learned, chosen and stored; resuming to the same bits.
+
+    python -m pytest -q tests/test_prompt.py
+"""
 import dataclasses
 import math
 import subprocess

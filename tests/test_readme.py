@@ -46,3 +46,54 @@ def test_snippets_run_as_pasted():
     loaded = {}
     exec(found[3].replace("checkpoints/opt-125m", str(SHIPPED["tiny-opt"])), loaded)
     assert loaded["logits"].shape[-1] == loaded["model"].config.vocab_size
+
+
+def commands() -> list[tuple[str, str]]:
+    """(file, command) of every program of the project that README.md or RESULTS.md calls, whole lines and words in backticks."""
+    found = []
+    for file in ("README.md", "RESULTS.md"):
+        text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", " ").replace("```", "")
+        quoted = [" ".join(words.split()) for paragraph in text.split("\n\n") for words in re.findall(r"`([^`]+)`", paragraph)]
+        lines = [line.split(" # ")[0].strip() for line in text.splitlines() if line.startswith("    ")]
+        for command in quoted + lines:
+            if re.search(r"(?:^|\s)(?:-m bench\.\w+|[\w/]+\.py)(?:\s|$)", command) and "python" in command.split(".py")[0]:
+                found.append((file, command))
+    return found
+
+
+def source_of(command: str) -> Path:
+    """The program that a command runs."""
+    module = re.search(r"-m ([\w.]+)", command)
+    name = module[1].replace(".", "/") + ".py" if module else re.search(r"[\w/]+\.py", command)[0]
+    return ROOT / name
+
+
+def test_every_command_of_the_texts_exists_with_its_flags():
+    called = [c for c in commands() if "pytest" not in c[1] and "-m venv" not in c[1]]
+    assert {source_of(c).name for _, c in called} >= {"train.py", "eval.py", "export.py", "study.py", "published.py", "solvers.py"}
+    shared = (ROOT / "data" / "flags.py").read_text(encoding="utf-8")
+    for file, command in called:
+        program = source_of(command)
+        assert program.is_file(), f"{file}: {command}: no {program.name}"
+        known = program.read_text(encoding="utf-8") + shared
+        for flag in re.findall(r"\s(--[a-z-]+)", command):
+            positive = flag.replace("--no-", "--")          # argparse.BooleanOptionalAction has both
+            if flag != "--nproc-per-node":
+                assert f'"{flag}"' in known or f'"{positive}"' in known, f"{file}: {command}: {program.name} has no {flag}"
+
+
+def test_every_table_of_the_results_has_its_command_beside_it():
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    for section in re.split(r"^## ", text, flags=re.M)[1:]:
+        if "\n|" in section:
+            assert re.search(r"python \w+\.py|python -m bench\.", section), f"RESULTS.md: no command in {section.splitlines()[0]}"
+            assert re.search(r"seed", section), f"RESULTS.md: no seed in {section.splitlines()[0]}"
+
+
+def test_the_functions_that_the_lesson_names_are_where_it_says():
+    lesson = (ROOT / "README.md").read_text(encoding="utf-8").split("## How it works")[1].split("\n## ")[0]
+    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("gptq.py", "sparsegpt.py", "compress.py", "prompt.py", "model.py"))
+    named = re.findall(r"`([a-z_]+)`", lesson)
+    assert len(named) >= 6
+    for name in named:
+        assert re.search(rf"^(?:def|class) {name}\b", code, re.M), name

@@ -1,4 +1,7 @@
-"""gptq.py and sparsegpt.py against a naive float64 version, column by column, as the papers write them."""
+"""gptq.py and sparsegpt.py against a naive float64 version, column by column, as the papers write them.
+
+    python -m pytest -q tests/test_solvers.py
+"""
 import shutil
 import subprocess
 import sys

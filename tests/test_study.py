@@ -1,4 +1,7 @@
-"""study.py: intervals and tests by hand, all studies on a small run, nothing computed twice, pictures without collisions."""
+"""study.py: intervals and tests by hand, all studies on a small run, nothing computed twice, pictures without collisions.
+
+    python -m pytest -q tests/test_study.py
+"""
 import math
 import re
 import xml.etree.ElementTree as ET

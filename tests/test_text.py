@@ -1,4 +1,7 @@
-"""Joining against the literature's token counts, sampling, files as they are, and downloads from a local server."""
+"""Joining against the literature's token counts, sampling, files as they are, and downloads from a local server.
+
+    python -m pytest -q tests/test_text.py
+"""
 import gzip
 import hashlib
 import http.server

@@ -1,4 +1,7 @@
-"""The two tiny checkpoints that ship: their size, their logits against transformers, what they have learned."""
+"""The two tiny checkpoints that ship: their size, their logits against transformers, what they have learned.
+
+    python -m pytest -q tests/test_tiny.py
+"""
 import json
 import math
 from pathlib import Path
@@ -9,6 +12,7 @@ import torch
 from data.config import read_config
 from data.tiny.pretrain import CONFIGS, bits_per_byte, export, loss_of, initialize
 from data.tokenizer import load_tokenizer
+from eval import generate
 from model import META, Transformer, half_split, load_model, published_name
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
@@ -123,3 +127,13 @@ def test_loss_is_that_of_the_model():
     windows = torch.randint(0, CONFIGS["opt"].vocab_size, (2, 33))
     assert abs(loss_of(model, windows).item() - math.log(CONFIGS["opt"].vocab_size)) < 0.2
     assert abs(loss_of(model, windows).item() - model.nll(windows[:, :-1], windows[:, 1:]).mean().item()) < 0.02
+
+
+GREEDY = {"llama": ", name, value) -> None:\n    def __init__(self, name, value) -> None:\n",
+          "opt": ", *args, **kwargs):\n    return (\n        self.args,\n        self.args,\n"}
+
+
+def test_greedy_continuation_letter_by_letter(name):
+    model, tokenizer = load_model(TINY / name), load_tokenizer(TINY / name)
+    made = "".join(piece for _, piece in generate(model, tokenizer, ["def __init__(self"], 32))
+    assert made.startswith(GREEDY[name])

@@ -1,4 +1,7 @@
-"""Ids must equal those of the libraries that the checkpoints were made with, on real text and on nasty strings."""
+"""Ids must equal those of the libraries that the checkpoints were made with, on real text and on nasty strings.
+
+    python -m pytest -q tests/test_tokenizer.py
+"""
 import base64
 import functools
 import json

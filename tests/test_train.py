@@ -1,4 +1,7 @@
-"""train.py end to end on the shipped tiny models: the table, the folder, resuming, bad input."""
+"""train.py end to end on the shipped tiny models: the table, the folder, resuming, bad input.
+
+    python -m pytest -q tests/test_train.py
+"""
 import json
 import random
 import subprocess

@@ -27,7 +27,6 @@ heal.py too. Left out: weight decay, which the paper does without.
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -36,8 +35,8 @@ import torch
 import torch.nn.functional as F
 
 from data import parallel
-from data.checkpoint import (check_tensor, read_safetensors, read_torch, write_safetensors,
-                             write_torch)
+from data.checkpoint import (check_tensor, read_safetensors, read_torch, write_atomic,
+                             write_safetensors, write_torch)
 
 HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary "
                "adjustments to ensure optimal performance.")    # the paper's own, section 3.2
@@ -274,24 +273,26 @@ def teacher_states(model, windows: torch.Tensor, folder: str | Path, batch_size:
     path = Path(folder) / f"teacher-{mark}.npy"
     if not path.exists():
         Path(folder).mkdir(parents=True, exist_ok=True)
-        device, part = model.embed_tokens.weight.device, path.with_name(path.name + ".part")
+        device = model.embed_tokens.weight.device
         if hidden is None:
             batches = progress(windows.split(batch_size), "the dense model's states")
             hidden = (model.hidden(w.to(device)) for w in batches)
         shape = *windows.shape, model.unembed.shape[1]
-        out = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-        at = 0
-        for h in hidden:
-            z = model.final(h).half().cpu()
-            if not torch.isfinite(z).all():
-                raise ValueError("the dense model's last states are not finite in half precision: "
-                                 "run it in float32")
-            out[at:at + len(z)] = z.numpy()
-            at += len(z)
-        if at != len(windows):
-            raise ValueError(f"states of {at} windows for {len(windows)} windows of text")
-        out.flush()
-        os.replace(part, path)
+
+        def write(f):                           # no mapping: a full disk would end the process
+            head = {"descr": "<f2", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(f, head)
+            at = 0
+            for h in hidden:
+                z = model.final(h).half().cpu()
+                if not torch.isfinite(z).all():
+                    raise ValueError("the dense model's last states are not finite in half "
+                                     "precision: run it in float32")
+                f.write(z.numpy().tobytes())
+                at += len(z)
+            if at != len(windows):
+                raise ValueError(f"states of {at} windows for {len(windows)} windows of text")
+        write_atomic(path, write)
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 

@@ -5,13 +5,23 @@
 import errno
 import os
 import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from fuzz import dense, hf
 
 from data.checkpoint import write_json, write_safetensors, write_torch
 from data.flags import BAD_INPUT, run_program
+from data.tokenizer import load_tokenizer
 from export import write_pth
+from model import load_model, open_checkpoint
+from prompt import teacher_states
+
+ROOT = Path(__file__).resolve().parents[1]
 
 BIG = torch.zeros(200_000)
 
@@ -54,6 +64,68 @@ def test_a_file_that_may_not_grow(kind, tmp_path):
     said = apart(work)
     assert said.startswith("OSError: ") and f"{path} cannot be written" in said and "\n" not in said, said
     assert path.read_bytes() == b"what was here" and os.listdir(tmp_path) == ["file"]
+
+
+def test_states_of_the_dense_model_that_may_not_grow(tmp_path):
+    model, windows = dense("llama"), torch.arange(64 * 64).view(64, 64) % 264
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        teacher_states(model, windows, tmp_path)
+    said = apart(work)
+    assert said.startswith("OSError: ") and f"{tmp_path}/teacher-" in said and "cannot be written" in said, said
+    assert os.listdir(tmp_path) == []
+    states = teacher_states(model, windows, tmp_path)           # and once there is room
+    with torch.no_grad():
+        want = model.final(model.hidden(windows)).half()
+    assert states.shape == (64, 64, 32) and torch.equal(states, teacher_states(model, windows, tmp_path))
+    assert torch.allclose(states.float(), want.float(), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "json"])
+def test_places_that_cannot_be_written(kind, tmp_path):
+    """As a user who may not write there, and where there is no folder: one line with the file's name."""
+    def work():
+        os.setresuid(65534, 65534, 65534)
+        WRITERS[kind](tmp_path / "file")
+    if os.getuid() == 0:
+        os.chmod(tmp_path, 0o555)
+        said = apart(work)
+        assert said.startswith(("PermissionError: ", "OSError: ")) and str(tmp_path / "file") in said and "\n" not in said, said
+        os.chmod(tmp_path, 0o755)
+    (tmp_path / "a file").write_text("")
+    for place in (tmp_path / "a file" / "x", tmp_path / "gone" / "x"):
+        with pytest.raises(OSError, match="x cannot be written"):
+            WRITERS[kind](place)
+    assert os.listdir(tmp_path) == ["a file"]
+
+
+def test_memory_that_ends_while_a_program_works(tmp_path):
+    """RLIMIT_AS: one line, exit code 2, and nothing half-written."""
+    hf("llama")(tmp_path)
+    (tmp_path / "a.txt").write_text("hello shell " * 2000)
+    script = ("import resource, sys, torch, eval, export\n"
+              "import data.flags as flags\n"
+              "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+              "resource.setrlimit(resource.RLIMIT_AS, (used + 30_000_000, -1))\n"
+              "args = eval.flags().parse_args(sys.argv[1:])\n"
+              "flags.run_program(eval.main, args)")
+    words = [str(tmp_path), "--data", str(tmp_path / "a.txt"), "--seqlen", "64", "--batch-size", "4096"]
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == BAD_INPUT, (done.stdout, done.stderr)
+    assert "memory" in done.stderr and "--batch-size" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_model_folder_that_vanishes(tmp_path):
+    """In the middle of a walk: what was mapped stays, what is asked for anew is one line with its name."""
+    (tmp_path / "m").mkdir()
+    hf("llama")(tmp_path / "m")
+    checkpoint = open_checkpoint(tmp_path / "m")
+    shutil.rmtree(tmp_path / "m")
+    assert checkpoint.block(1) is not None                      # its file is still open
+    for look in (lambda: load_model(tmp_path / "m"), lambda: load_tokenizer(tmp_path / "m")):
+        with pytest.raises((OSError, ValueError), match=str(tmp_path / "m")):
+            look()
 
 
 @pytest.mark.parametrize("kind", WRITERS)

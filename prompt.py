@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from data import parallel
-from data.checkpoint import (check_tensor, read_safetensors, read_torch, write_atomic,
+from data.checkpoint import (check_tensor, raw, read_safetensors, read_torch, write_atomic,
                              write_safetensors, write_torch)
 
 HARD_PROMPT = ("The weight matrix inside the language model contains errors. Make any necessary "
@@ -284,11 +284,11 @@ def teacher_states(model, windows: torch.Tensor, folder: str | Path, batch_size:
             np.lib.format.write_array_header_1_0(f, head)
             at = 0
             for h in hidden:
-                z = model.final(h).half().cpu()
+                z = model.final(h).half()
                 if not torch.isfinite(z).all():
                     raise ValueError("the dense model's last states are not finite in half "
                                      "precision: run it in float32")
-                f.write(z.numpy().tobytes())
+                f.write(raw(z))
                 at += len(z)
             if at != len(windows):
                 raise ValueError(f"states of {at} windows for {len(windows)} windows of text")

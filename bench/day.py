@@ -1,18 +1,22 @@
-"""What to run on a GPU that one has for a few minutes: checks, then timings, the most important first, into a CSV file.
+"""What to run on a GPU that one has for a few minutes: checks, then timings, the most important
+first, into a CSV file.
 
     python -m bench.kernels --minutes 8 --out gpu.csv
 
-Every line is on disk as soon as it is measured; when the minutes are over no other case begins, and a line says how many
-were left out. A check that fails stops everything but the record: what is wrong needs no timing. Columns:
+Every line is on disk as soon as it is measured; when the minutes are over no other case begins, and
+a line says how many were left out. A check that fails stops everything but the record: what is
+wrong needs no timing. Columns:
 
     kind       check, copy, product, model
     case       what was measured
-    value      of a check the error over the largest output; of a copy bytes/s; of a product seconds; of a model a sentence
+    value      of a check the error over the largest output; of a copy bytes/s; of a product
+               seconds; of a model a sentence
     fp16       seconds of F.linear, or of dy W, with the same weights in 16 bits
     int4       seconds of torch's own int4 product, where it fits
 
-Products are replayed from a CUDA graph unless the case says "from Python". Kernels are compiled by several processes
-before: each uses its part of them once, and Triton keeps what it compiled on disk.
+Products are replayed from a CUDA graph unless the case says "from Python". Kernels are compiled by
+several processes before: each uses its part of them once, and Triton keeps what it compiled on
+disk.
 """
 import contextlib
 import csv
@@ -27,14 +31,14 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 FORMATS, GRIDS = ("nm", "unstructured", "dense"), ("uniform", "offset")
 SHAPES = ((4096, 11008), (4096, 4096), (11008, 4096))
 BATCHES = (1, 16, 64, 512, 4096)
-# shape, groupsize, tokens, dtype of the checks: rows and columns that fill no tile; several steps of a warp; all kernels
+# shape, groupsize, tokens, dtype of the checks: rows and columns that fill no tile; several steps
+# of a warp; all kernels
 CHECKS = (((33, 130), -1, (1, 12, 100), torch.float16), ((80, 1100), 128, (5, 64), torch.bfloat16))
-WARMED = 36                                                 # cases whose kernels are compiled before
+WARMED = 36  # cases whose kernels are compiled before
 TOLERANCE = {torch.float16: 2 ** -10, torch.bfloat16: 2 ** -6}
 COLUMNS = ("kind", "case", "value", "fp16", "int4")
 
@@ -49,16 +53,23 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         how = "" if self.graph else " from Python"
-        return f"{self.shape[0]}x{self.shape[1]} {self.format} {self.grid} batch {self.batch} {self.direction}{how}"
+        return (f"{self.shape[0]}x{self.shape[1]} {self.format} {self.grid} batch {self.batch} "
+                f"{self.direction}{how}")
 
 
 def cases() -> list[Case]:
-    """The most important first: what decoding takes, then larger batches, then the backward pass and other shapes."""
+    """The most important first: what decoding takes, then larger batches, then the backward pass
+    and other shapes."""
     first, *others = SHAPES
     made = [Case(first, f, "uniform", b, "forward", True) for b in (1, 16) for f in FORMATS]
     made += [Case(s, f, "uniform", 1, "forward", True) for s in others for f in FORMATS[:2]]
     made += [Case(first, f, "offset", 1, "forward", True) for f in FORMATS[:2]]
-    made += [Case(first, f, "uniform", b, d, True) for b in (4096, 512, 64) for d in ("forward", "backward") for f in FORMATS[:2]]
+    made += [
+        Case(first, f, "uniform", b, d, True)
+        for b in (4096, 512, 64)
+        for d in ("forward", "backward")
+        for f in FORMATS[:2]
+    ]
     made += [Case(first, f, "uniform", 1, "forward", False) for f in FORMATS[:2]]
     rest = itertools.product(SHAPES, FORMATS, GRIDS, BATCHES, ("forward", "backward"), (True,))
     return made + [case for case in itertools.starmap(Case, rest) if case not in made]
@@ -73,26 +84,31 @@ class Record:
         self.writer.writerow(COLUMNS)
 
     def add(self, kind: str, case, value, fp16: float | str = "", int4: float | str = "") -> None:
-        self.writer.writerow([kind, case, *(f"{v:.4g}" if isinstance(v, float) else v for v in (value, fp16, int4))])
+        values = (f"{v:.4g}" if isinstance(v, float) else v for v in (value, fp16, int4))
+        self.writer.writerow([kind, case, *values])
         self.file.flush()
-        print(f"{kind:8} {case}: {value}" + (f", {fp16 / value:.2f} x fp16" if isinstance(fp16, float) else ""), flush=True)
+        ratio = f", {fp16 / value:.2f} x fp16" if isinstance(fp16, float) else ""
+        print(f"{kind:8} {case}: {value}{ratio}", flush=True)
 
 
 def until(deadline: float, work: list[tuple[object, Callable[[], None]]], record: Record,
           now: Callable[[], float] = time.monotonic) -> None:
-    """Does what is in `work`, (name, call), one after the other; none begins after the deadline. One that fails is recorded."""
+    """Does what is in `work`, (name, call), one after the other; none begins after the deadline.
+    One that fails is recorded."""
     for i, (name, call) in enumerate(work):
         if now() >= deadline:
             record.add("left out", f"{len(work) - i} cases, from {name} on", "no time left")
             return
         try:
             call()
-        except (RuntimeError, ValueError) as problem:       # out of memory, or a kernel that this triton cannot compile
+        except (RuntimeError, ValueError) as problem:   # no memory, or triton cannot compile it
             record.add("failed", name, str(problem).splitlines()[0])
 
 
-def check(format: str, grid: str, shape, groupsize: int, tokens, dtype, device) -> Iterator[tuple[str, float, float]]:
-    """(case, largest error over the largest output, what is allowed) of products, forward and backward, beside float64."""
+def check(format: str, grid: str, shape, groupsize: int, tokens, dtype,
+          device) -> Iterator[tuple[str, float, float]]:
+    """(case, largest error over the largest output, what is allowed) of products, forward and
+    backward, beside float64."""
     from bench.kernels import random_layer
     from kernels.linear import PackedLinear
     from kernels.unpacking import unpack
@@ -103,9 +119,12 @@ def check(format: str, grid: str, shape, groupsize: int, tokens, dtype, device) 
         dy = torch.randn(count, shape[0], device=device).to(dtype)
         y = layer(x)
         y.backward(dy)
-        for what, got, exact in (("y", y, x.detach().double() @ weight.T), ("dx", x.grad, dy.double() @ weight)):
+        for what, got, exact in (("y", y, x.detach().double() @ weight.T),
+                                 ("dx", x.grad, dy.double() @ weight)):
             error = float((got.detach().double() - exact).abs().max() / exact.abs().max())
-            yield f"{what} {format} {grid} {shape} groupsize {groupsize} tokens {count} {dtype}", error, TOLERANCE[dtype]
+            case = (f"{what} {format} {grid} {shape} groupsize {groupsize} tokens {count} "
+                    f"{dtype}")
+            yield case, error, TOLERANCE[dtype]
 
 
 def all_checks() -> list[tuple]:
@@ -113,13 +132,15 @@ def all_checks() -> list[tuple]:
 
 
 def check_all(record: Record, device: torch.device) -> None:
-    """Decoding in fp16 multiplies subnormal numbers: a tensor core that flushed them to zero would give zeros here."""
+    """Decoding in fp16 multiplies subnormal numbers: a tensor core that flushed them to zero would
+    give zeros here."""
     worst = {}
     for one in all_checks():
         for case, error, allowed in check(*one, device):
             if not error <= allowed:
                 record.add("check", case, error)
-                raise ValueError(f"{case}: error {error:.1e} where {allowed:.1e} is allowed: a kernel is wrong on this GPU")
+                raise ValueError(f"{case}: error {error:.1e} where {allowed:.1e} is allowed: a "
+                                 f"kernel is wrong on this GPU")
             kind = case.partition(" (")[0]
             worst[kind] = max(error, worst.get(kind, 0.0))
     for kind, error in worst.items():
@@ -127,7 +148,8 @@ def check_all(record: Record, device: torch.device) -> None:
 
 
 def warm(part: int, parts: int) -> None:
-    """Has Triton compile one part of all kernels. What fails will fail again where it is recorded."""
+    """Has Triton compile one part of all kernels. What fails will fail again where it is
+    recorded."""
     from bench.kernels import random_layer
     from kernels.linear import PackedLinear
     device = torch.device("cuda", 0)
@@ -136,9 +158,11 @@ def warm(part: int, parts: int) -> None:
             list(check(*one, device))
     for case in cases()[:WARMED][part::parts]:
         with contextlib.suppress(RuntimeError, ValueError):
-            layer = PackedLinear(random_layer(case.shape, case.format, case.grid, -1, device)).to(device)
+            packed = random_layer(case.shape, case.format, case.grid, -1, device)
+            layer = PackedLinear(packed).to(device)
             width = case.shape[1] if case.direction == "forward" else case.shape[0]
-            layer.product(torch.zeros(case.batch, width, device=device).half(), transposed=case.direction != "forward")
+            x = torch.zeros(case.batch, width, device=device).half()
+            layer.product(x, transposed=case.direction != "forward")
 
 
 def warm_all() -> None:
@@ -148,47 +172,38 @@ def warm_all() -> None:
 
 
 def run_tests(record: Record) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_kernels.py", "-k", "on_a_gpu"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
-    record.add("check", "tests that need a GPU", (result.stdout.strip() or result.stderr.strip()).splitlines()[-1])
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_kernels.py",
+               "-k", "on_a_gpu"]
+    result = subprocess.run(command, capture_output=True, text=True,
+                            cwd=Path(__file__).resolve().parents[1])
+    said = result.stdout.strip() or result.stderr.strip()
+    record.add("check", "tests that need a GPU", said.splitlines()[-1])
 
 
 def bandwidth(record: Record, device: torch.device) -> None:
     from bench.kernels import median_time
     a, b = torch.zeros(2, 1 << 28, dtype=torch.uint8, device=device)
-    record.add("copy", "256 MB read and 256 MB written", 2 * a.nbytes / median_time([lambda: b.copy_(a)], device, 20))
+    record.add("copy", "256 MB read and 256 MB written",
+               2 * a.nbytes / median_time([lambda: b.copy_(a)], device, 20))
 
 
 def time_product(case: Case, record: Record, device: torch.device, repeats: int = 20) -> None:
-    from bench.kernels import copies, median_time, random_layer, torch_int4
-    from kernels.linear import PackedLinear
-    from kernels.packing import Packed, nbytes
-    from kernels.unpacking import unpack
-    first = random_layer(case.shape, case.format, case.grid, -1, device)
-    layers = [PackedLinear(Packed({n: t.clone() for n, t in first.tensors.items()}, first.meta)).to(device)
-              for _ in range(copies(nbytes(first)))]
-    weight = unpack(first, torch.float16).to(device)
-    dense = [weight.clone() for _ in range(copies(weight.nbytes))]
-    rows, cols = case.shape
+    from bench.kernels import beside, calls_of, median_time
+    forms = beside(case.shape, case.format, case.grid, -1, torch.float16, device)
     forward = case.direction == "forward"
-    x = torch.randn(case.batch, cols if forward else rows, device=device).half()
-    ours = [lambda l=l: l.product(x, transposed=not forward) for l in layers]
-    theirs = [lambda w=w: F.linear(x, w if forward else w.T) for w in dense]
+    x = torch.randn(case.batch, case.shape[1 if forward else 0], device=device).half()
     with torch.no_grad():
-        seconds = median_time(ours, device, repeats, case.graph)
-        fp16, int4 = median_time(theirs, device, repeats, case.graph), ""
-        product = torch_int4(first, device) if forward and case.batch <= 64 else None
-        if product:
-            half = x.bfloat16()
-            int4 = median_time([lambda: product(half)], device, repeats, case.graph)
-    record.add("product", case, seconds, fp16, int4)
+        times = [median_time(calls, device, repeats, case.graph) if calls else ""
+                 for calls in calls_of(forms, x, forward)]
+    record.add("product", case, *times)
 
 
 def whole_model(record: Record, device: torch.device) -> None:
     """Decoding and one prompt step of 1024 tokens at LLaMA-7B's shape, random weights."""
     from bench import models
     pair = list(models.pair("random-llama-7b", "nm", "uniform", torch.float16, device))
-    for what in (lambda: models.generate(pair, 64, 20, device), lambda: models.tune(pair, 1, 924, 100, 3, device)):
+    for what in (lambda: models.generate(pair, 64, 20, device),
+                 lambda: models.tune(pair, 1, 924, 100, 3, device)):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             what()
@@ -199,7 +214,8 @@ def whole_model(record: Record, device: torch.device) -> None:
 
 def main(minutes: float, out: str) -> None:
     if not torch.cuda.is_available():
-        raise ValueError("--minutes measures a GPU, and torch finds none here; python -m kernels.predict says what to expect")
+        raise ValueError("--minutes measures a GPU, and torch finds none here; python -m "
+                         "kernels.predict says what to expect")
     device = torch.device("cuda", 0)
     deadline, record = time.monotonic() + 60 * minutes, Record(out)
     record.add("machine", torch.cuda.get_device_name(device), f"torch {torch.__version__}")

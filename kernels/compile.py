@@ -1,22 +1,25 @@
 """Compile the kernels for GPUs that are not there, and count what one weight costs.
 
-    python -m kernels.compile                               # a line for each kernel; seconds per line
+    python -m kernels.compile                               # a line for each kernel; seconds each
     python -m kernels.compile --arch 90 --format nm --tokens 8
     python -m kernels.compile --write                       # puts the lines into compiled.csv
 
-compiled.csv has lines of several versions of triton: --write replaces, of the version that runs, the lines of the kernels
-it compiled. Columns: registers a thread, bytes spilled, bytes of shared memory; then what a thread does in the innermost
-loop (counted = loop), or in all of the kernel where a layer has so few columns that the compiler unrolled it, and in the
-slab kernel, which has no loop (counted = all). For every weight that it decodes:
+compiled.csv has lines of several versions of triton: --write replaces, of the version that runs,
+the lines of the kernels it compiled. Columns: registers a thread, bytes spilled, bytes of shared
+memory; then what a thread does in the innermost loop (counted = loop), or in all of the kernel
+where a layer has so few columns that the compiler unrolled it, and in the slab kernel, which has no
+loop (counted = all). For every weight that it decodes:
 
-    per_weight    machine instructions, and of these by pipe: alu (logic, shifts, prmt: half rate on all these GPUs), fma
-                  (also integer multiplication), lsu (loads, stores, shared memory), tensor, other
+    per_weight    machine instructions, and of these by pipe: alu (logic, shifts, prmt: half rate on
+                  all these GPUs), fma (also integer multiplication), lsu (loads, stores, shared
+                  memory), tensor, other
     wavefronts    what loads and stores keep the L1 cache busy with: 128 bytes of a warp each
 
 and not per weight:
 
-    exchanges     instructions by which threads see each other's data: accesses to shared memory and shuffles. A layout
-                  conversion that is more than another name for a register becomes one of these
+    exchanges     instructions by which threads see each other's data: accesses to shared memory and
+                  shuffles. A layout conversion that is more than another name for a register
+                  becomes one of these
     barriers
 
 Uses the assembler and disassembler inside triton's wheel.
@@ -45,12 +48,13 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHS = (80, 89, 90)
 FORMATS, GRIDS = ("dense", "nm", "unstructured"), ("uniform", "offset")
 LAYER = (4096, 11008)
-SHAPES = ((4096, 4096), (2048, 8192))                       # LLaMA-7B's attention and the way up, OPT-1.3B's way down
-SLAB = 0                                                    # in the place of tokens: the kernel that unpacks
+SHAPES = ((4096, 4096), (2048, 8192))  # LLaMA-7B's attention and the way up, OPT-1.3B's way down
+SLAB = 0  # in the place of tokens: the kernel that unpacks
 TOKENS = (8, 16, 64, SLAB)
-KEY = ("triton", "sm", "tokens", "format", "grid", "x", "group", "shape")           # the columns that name a kernel
-ALU = ("LOP3 SHF PRMT IADD3 IADD SEL ISETP LEA VIADD IABS IMNMX VIMNMX FMNMX PLOP3 P2R R2P BMSK SGXT LOP FSEL FSETP "
-       "HMNMX2 SHL SHR FSET HSETP2 VABSDIFF MOV CS2R").split()
+# the columns that name a kernel
+KEY = ("triton", "sm", "tokens", "format", "grid", "x", "group", "shape")
+ALU = ("LOP3 SHF PRMT IADD3 IADD SEL ISETP LEA VIADD IABS IMNMX VIMNMX FMNMX PLOP3 P2R R2P BMSK "
+       "SGXT LOP FSEL FSETP HMNMX2 SHL SHR FSET HSETP2 VABSDIFF MOV CS2R").split()
 FMA = "IMAD FFMA FMUL FADD HFMA2 HADD2 HMUL2 IDP".split()
 LSU = "LDG STG LDS STS LDSM SHFL RED ATOM ATOMG LDGSTS LDC STL LDL ATOMS MATCH REDUX".split()
 TENSOR = "HMMA IMMA HGMMA".split()
@@ -67,7 +71,8 @@ class Variant(NamedTuple):
 
 
 def variants(archs=ARCHS, formats=FORMATS, tokens=TOKENS) -> Iterator[Variant]:
-    """On an H100 the kernels of four numbers of tokens, and up to 8 also bf16, groups and other shapes; elsewhere up to 8."""
+    """On an H100 the kernels of four numbers of tokens, and up to 8 also bf16, groups and other
+    shapes; elsewhere up to 8."""
     for arch, count, format, grid in itertools.product(archs, tokens, formats, GRIDS):
         if arch != 90 and count != 8:
             continue
@@ -80,7 +85,7 @@ def variants(archs=ARCHS, formats=FORMATS, tokens=TOKENS) -> Iterator[Variant]:
 
 class Built(NamedTuple):
     compiled: triton.compiler.CompiledKernel
-    in_loop: int                        # weights that a thread decodes in one pass of the innermost loop
+    in_loop: int  # weights that a thread decodes in one pass of the innermost loop
     in_all: int                         # in the whole kernel
 
 
@@ -88,39 +93,53 @@ def build(v: Variant) -> Built:
     N, K = v.shape
     if v.tokens == SLAB:
         kernel, warps, in_loop, in_all = slab_kernel, 4, 64, 64
-        constants = dict(N=N, K=K, GROUP=v.group, FORMAT=v.format, OFFSET=v.grid == "offset", WARPS=warps)
+        constants = dict(N=N, K=K, GROUP=v.group, FORMAT=v.format, OFFSET=v.grid == "offset",
+                         WARPS=warps)
     else:
         meta = dict(shape=v.shape, format=v.format, grid=v.grid, groupsize=v.group or -1)
         kernel, constants = product_kernel, launch(meta, v.tokens)[1]
         warps = constants.pop("num_warps")
         in_loop = 64 * constants["STRIPS"] * constants["UNROLL"]
         in_all = 64 * constants["STRIPS"] * steps_of(K)
-    types = dict(x_ptr=f"*{v.dtype}", y_ptr=f"*{v.dtype}", out_ptr=f"*{v.dtype}", mask_ptr="*i32", codes_ptr="*i32",
-                 start_ptr="*i32", at_ptr="*u8", scale_ptr="*fp16", zero_ptr="*fp16", M="i32", first_strip="i32",
-                 first_tile="i32", width="i32")
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    types = dict(x_ptr=f"*{v.dtype}", y_ptr=f"*{v.dtype}", out_ptr=f"*{v.dtype}", mask_ptr="*i32",
+                 codes_ptr="*i32", start_ptr="*i32", at_ptr="*u8", scale_ptr="*fp16",
+                 zero_ptr="*fp16", M="i32", first_strip="i32", first_tile="i32", width="i32")
+    signature = {
+        name: "constexpr" if name in constants else types[name]
+        for name in kernel.arg_names
+    }
     aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
                if kind.startswith("*") or name == "width"}
-    source = ASTSource(kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, aligned)
-    options = {"num_warps": warps, "num_stages": 3}         # what a launch takes; without tl.dot nothing is pipelined
-    return Built(triton.compile(source, target=GPUTarget("cuda", v.arch, 32), options=options), in_loop, in_all)
+    taken = {name: constants[name] for name in kernel.arg_names if name in constants}
+    source = ASTSource(kernel, signature, taken, aligned)
+    # what a launch takes; without tl.dot nothing is pipelined
+    options = {"num_warps": warps, "num_stages": 3}
+    target = GPUTarget("cuda", v.arch, 32)
+    return Built(triton.compile(source, target=target, options=options), in_loop, in_all)
 
 
 def assembler(arch: int) -> Path:
-    """PTX for sm_90 is newer than the plain ptxas reads since triton 3.8; the other one lies beside it."""
+    """PTX for sm_90 is newer than the plain ptxas reads since triton 3.8; the other one lies beside
+    it."""
     newer = TOOLS / "ptxas-blackwell"
     recent = tuple(int(p) for p in triton.__version__.split(".")[:2]) >= (3, 8)
     return newer if (arch >= 90 and recent or arch >= 100) and newer.exists() else TOOLS / "ptxas"
 
 
 def innermost(sass: str) -> tuple[list[str], bool]:
-    """The instructions of the longest loop that has no loop inside, True; where there is no loop all of them, False."""
-    lines = [(int(a, 16), t) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
-    jumps = [(int(to[1], 16), at) for at, text in lines if "BRA" in text and (to := re.search(r"0x([0-9a-f]+)", text))]
+    """The instructions of the longest loop that has no loop inside, True; where there is no loop
+    all of them, False."""
+    lines = [(int(a, 16), t)
+             for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
+    jumps = [(int(to[1], 16), at)
+             for at, text in lines
+             if "BRA" in text and (to := re.search(r"0x([0-9a-f]+)", text))]
     loops = [(a, b) for a, b in jumps if a < b]
-    inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    inner = [(a, b) for a, b in loops
+             if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
     if not inner:
-        return [text for _, text in lines][:next(i for i, (_, text) in enumerate(lines) if text.startswith("EXIT"))], False
+        texts = [text for _, text in lines]
+        return texts[:next(i for i, text in enumerate(texts) if text.startswith("EXIT"))], False
     start, end = max(inner, key=lambda loop: loop[1] - loop[0])
     return [text for at, text in lines if start <= at <= end], True
 
@@ -134,7 +153,9 @@ def pipe(name: str) -> str:
 
 def wavefronts(name: str) -> int:
     """Of a load or store of global memory by a warp whose lanes are neighbours."""
-    return 0 if name[:3] not in ("LDG", "STG") else 4 if ".128" in name else 2 if ".64" in name else 1
+    if name[:3] not in ("LDG", "STG"):
+        return 0
+    return 4 if ".128" in name else 2 if ".64" in name else 1
 
 
 def inspect(v: Variant) -> dict:
@@ -147,7 +168,8 @@ def inspect(v: Variant) -> dict:
         name = f"sm_{v.arch}a" if v.arch >= 90 else f"sm_{v.arch}"
         command = [assembler(v.arch), "-v", f"--gpu-name={name}", ptx, "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True)
-        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True).stdout
+        command = [TOOLS / "cuobjdump", "-sass", cubin]
+        sass = subprocess.run(command, capture_output=True, text=True).stdout
     registers = re.search(r"Used (\d+) registers", report.stderr)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report.stderr)
     if not registers or not spills:
@@ -157,16 +179,22 @@ def inspect(v: Variant) -> dict:
     names = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in texts]
     short = [name.split(".")[0] for name in names]
     pipes = Counter(pipe(name) for name in short)
-    each = {kind: f"{pipes[kind] / weights:.3f}" for kind in ("alu", "fma", "lsu", "tensor", "other")}
-    return dict(registers=int(registers[1]), spilled=int(spills[1]) + int(spills[2]), shared=compiled.metadata.shared,
-                counted="loop" if is_loop else "all", per_weight=f"{len(names) / weights:.3f}", **each,
+    each = {
+        kind: f"{pipes[kind] / weights:.3f}"
+        for kind in ("alu", "fma", "lsu", "tensor", "other")
+    }
+    return dict(registers=int(registers[1]), spilled=int(spills[1]) + int(spills[2]),
+                shared=compiled.metadata.shared, counted="loop" if is_loop else "all",
+                per_weight=f"{len(names) / weights:.3f}", **each,
                 wavefronts=f"{sum(map(wavefronts, names)) / weights:.3f}",
-                exchanges=sum(name in ("LDS", "STS", "LDSM", "SHFL") for name in short), barriers=short.count("BAR"))
+                exchanges=sum(name in ("LDS", "STS", "LDSM", "SHFL") for name in short),
+                barriers=short.count("BAR"))
 
 
 def row(v: Variant) -> dict[str, str]:
-    named = dict(triton=triton.__version__, sm=v.arch, tokens=v.tokens or "slab", format=v.format, grid=v.grid, x=v.dtype,
-                 group=v.group or "row", shape=f"{v.shape[0]}x{v.shape[1]}", **inspect(v))
+    named = dict(triton=triton.__version__, sm=v.arch, tokens=v.tokens or "slab", format=v.format,
+                 grid=v.grid, x=v.dtype, group=v.group or "row", shape=f"{v.shape[0]}x{v.shape[1]}",
+                 **inspect(v))
     return {key: str(value) for key, value in named.items()}
 
 
@@ -200,12 +228,15 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="80, 89, 90; 100 and 120 where triton can")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS,
+                        help="80, 89, 90; 100 and 120 where triton can")
     parser.add_argument("--format", nargs="+", default=FORMATS, choices=FORMATS)
     parser.add_argument("--tokens", nargs="+", default=["8", "16", "64", "slab"],
                         choices=["8", "16", "32", "64", "slab"])
-    parser.add_argument("--write", action="store_true", help="put the lines printed into compiled.csv")
+    parser.add_argument("--write", action="store_true",
+                        help="put the lines printed into compiled.csv")
     try:
         main(parser.parse_args())
     except ValueError as e:

@@ -1,39 +1,53 @@
-"""The order of packed 4-bit weights on a GPU: every thread finds its own part of a matrix product in one piece.
+"""The order of packed 4-bit weights on a GPU: every thread finds its own part of a matrix product
+in one piece.
 
-The tensor cores' m16n8k16 wants 16 rows x 16 columns of W spread over the 32 lanes of a warp, in the lanes' registers.
-Here a warp takes a tile of 16 rows x 128 columns, and lane 4 g + q (g < 8, q < 4) decodes for itself:
+The tensor cores' m16n8k16 wants 16 rows x 16 columns of W spread over the 32 lanes of a warp, in
+the lanes' registers. Here a warp takes a tile of 16 rows x 128 columns, and lane
+4 g + q (g < 8, q < 4) decodes for itself:
 
     rows       g (its upper row) and g + 8 (its lower row)
-    columns    16 q ... 16 q + 15 and 64 + 16 q ... 64 + 16 q + 15: bytes b = 0 ... 3 of eight neighbours, j = 0 ... 7
+    columns    16 q ... 16 q + 15 and 64 + 16 q ... 64 + 16 q + 15: bytes b = 0 ... 3 of eight
+               neighbours, j = 0 ... 7
 
-Which 16 of the 128 columns one product takes does not matter, as long as x is taken from the same: the m-th product
-(m < 8) gets columns 4 (m % 2) ... + 3 of byte m / 2 of each q, and lane (g, q) reads x of token g there: 4 loads of 16
-bytes, next to those of its neighbours. Nothing goes through shared memory. The tiles of one strip of 16 rows follow each
-other, then comes the next strip; rows and columns are filled up with pruned weights (dense: with codes nobody reads).
+Which 16 of the 128 columns one product takes does not matter, as long as x is taken from the same:
+the m-th product (m < 8) gets columns 4 (m % 2) ... + 3 of byte m / 2 of each q, and lane (g, q)
+reads x of token g there: 4 loads of 16 bytes, next to those of its neighbours. Nothing goes through
+shared memory. The tiles of one strip of 16 rows follow each other, then comes the next strip; rows
+and columns are filled up with pruned weights (dense: with codes nobody reads).
 
     tensor   int32, of tiles x 32 lanes x ...
-    mask     2 rows          column j of byte b at bit 4 j + b, so that `mask & 0x11111111 << b` has a column per nibble
-    codes    "nm": 2 rows x 2 words, each 16 columns = 2 bytes. Positions 0 1 2 3 4 5 6 7 are nibbles 0 2 4 6 1 3 5 7.
-             What byte 0 keeps lies at 0, 1, 2 ..., what byte 1 keeps at 7, 6, 5 ...: both are found without counting.
-    codes    "dense": 2 rows (outermost) x 4 words, columns 0 2 4 6 1 3 5 7 of a byte, as packing.py has them
-    codes    "unstructured": a stream of nibbles. Every lane has a place in it, a whole word; its upper row's kept codes go
-             up from there in the order of columns, its lower row's go down: lane i's upper row meets lane i + 1's lower.
+    mask     2 rows          column j of byte b at bit 4 j + b, so that `mask & 0x11111111 << b` has
+             a column per nibble
+    codes    "nm": 2 rows x 2 words, each 16 columns = 2 bytes. Positions 0 1 2 3 4 5 6 7 are
+             nibbles 0 2 4 6 1 3 5 7. What byte 0 keeps lies at 0, 1, 2 ..., what byte 1 keeps at
+             7, 6, 5 ...: both are found without counting.
+    codes    "dense": 2 rows (outermost) x 4 words, columns 0 2 4 6 1 3 5 7 of a byte, as
+             packing.py has them
+    codes    "unstructured": a stream of nibbles. Every lane has a place in it, a whole word; its
+             upper row's kept codes go up from there in the order of columns, its lower row's go
+             down: lane i's upper row meets lane i + 1's lower.
 
-         ... | . . c b a | D E F . . | ...         one lane's place is between a and D, the next one's beyond F:
-               <- lower    upper ->                up to 7 nibbles in between are unused, 0.22 bits a weight
+         ... | . . c b a | D E F . . | ...     one lane's place is between a and D, the next one's
+               <- lower    upper ->            beyond F: up to 7 nibbles in between are unused, 0.22
+                                               bits a weight
 
-    start    int32 a tile, the place of its lane 0; at (uint8, tiles x 32): how many words further each lane's is
+    start    int32 a tile, the place of its lane 0; at (uint8, tiles x 32): how many words further
+             each lane's is
 
 A nibble's way from the file to a register, row 5, column 83, "nm":
 
-    file      row 5's word for columns 80 ... 95, and in it nibble r, if the row keeps r of columns 80 ... 82
-    lane      83 = 64 + 16 q + 3 with q = 1: lane 4 * 5 + 1 = 21, its upper row, the second block, byte 2, j = 3
-    fragment  bit 4 * 3 + 2 = 14 of the row's mask; position r of the row's second word, nibble 2 r (r < 4) or 2 r - 7
-    register  a selector counts bits 2, 6, 10 of the mask and finds r; the pattern becomes the upper half of register
-              4 b + j // 2 = 9, which is the second of the upper row's two registers (8, 9) of product m = 4
+    file      row 5's word for columns 80 ... 95, and in it nibble r, if the row keeps r of columns
+              80 ... 82
+    lane      83 = 64 + 16 q + 3 with q = 1: lane 4 * 5 + 1 = 21, its upper row, the second block,
+              byte 2, j = 3
+    fragment  bit 4 * 3 + 2 = 14 of the row's mask; position r of the row's second word, nibble 2 r
+              (r < 4) or 2 r - 7
+    register  a selector counts bits 2, 6, 10 of the mask and finds r; the pattern becomes the upper
+              half of register 4 b + j // 2 = 9, which is the second of the upper row's two
+              registers (8, 9) of product m = 4
 
-    fragments = to_fragments(packed)                        # on the device of packed's tensors, in slabs of rows
-    packed = from_fragments(fragments)                      # the file's tensors again, bit for bit
+    fragments = to_fragments(packed)                # on the device of packed's tensors
+    packed = from_fragments(fragments)              # the file's tensors again, bit for bit
 """
 from dataclasses import dataclass
 
@@ -43,8 +57,8 @@ from kernels.bits import from_rank
 from kernels.packing import Packed, pack
 from kernels.reference import ranks
 
-SLAB = 1 << 22                                              # weights reordered at a time
-PAD = 4                                                     # words around a stream: a lane reads four both ways
+AT_ONCE = 1 << 22                                           # weights reordered at a time
+PAD = 4  # words around a stream: a lane reads four both ways
 
 
 @dataclass
@@ -62,13 +76,13 @@ def tiles_of(meta: dict) -> tuple[int, int]:
 def by_lane(t: torch.Tensor) -> torch.Tensor:
     """(rows, columns), whole tiles -> (tiles, 32 lanes, 2 rows, 4 bytes, 8)."""
     R, K = t.shape[0] // 16, t.shape[1] // 128
-    t = t.view(R, 2, 8, K, 2, 4, 2, 8)                      # strip, half, g, tile, block, q, byte of the block, j
+    t = t.view(R, 2, 8, K, 2, 4, 2, 8)  # strip, half, g, tile, block, q, byte of the block, j
     return t.permute(0, 3, 2, 5, 1, 4, 6, 7).reshape(R * K, 32, 2, 4, 8)
 
 
 def by_row(t: torch.Tensor, strips: int) -> torch.Tensor:
     """The inverse of by_lane."""
-    t = t.view(strips, -1, 8, 4, 2, 2, 2, 8)                # strip, tile, g, q, half, block, byte of the block, j
+    t = t.view(strips, -1, 8, 4, 2, 2, 2, 8)  # strip, tile, g, q, half, block, byte of the block, j
     return t.permute(0, 4, 2, 1, 5, 3, 6, 7).reshape(16 * strips, -1)
 
 
@@ -95,8 +109,8 @@ def rows_of(packed: Packed, a: int, b: int) -> Packed:
 def to_fragments(packed: Packed) -> Fragments:
     """4-bit codes, without g_idx, of any format, grid and grouping."""
     (rows, cols), format = packed.meta["shape"], packed.meta["format"]
-    step = max(16, SLAB // max(cols, 1) // 16 * 16)
-    parts = [slab(rows_of(packed, a, min(a + step, rows)), format) for a in range(0, rows, step)]
+    step = max(16, AT_ONCE // max(cols, 1) // 16 * 16)
+    parts = [reorder(rows_of(packed, a, min(a + step, rows)), format) for a in range(0, rows, step)]
     t = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
     t.update({name: packed.tensors[name] for name in ("scale", "zero")})
     if format == "unstructured":
@@ -104,72 +118,88 @@ def to_fragments(packed: Packed) -> Fragments:
     return Fragments(t, packed.meta)
 
 
-def slab(packed: Packed, format: str) -> dict[str, torch.Tensor]:
-    """Some strips' tensors; of "unstructured" counts, ranks and mask, which become a stream when all are known."""
+def bit_of_column(device: torch.device) -> torch.Tensor:
+    """(4, 8) int64: the bit of a mask that stands for column j of byte b."""
+    return 4 * torch.arange(8, device=device) + torch.arange(4, device=device)[:, None]
+
+
+def nm_place(keep: torch.Tensor) -> torch.Tensor:
+    """(..., 2 bytes, 8) kept -> the position of each in their word: up from 0, and down from 7."""
+    place = keep.long().cumsum(-1) - 1
+    place[..., 1, :] = 7 - place[..., 1, :]
+    return place
+
+
+def reorder(packed: Packed, format: str) -> dict[str, torch.Tensor]:
+    """Some strips' tensors; of "unstructured" counts, ranks and mask, which become a stream when
+    all are known."""
     rank, keep = ranks(packed)
     pad = (0, -rank.shape[1] % 128, 0, -rank.shape[0] % 16)
     rank = by_lane(torch.nn.functional.pad(rank.to(torch.uint8), pad))
     if keep is None:
         words = to_words(rank[..., [0, 2, 4, 6, 1, 3, 5, 7]])
-        return {"codes": words.permute(0, 2, 1, 3).contiguous()}                            # rows outermost
+        return {"codes": words.permute(0, 2, 1, 3).contiguous()}  # rows outermost
     keep = by_lane(torch.nn.functional.pad(keep, pad))
-    bit = 4 * torch.arange(8, device=keep.device) + torch.arange(4, device=keep.device)[:, None]
-    mask = (keep.long() << bit).sum((-1, -2)).to(torch.int32)
+    mask = (keep.long() << bit_of_column(keep.device)).sum((-1, -2)).to(torch.int32)
     if format == "unstructured":
         return {"mask": mask, "kept": keep.sum((-1, -2)), "rank": rank, "keep": keep}
-    rank, keep = (t.unflatten(-2, (2, 2)) for t in (rank, keep))                            # blocks of two bytes
-    place = keep.long().cumsum(-1) - 1
-    place[..., 1, :] = 7 - place[..., 1, :]
+    rank, keep = (t.unflatten(-2, (2, 2)) for t in (rank, keep))  # blocks of two bytes
+    place = nm_place(keep)
     nibble = torch.where(place < 4, 2 * place, 2 * place - 7)
-    codes = torch.where(keep, rank.long() << 4 * nibble.clamp(0, 7), 0).sum((-1, -2)).to(torch.int32)
-    return {"mask": mask, "codes": codes.flatten(-2)}                                       # row 0: 2 words, row 1: 2
+    shifted = rank.long() << 4 * nibble.clamp(0, 7)
+    codes = torch.where(keep, shifted, 0).sum((-1, -2)).to(torch.int32)
+    return {"mask": mask, "codes": codes.flatten(-2)}  # row 0: 2 words, row 1: 2
 
 
 def lanes_places(kept: torch.Tensor) -> torch.Tensor:
     """(tiles, 32, 2) counts of kept codes -> (tiles, 32) int64, the word of each lane's place."""
     upper, lower = kept.flatten(0, 1).unbind(1)
     gap = lower.clone()
-    gap[1:] += upper[:-1]                                   # between a lane's place and the one before
+    gap[1:] += upper[:-1]  # between a lane's place and the one before
     return PAD + ((gap + 7) // 8).cumsum(0).view(kept.shape[:2])
 
 
 def nibble_index(place: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """(tiles, 32) places, (tiles, 32, 2, 4, 8) kept -> the nibble of every kept code in the stream; anything where pruned."""
+    """(tiles, 32) places, (tiles, 32, 2, 4, 8) kept -> the nibble of every kept code in the stream;
+    anything where pruned."""
     k = keep.flatten(-2).long().cumsum(-1) - 1
     first = 8 * place[..., None]
     return torch.stack((first + k[:, :, 0], first - 1 - k[:, :, 1]), 2).view(keep.shape)
 
 
-def stream(kept: torch.Tensor, rank: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def stream(kept: torch.Tensor, rank: torch.Tensor,
+           keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> codes, start, at."""
     place = lanes_places(kept)
     words = int(place[-1, -1]) + 4 + PAD
     if words >= 1 << 31:
-        raise ValueError(f"{words} words of kept codes: a GPU's kernels count to {1 << 31}; split the layer")
+        raise ValueError(f"{words} words of kept codes: a GPU's kernels count to {1 << 31}; split "
+                         f"the layer")
     codes = torch.zeros(words, dtype=torch.int32, device=rank.device)
-    step = max(1, SLAB // 2048)
+    step = max(1, AT_ONCE // 2048)
     for i in range(0, len(rank), step):
         here = keep[i:i + step]
         index = nibble_index(place[i:i + step], here)[here]
-        codes.index_add_(0, index >> 3, (rank[i:i + step][here].long() << 4 * (index & 7)).to(torch.int32))
+        shifted = rank[i:i + step][here].long() << 4 * (index & 7)
+        codes.index_add_(0, index >> 3, shifted.to(torch.int32))
     start = place[:, 0].to(torch.int32)
     return codes, start, (place - place[:, :1]).to(torch.uint8)
 
 
 def fragment_ranks(fragments: Fragments) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out, in) uint8 ranks, 0 where pruned, and (out, in) bool kept, or None: what the kernels must decode."""
+    """(out, in) uint8 ranks, 0 where pruned, and (out, in) bool kept, or None: what the kernels
+    must decode."""
     t, (rows, cols), format = fragments.tensors, fragments.meta["shape"], fragments.meta["format"]
     strips, _ = tiles_of(fragments.meta)
     if format == "dense":
         rank = to_nibbles(t["codes"].permute(0, 2, 1, 3))[..., [0, 4, 1, 5, 2, 6, 3, 7]]
         return by_row(rank.to(torch.uint8).contiguous(), strips)[:rows, :cols], None
-    bit = 4 * torch.arange(8, device=t["mask"].device) + torch.arange(4, device=t["mask"].device)[:, None]
-    keep = (t["mask"][..., None, None] >> bit & 1).bool()
+    mask = t["mask"][..., None, None]
+    keep = (mask >> bit_of_column(mask.device) & 1).bool()
     if format == "nm":
         positions = to_nibbles(t["codes"].unflatten(-1, (2, 2)))[..., [0, 2, 4, 6, 1, 3, 5, 7]]
         words = positions[..., None, :]                     # (tiles, 32, 2, 2, 1, 8)
-        place = keep.unflatten(-2, (2, 2)).long().cumsum(-1) - 1
-        place[..., 1, :] = 7 - place[..., 1, :]
+        place = nm_place(keep.unflatten(-2, (2, 2)))
         rank = words.expand_as(place).gather(-1, place.clamp(0, 7)).flatten(-3, -2)
     else:
         place = t["start"].long()[:, None] + t["at"].long()
@@ -186,4 +216,5 @@ def from_fragments(fragments: Fragments) -> Packed:
     codes = torch.from_numpy(from_rank(rank.numpy(), 4)) if meta["grid"] == "offset" else rank
     codes = codes if keep is None else codes * keep
     grid = (t[name].float().cpu() for name in ("scale", "zero"))
-    return pack(codes, None if keep is None else ~keep, *grid, 4, meta["grid"], meta["groupsize"], meta["format"])
+    return pack(codes, None if keep is None else ~keep, *grid, 4, meta["grid"], meta["groupsize"],
+                meta["format"])

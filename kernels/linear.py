@@ -1,17 +1,20 @@
-"""A Linear whose weight stays packed: Triton on a GPU; on a CPU torch's int4 product to decode, unpacking for the rest.
+"""A Linear whose weight stays packed: Triton on a GPU; on a CPU torch's int4 product to decode,
+unpacking for the rest.
 
-    layer = PackedLinear(pack(codes, mask, scale, zero, bits=4), bias)     # then it is called like nn.Linear
-    layer.fused = False                                                    # compare: unpack, then F.linear, always
+    layer = PackedLinear(pack(codes, mask, scale, zero, bits=4), bias)  # called like nn.Linear
+    layer.fused = False                         # compare: unpack, then F.linear, always
 
-No weight gets a gradient and nothing dense is kept for the backward pass: dx = dy W unpacks (or decodes) once more,
-which is what lets a prompt be trained through a compressed model. CPU decoding makes a form of its own of the weight: in
-bf16 int4 (cpu_int4.py), else bags (cpu_bags.py). `decode_bytes()` tells its size and `decode_cache = False` forbids it.
-The packed tensors are not read then: where a file is mapped they need no memory. On a CPU fp16 is computed in fp32,
-because fp16 products are some sixty times slower there.
+No weight gets a gradient and nothing dense is kept for the backward pass: dx = dy W unpacks (or
+decodes) once more, which is what lets a prompt be trained through a compressed model. CPU decoding
+makes a form of its own of the weight: in bf16 int4 (cpu_int4.py), else bags (cpu_bags.py).
+`decode_bytes()` tells its size and `decode_cache = False` forbids it. The packed tensors are not
+read then: where a file is mapped they need no memory. On a CPU fp16 is computed in fp32, because
+fp16 products are some sixty times slower there.
 
-On a GPU the first product reorders the weight for it (fragments.py), in place of the packed tensors; who asks for `packed`
-gets these back. So a CUDA graph wants one call before it is recorded. What `triton_reads` refuses, and float64, unpacks
-the whole weight for every product by torch operations. torch.compile goes around these layers.
+On a GPU the first product reorders the weight for it (fragments.py), in place of the packed
+tensors; who asks for `packed` gets these back. So a CUDA graph wants one call before it is
+recorded. What `triton_reads` refuses, and float64, unpacks the whole weight for every product by
+torch operations. torch.compile goes around these layers.
 """
 import torch
 import torch.nn as nn
@@ -24,11 +27,12 @@ from kernels.unpacking import unpack
 
 
 class PackedMatmul(torch.autograd.Function):
-    """y = x W^T, dx = dy W. Saves nothing but the layer, that is, the packed tensors. Each is the other's gradient, so
-    that gradients of any order are right."""
+    """y = x W^T, dx = dy W. Saves nothing but the layer, that is, the packed tensors. Each is the
+    other's gradient, so that gradients of any order are right."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, layer: "PackedLinear", transposed: bool = False) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, layer: "PackedLinear",
+                transposed: bool = False) -> torch.Tensor:
         ctx.layer, ctx.transposed = layer, transposed
         return layer.product(x, transposed)
 
@@ -57,7 +61,8 @@ class Unpacked:
 
 
 def decode_form(packed: Packed, dtype: torch.dtype) -> type:
-    """What decodes x of this dtype fastest without the whole weight in memory, where there is such a thing."""
+    """What decodes x of this dtype fastest without the whole weight in memory, where there is such
+    a thing."""
     if dtype == torch.bfloat16 and cpu_int4.fits(packed.meta) and "g_idx" not in packed.tensors:
         return cpu_int4.Int4
     return cpu_bags.Bags if cpu_bags.fits(packed.meta) else Unpacked
@@ -68,7 +73,8 @@ def computed_in(x: torch.Tensor) -> torch.dtype:
 
 
 class PackedLinear(nn.Module):
-    """x (..., in_features) in fp32, bf16 or fp16 -> (..., out_features). Buffers carry the names of packed.tensors."""
+    """x (..., in_features) in fp32, bf16 or fp16 -> (..., out_features). Buffers carry the names of
+    packed.tensors."""
 
     def __init__(self, packed: Packed, bias: torch.Tensor | None = None, fused: bool = True):
         super().__init__()
@@ -78,8 +84,9 @@ class PackedLinear(nn.Module):
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.decoder = None, None                           # (form, what decodes in it), made at the first use
-        self.reordered, self.plan = False, None             # on a GPU: are the buffers fragments; what is launched
+        self.decoder = None, None  # (form, what decodes in it), made at the first use
+        # on a GPU: are the buffers fragments; what is launched
+        self.reordered, self.plan = False, None
         self.in_triton = triton_reads(packed)
 
     def held(self) -> dict[str, torch.Tensor]:
@@ -92,20 +99,25 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.names, self.reordered, self.plan = list(tensors), reordered, None
 
-    @property
-    def packed(self) -> Packed:
-        """The tensors of a file. A layer that a GPU has used goes back to them, until its next product there."""
+    def restore(self) -> None:
+        """The buffers are the tensors of a file again, until the next product on a GPU."""
         if self.reordered:
             from kernels.fragments import Fragments, from_fragments
             device = self.codes.device
             tensors = from_fragments(Fragments(self.held(), self.meta)).tensors
             self.hold({name: t.to(device) for name, t in tensors.items()}, False)
+
+    @property
+    def packed(self) -> Packed:
+        """The tensors of a file, which a layer that a GPU has used goes back to."""
+        self.restore()
         return Packed(self.held(), self.meta)
 
     def launches(self):
         """The matmul.Plan of this layer on its GPU, the weight reordered for it."""
         if self.plan is None:
-            from kernels.fragments import Fragments, to_fragments       # here, because triton exists on few machines
+            # here, because triton exists on few machines
+            from kernels.fragments import Fragments, to_fragments
             from kernels.matmul import Plan
             if not self.reordered:
                 self.hold(to_fragments(self.packed).tensors, True)
@@ -117,14 +129,16 @@ class PackedLinear(nn.Module):
         if self.reordered and self.codes.is_cuda:
             from kernels.matmul import unpack_on_gpu
             return unpack_on_gpu(self.launches(), dtype)
-        return unpack(self.packed, dtype) if self.codes.device.type == "cpu" else dequantize(self.packed, dtype)
+        made_by = unpack if self.codes.device.type == "cpu" else dequantize
+        return made_by(self.packed, dtype)
 
     def decode_bytes(self) -> int:
-        """Memory of the CPU's decode cache, on top of the packed tensors; 0 before the first decoding step."""
+        """Memory of the CPU's decode cache, on top of the packed tensors; 0 before the first
+        decoding step."""
         return 0 if self.decoder[1] is None else self.decoder[1].nbytes()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():                   # disable() would load the compiler, so not before it is there
+        if torch.compiler.is_compiling():       # disable() loads the compiler, so only then
             return torch.compiler.disable(self.multiply)(x)
         return self.multiply(x)
 
@@ -152,8 +166,12 @@ class PackedLinear(nn.Module):
 
     def decodes(self, x: torch.Tensor) -> bool:
         """Is this a CPU decoding step? Makes the cache if so."""
-        learns, tokens = x.requires_grad and torch.is_grad_enabled(), x.numel() // self.in_features
-        if x.device.type != "cpu" or not self.decode_cache or learns or not tokens or x.dtype == torch.float64:
+        tokens = x.numel() // self.in_features
+        if x.device.type != "cpu" or not self.decode_cache:
+            return False
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
+        if not tokens or x.dtype == torch.float64:
             return False
         form = decode_form(self.packed, x.dtype)
         if tokens > form.most_tokens:
@@ -163,7 +181,8 @@ class PackedLinear(nn.Module):
         return tokens <= self.decoder[1].most_tokens
 
     def _apply(self, fn, recurse=True):
-        """Moves between devices and dtypes, except that the grid stays the fp16 that the codes were rounded with."""
+        """Moves between devices and dtypes, except that the grid stays the fp16 that the codes were
+        rounded with."""
         grid = {name: getattr(self, name) for name in ("scale", "zero")}
         super()._apply(fn, recurse)
         for name, exact in grid.items():
@@ -172,14 +191,15 @@ class PackedLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, *args, **kwargs):
-        self.packed                                         # files know no other order
+        self.restore()                                      # files know no other order
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self.packed
+        self.restore()
         super()._load_from_state_dict(*args, **kwargs)
         self.decoder, self.in_triton = (None, None), triton_reads(self.packed)
 
     def extra_repr(self) -> str:
         m = self.meta
-        return f"{self.in_features}, {self.out_features}, {m['format']}, {m['bits']} bits, {m['grid']}"
+        return (f"{self.in_features}, {self.out_features}, {m['format']}, {m['bits']} bits, "
+                f"{m['grid']}")

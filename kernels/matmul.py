@@ -6,14 +6,18 @@
 
 Three ways, each for what it is best at:
 
-    up to 8 tokens      product.py, x times every plane of the codes: nothing but packed words is read
-    up to FUSED tokens  product.py, patterns become weights in registers, one product for every 8 tokens
-    more, and backward  slab.py unpacks some rows (backward: columns) of W to x's dtype, cuBLAS multiplies with them while
-                        they lie in the GPU's cache. So do fp32, and groups that are no multiple of 128
+    up to 8 tokens      product.py, x times every plane of the codes: nothing but packed words is
+                        read
+    up to FUSED tokens  product.py, patterns become weights in registers, one product for every 8
+                        tokens
+    more, and backward  slab.py unpacks some rows (backward: columns) of W to x's dtype, cuBLAS
+                        multiplies with them while they lie in the GPU's cache. So do fp32, and
+                        groups that are no multiple of 128
 
-What is launched for a layer and a number of tokens is decided once and kept in its Plan: no kernel is compiled again for
-another length, and a CUDA graph may be recorded after one warm-up.
+What is launched for a layer and a number of tokens is decided once and kept in its Plan: no kernel
+is compiled again for another length, and a CUDA graph may be recorded after one warm-up.
 """
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -22,11 +26,12 @@ from kernels.fragments import Fragments, tiles_of
 from kernels.product import product_kernel
 from kernels.slab import slab_kernel
 
-FUSED = {80: 64, 86: 64, 89: 64, 90: 64, 100: 64, 120: 64}   # the most tokens of product.py; by compile.py's model, untimed
+# the most tokens of product.py; by compile.py's model, untimed
+FUSED = {80: 64, 86: 64, 89: 64, 90: 64, 100: 64, 120: 64}
 SLAB_BYTES = 45_000_000
-CHUNK = 15                                                  # tiles of 128 columns that a warp adds up in one go
+CHUNK = 15  # tiles of 128 columns that a warp adds up in one go
 WARPS = 8                                                   # a program of product.py
-UNROLL = 3, 2, 1                                            # of three: a step's words go round in three sets of registers
+UNROLL = 3, 2, 1  # of three: a step's words go round in three sets of registers
 
 
 @cache
@@ -38,7 +43,8 @@ def fused_tokens(device: torch.device) -> int:
 
 
 def in_fp16(fragments: Fragments) -> bool:
-    """Do the weights over their scale stay within fp16 when planes.py scales them: by 1024 (uniform), 2048 (offset)?"""
+    """Do the weights over their scale stay within fp16 when planes.py scales them: by 1024
+    (uniform), 2048 (offset)?"""
     zero = fragments.tensors["zero"].float()
     reach = (2 * zero - 1).abs() < 31.9 if fragments.meta["grid"] == "offset" else zero.abs() < 63.9
     return bool(reach.all())
@@ -49,24 +55,32 @@ def steps_of(K: int) -> int:
     return -(-K // (128 * WARPS))
 
 
+def strips_of(tokens: int) -> int:
+    """Strips of 16 rows a program: two share x, but the sums of 64 tokens leave no room."""
+    return 2 if 8 < tokens <= 32 else 1
+
+
 def launch(meta: dict, tokens: int) -> tuple[tuple[int], dict]:
-    """-> grid and constants of product_kernel for this many tokens."""
-    (N, K), strips = meta["shape"], 2 if 8 < tokens <= 32 else 1            # two share x; 64 tokens' sums leave no room
-    unroll = next((n for n in UNROLL if 2 * n <= steps_of(K)), 1) if tokens <= 8 else 1     # a loop of one pass would spill
-    tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
-    constants = dict(N=N, K=K, GROUP=max(meta["groupsize"], 0), FORMAT=meta["format"], OFFSET=meta["grid"] == "offset",
-                     PLANES=tokens <= 8, STRIPS=strips, TOKENS=tiles, WARPS=WARPS, CHUNK=CHUNK,
-                     UNROLL=unroll, num_warps=WARPS)
+    """-> grid and constants of product_kernel for up to 8, 16, 32 or 64 tokens."""
+    N, K = meta["shape"]
+    strips, unroll = strips_of(tokens), 1
+    if tokens == 8:                                         # a loop of one pass would spill
+        unroll = next((n for n in UNROLL if 2 * n <= steps_of(K)), 1)
+    constants = dict(N=N, K=K, GROUP=max(meta["groupsize"], 0), FORMAT=meta["format"],
+                     OFFSET=meta["grid"] == "offset", PLANES=tokens == 8, STRIPS=strips,
+                     TOKENS=tokens // 8, WARPS=WARPS, CHUNK=CHUNK, UNROLL=unroll, num_warps=WARPS)
     return (-(-tiles_of(meta)[0] // strips),), constants
 
 
 class Plan:
-    """A weight on its GPU and what is launched for it, by number of tokens; made at the first call and kept."""
+    """A weight on its GPU and what is launched for it, by number of tokens; made at the first call
+    and kept."""
 
     def __init__(self, fragments: Fragments):
         self.meta, t = fragments.meta, fragments.tensors
-        none = t["codes"]                                   # what a format lacks its kernel never reads
-        self.pointers = t.get("mask", none), none, t.get("start", none), t.get("at", none), t["scale"], t["zero"]
+        none = t["codes"]  # what a format lacks its kernel never reads
+        optional = (t.get(name, none) for name in ("start", "at"))
+        self.pointers = t.get("mask", none), none, *optional, t["scale"], t["zero"]
         size = self.meta["groupsize"]
         whole = size == -1 or size % 128 == 0
         self.most = 0 if not whole else 64 if in_fp16(fragments) else 8
@@ -92,8 +106,9 @@ def matmul(x: torch.Tensor, plan: Plan) -> torch.Tensor:
         grid, constants = plan.of(M)
         product_kernel[grid](flat, y, *plan.pointers, M, **constants)
     elif M:
-        for rows, weight in slabs(plan, x.dtype, 16):
-            torch.mm(flat, weight.T, out=y[:, rows])
+        for a, b in slabs(N, K, x.dtype, 16):
+            weight = unpack_slab(plan, x.dtype, (a, b), (0, K))
+            torch.mm(flat, weight.T, out=y[:, a:b])
     return y.view(*x.shape[:-1], N)
 
 
@@ -103,31 +118,31 @@ def matmul_transposed(dy: torch.Tensor, plan: Plan) -> torch.Tensor:
     flat = dy.reshape(-1, N).contiguous()
     dx = torch.empty(len(flat), K, dtype=dy.dtype, device=dy.device)
     if len(flat):
-        for columns, weight in slabs(plan, dy.dtype, 128):
-            torch.mm(flat, weight, out=dx[:, columns])
+        for a, b in slabs(K, N, dy.dtype, 128):
+            weight = unpack_slab(plan, dy.dtype, (0, N), (a, b))
+            torch.mm(flat, weight, out=dx[:, a:b])
     return dx.view(*dy.shape[:-1], K)
 
 
-def slabs(plan: Plan, dtype: torch.dtype, unit: int):
-    """Yields (which rows, W[rows]) for unit 16, (which columns, W[:, columns]) for unit 128."""
-    N, K = plan.meta["shape"]
-    length, other = (N, K) if unit == 16 else (K, N)
+def slabs(length: int, other: int, dtype: torch.dtype, unit: int) -> Iterator[tuple[int, int]]:
+    """Cuts a side of W into parts (from, to) of about one size, multiples of unit, that with the
+    `other` side take at most SLAB_BYTES in dtype."""
     step = max(unit, SLAB_BYTES // (other * dtype.itemsize) // unit * unit)
     parts = -(-length // step)
-    step = -(-length // parts // unit) * unit               # of about one size
+    step = -(-length // parts // unit) * unit
     for a in range(0, length, step):
-        b = min(a + step, length)
-        yield slice(a, b), (unpack_slab(plan, dtype, (a, b), (0, K)) if unit == 16 else
-                            unpack_slab(plan, dtype, (0, N), (a, b)))
+        yield a, min(a + step, length)
 
 
-def unpack_slab(plan: Plan, dtype: torch.dtype, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
+def unpack_slab(plan: Plan, dtype: torch.dtype, rows: tuple[int, int],
+                columns: tuple[int, int]) -> torch.Tensor:
     """W[rows, columns]; both begin at whole tiles."""
     meta, width = plan.meta, columns[1] - columns[0]
     out = torch.empty(rows[1] - rows[0], width, dtype=dtype, device=plan.pointers[0].device)
     grid = (-(-out.shape[0] // 16), -(-width // 512))
     slab_kernel[grid](out, *plan.pointers, rows[0] // 16, columns[0] // 128, width, *meta["shape"],
-                      max(meta["groupsize"], 0), meta["format"], meta["grid"] == "offset", 4, num_warps=4)
+                      max(meta["groupsize"], 0), meta["format"], meta["grid"] == "offset", 4,
+                      num_warps=4)
     return out
 
 

@@ -1,6 +1,7 @@
-"""From what the compiler says (compiled.csv) to microseconds on GPUs that are not there: a roofline of five roofs.
+"""From what the compiler says (compiled.csv) to microseconds on GPUs that are not there: a roofline
+of five roofs.
 
-    python -m kernels.predict                               # every GPU, the newest triton of the table, 4096 x 11008
+    python -m kernels.predict                       # every GPU, the newest triton, 4096 x 11008
     python -m kernels.predict --gpu H100 --shape 4096x4096 --triton 3.6.0
 
 Up to 64 tokens a product takes as long as its slowest part, and FIXED on top:
@@ -11,11 +12,13 @@ Up to 64 tokens a product takes as long as its slowest part, and FIXED on top:
     l1        a wavefront of 128 bytes a clock and multiprocessor
     tensor    16 x 8 x 16 products over the peak rate, of which mma.sync reaches a share
 
-All but memory wait for the multiprocessor that has the most programs. Above, the weight is unpacked slab by slab, then
-multiplied: the slab kernel's time, which also writes 16 bits a weight to the cache and reads them again, plus cuBLAS. fp16
-is cuBLAS alone; int4 is what memory allows at 4.25 bits a weight, a limit that no kernel is known to reach.
+All but memory wait for the multiprocessor that has the most programs. Above, the weight is unpacked
+slab by slab, then multiplied: the slab kernel's time, which also writes 16 bits a weight to the
+cache and reads them again, plus cuBLAS. fp16 is cuBLAS alone; int4 is what memory allows at 4.25
+bits a weight, a limit that no kernel is known to reach.
 
-Nothing here was measured. Constants are of data sheets, and REACHED, FIXED, CUBLAS and the cache's rates are round numbers.
+Nothing here was measured. Constants are of data sheets, and REACHED, FIXED, CUBLAS and the cache's
+rates are round numbers.
 """
 import argparse
 import re
@@ -23,11 +26,12 @@ import sys
 from typing import NamedTuple
 
 from kernels.compile import SLAB, TABLE, table
+from kernels.matmul import SLAB_BYTES, strips_of
 
-REACHED, CUBLAS = 0.92, 0.75                                # of the memory's rate; of the peak rate of products
-FIXED = 2e-6                                                # seconds: start, first loads, last sums; in a CUDA graph
-SLAB_BYTES = 45e6                                           # as in matmul.py
-BITS = {"dense": 4.0, "nm": 3.0, "unstructured": 3.36}      # in the order of fragments.py, half of the weights kept
+REACHED, CUBLAS = 0.92, 0.75  # of the memory's rate; of the peak rate of products
+FIXED = 2e-6  # seconds: start, first loads, last sums; in a CUDA graph
+# in the order of fragments.py, half of the weights kept
+BITS = {"dense": 4.0, "nm": 3.0, "unstructured": 3.36}
 TIMED = (1, 8, 16, 64, 512, 1024, 4096)
 
 
@@ -38,7 +42,7 @@ class GPU(NamedTuple):
     memory: float                                           # bytes/s
     cache: float                                            # bytes/s of the second-level cache
     products: float                                         # 16-bit operations/s, sums in fp32
-    mma_sync: float                                         # the share of them that mma.sync reaches
+    mma_sync: float  # the share of them that mma.sync reaches
 
 
 GPUS = {"A100": GPU(80, 108, 1.41e9, 2.04e12, 4.0e12, 312e12, 1.0),
@@ -48,7 +52,10 @@ GPUS = {"A100": GPU(80, 108, 1.41e9, 2.04e12, 4.0e12, 312e12, 1.0),
 
 def on_chip(line: dict[str, str], gpu: GPU, weights: int) -> dict[str, float]:
     """Seconds that each part of a multiprocessor is busy, when all have the same to do."""
-    count = {name: float(line[name]) * weights for name in ("per_weight", "alu", "wavefronts", "tensor")}
+    count = {
+        name: float(line[name]) * weights
+        for name in ("per_weight", "alu", "wavefronts", "tensor")
+    }
     clocks = gpu.multiprocessors * gpu.clock
     return {"issue": count["per_weight"] / 32 / (4 * clocks), "alu": count["alu"] / (64 * clocks),
             "l1": count["wavefronts"] / 32 / clocks,
@@ -66,18 +73,21 @@ def cublas(gpu: GPU, shape: tuple[int, int], tokens: int, rate: float) -> float:
     return max(moved(shape, tokens, 16) / (REACHED * rate), operations / (CUBLAS * gpu.products))
 
 
-def packed(gpu: GPU, shape: tuple[int, int], tokens: int, lines: dict[int, dict[str, str]], bits: float) -> tuple[float, str]:
+def packed(gpu: GPU, shape: tuple[int, int], tokens: int, lines: dict[int, dict[str, str]],
+           bits: float) -> tuple[float, str]:
     """Seconds, and what they are spent on. lines: of the table, by tokens."""
     weights = shape[0] * shape[1]
     if tokens > 64:
         parts = on_chip(lines[SLAB], gpu, weights)
         parts["cache"] = 2 * weights / gpu.cache
-        slabs = -(-2 * weights // int(SLAB_BYTES))
+        slabs = -(-2 * weights // SLAB_BYTES)
         unpacking = max(parts.values()) + slabs * FIXED
-        return unpacking + cublas(gpu, shape, tokens, gpu.cache) + FIXED, f"{unpacking * 1e6:.0f} us unpacking"
+        product = cublas(gpu, shape, tokens, gpu.cache)
+        return unpacking + product + FIXED, f"{unpacking * 1e6:.0f} us unpacking"
     line = lines[kernel_for(tokens)]
-    programs = shape[0] / (32 if 8 < tokens <= 32 else 16)
-    most = -(-programs // gpu.multiprocessors) / (programs / gpu.multiprocessors)           # over the average
+    programs = shape[0] / (16 * strips_of(tokens))
+    # over the average
+    most = -(-programs // gpu.multiprocessors) / (programs / gpu.multiprocessors)
     parts = {name: most * seconds for name, seconds in on_chip(line, gpu, weights).items()}
     parts["memory"] = moved(shape, tokens, bits) / (REACHED * gpu.memory)
     slowest = max(parts, key=parts.get)
@@ -85,17 +95,19 @@ def packed(gpu: GPU, shape: tuple[int, int], tokens: int, lines: dict[int, dict[
 
 
 def lines_of(version: str, sm: int, format: str, grid: str) -> dict[int, dict[str, str]]:
-    """{tokens: line}, fp16 and a grid a row, counted in the largest layer; what was compiled for sm_90 alone stands in for
-    others, whose instructions differ by a few percent."""
+    """{tokens: line}, fp16 and a grid a row, counted in the largest layer; what was compiled for
+    sm_90 alone stands in for others, whose instructions differ by a few percent."""
     found = {}
     for line in table():
-        fits = line["triton"] == version and line["format"] == format and line["grid"] == grid
-        if fits and line["x"] == "fp16" and line["group"] == "row" and line["shape"] == "4096x11008":
+        wanted = {"triton": version, "format": format, "grid": grid, "x": "fp16", "group": "row",
+                  "shape": "4096x11008"}
+        if all(line[name] == value for name, value in wanted.items()):
             tokens = SLAB if line["tokens"] == "slab" else int(line["tokens"])
             if line["sm"] == str(sm) or line["sm"] == "90" and tokens not in found:
                 found[tokens] = line
     if not found:
-        raise ValueError(f"{TABLE.name} has no line of triton {version} for {format}, {grid}: python -m kernels.compile --write")
+        raise ValueError(f"{TABLE.name} has no line of triton {version} for {format}, {grid}: "
+                         f"python -m kernels.compile --write")
     return found
 
 
@@ -110,8 +122,10 @@ def main(args) -> None:
     versions = {line["triton"] for line in table()}
     version = args.triton or max(versions, default="", key=lambda v: [int(p) for p in v.split(".")])
     if version not in versions:
-        raise ValueError(f"--triton {version}: {TABLE.name} has {', '.join(sorted(versions)) or 'no lines'}")
-    print(f"Predicted from {TABLE.name}, triton {version}; never measured. {args.shape}, fp16 x, a grid a row, in a CUDA graph")
+        known = ", ".join(sorted(versions)) or "no lines"
+        raise ValueError(f"--triton {version}: {TABLE.name} has {known}")
+    print(f"Predicted from {TABLE.name}, triton {version}; never measured. {args.shape}, fp16 x, a "
+          f"grid a row, in a CUDA graph")
     for name in args.gpu:
         gpu = GPUS[name]
         print(f"\n{name:4} {'':12} {'':8} tokens     us   x fp16  x int4's limit   bound by")
@@ -123,12 +137,13 @@ def main(args) -> None:
                     fp16 = cublas(gpu, shape, tokens, gpu.memory) + FIXED
                     int4 = max(moved(shape, tokens, 4.25) / (REACHED * gpu.memory),
                                2 * tokens * shape[0] * shape[1] / (CUBLAS * gpu.products)) + FIXED
-                    print(f"{name:4} {format:12} {grid:8} {tokens:6} {seconds * 1e6:6.1f} {fp16 / seconds:8.2f} "
-                          f"{int4 / seconds:10.2f}        {bound}")
+                    print(f"{name:4} {format:12} {grid:8} {tokens:6} {seconds * 1e6:6.1f} "
+                          f"{fp16 / seconds:8.2f} {int4 / seconds:10.2f}        {bound}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", nargs="+", default=list(GPUS), choices=list(GPUS))
     parser.add_argument("--shape", default="4096x11008", help="out x in")
     parser.add_argument("--triton", help="a version that compiled.csv has")

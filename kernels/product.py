@@ -1,15 +1,16 @@
 """y = x W^T for 1 to 64 tokens, with packed W decoded in the registers where the product reads it.
 
-A program owns STRIPS strips of 16 rows; its warps share their columns, 128 at a time, each lane decoding its part of a tile
-(fragments.py draws it, decode.py does it), and add up once at the end. No partial sums go through memory, and inside the
-loop there is no shared memory and no barrier: all tensors are one-dimensional with one element a thread, so that a
-register is what the code says. Words are loaded two tiles ahead.
+A program owns STRIPS strips of 16 rows; its warps share their columns, 128 at a time, each lane
+decoding its part of a tile (fragments.py draws it, decode.py does it), and add up once at the end.
+No partial sums go through memory, and inside the loop there is no shared memory and no barrier: all
+tensors are one-dimensional with one element a thread, so that a register is what the code says.
+Words are loaded two tiles ahead.
 
     PLANES   up to 8 tokens: x times every plane of the codes, weighted once per output (planes.py)
     else     patterns become weights first, then one product each for every 8 tokens
 
-fp32 sums of the tensor cores are cut off, not rounded: after CHUNK tiles they are added to a total outside, and so they
-are after every tile where a grid belongs to GROUP columns (a multiple of 128).
+fp32 sums of the tensor cores are cut off, not rounded: after CHUNK tiles they are added to a total
+outside, and so they are after every tile where a grid belongs to GROUP columns (a multiple of 128).
 
 Reference: y = x @ dequantize(packed).T
 """
@@ -17,7 +18,8 @@ import triton
 import triton.language as tl
 
 from kernels.decode import four, load_masks, load_place, load_words, patterns
-from kernels.planes import P_BF16, P_FP16, grid_numbers, multiply, multiply_planes, to_weights, weigh
+from kernels.planes import (P_BF16, P_FP16, grid_numbers, multiply, multiply_planes, to_weights,
+                            weigh)
 
 
 @triton.jit
@@ -39,12 +41,14 @@ def add(a, b, n: tl.constexpr):
 
 @triton.jit
 def load_x(x_ptr, token, tile, q, ok, K: tl.constexpr):
-    """A lane's columns of one token, 16 q ... and 64 + 16 q ..., two in each of 16 int32 registers. token, tile, q, ok (T,)."""
+    """A lane's columns of one token, 16 q ... and 64 + 16 q ..., two in each of 16 int32 registers.
+    token, tile, q, ok (T,)."""
     out = ()
     for b in tl.static_range(4):
         k = tile * 128 + q * 16 + 64 * (b // 2) + 8 * (b % 2)
-        if K % 8 == 0:                                      # rows begin at 16 bytes; eight columns are inside or not at all
-            at = (x_ptr.to(tl.pointer_type(tl.int32)) + (token * K + k) // 2)[:, None] + tl.arange(0, 4)[None, :]
+        if K % 8 == 0:  # rows begin at 16 bytes; eight columns are inside or not at all
+            first = x_ptr.to(tl.pointer_type(tl.int32)) + (token * K + k) // 2
+            at = first[:, None] + tl.arange(0, 4)[None, :]
             out = out + four(tl.load(at, mask=(ok & (k < K))[:, None], other=0))
         else:
             for i in tl.static_range(4):
@@ -56,8 +60,10 @@ def load_x(x_ptr, token, tile, q, ok, K: tl.constexpr):
 
 
 @triton.jit
-def load_grids(scale_ptr, zero_ptr, row, group, N: tl.constexpr, GROUPS: tl.constexpr, STRIPS: tl.constexpr):
-    """Scales and zeros of the upper and the lower row of every strip, (T,) fp32 each. row: the first strip's upper one."""
+def load_grids(scale_ptr, zero_ptr, row, group, N: tl.constexpr, GROUPS: tl.constexpr,
+               STRIPS: tl.constexpr):
+    """Scales and zeros of the upper and the lower row of every strip, (T,) fp32 each. row: the
+    first strip's upper one."""
     scale, zero = (), ()
     for half in tl.static_range(2 * STRIPS):
         at = tl.minimum(row + 8 * half, N - 1) * GROUPS + group
@@ -67,8 +73,8 @@ def load_grids(scale_ptr, zero_ptr, row, group, N: tl.constexpr, GROUPS: tl.cons
 
 
 @triton.jit
-def fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, tile, lane, STRIPS: tl.constexpr, TILES: tl.constexpr,
-          LAST: tl.constexpr, FORMAT: tl.constexpr):
+def fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, tile, lane, STRIPS: tl.constexpr,
+          TILES: tl.constexpr, LAST: tl.constexpr, FORMAT: tl.constexpr):
     """Masks and words of one tile in every strip, flat. Beyond TILES or the LAST strip: zeros."""
     out = ()
     for s in tl.static_range(STRIPS):
@@ -84,8 +90,8 @@ def fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, tile, lane, STRIPS: tl.
 
 
 @triton.jit
-def weigh_all(sums, scale, zero, STRIPS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, PLANES: tl.constexpr,
-              FORMAT: tl.constexpr, OFFSET: tl.constexpr, FP16: tl.constexpr):
+def weigh_all(sums, scale, zero, STRIPS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
+              PLANES: tl.constexpr, FORMAT: tl.constexpr, OFFSET: tl.constexpr, FP16: tl.constexpr):
     """Sums of products -> sums of w x, 4 registers for every eight tokens and strip."""
     out = ()
     for i in tl.static_range(TOKENS * STRIPS):
@@ -100,22 +106,26 @@ def weigh_all(sums, scale, zero, STRIPS: tl.constexpr, TOKENS: tl.constexpr, PAR
 
 
 @triton.jit
-def store(sums, y_ptr, row, M, N: tl.constexpr, STRIPS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr):
-    """Adds up what the warps have and writes it: lane 4 g + q holds tokens 2 q, 2 q + 1 of its upper and lower row."""
+def store(sums, y_ptr, row, M, N: tl.constexpr, STRIPS: tl.constexpr, TOKENS: tl.constexpr,
+          WARPS: tl.constexpr):
+    """Adds up what the warps have and writes it: lane 4 g + q holds tokens 2 q, 2 q + 1 of its
+    upper and lower row."""
     lane = tl.arange(0, 32)[:, None]
     register = tl.arange(0, 4)[None, :]
     for i in tl.static_range(TOKENS * STRIPS):
-        four = tl.join(tl.join(sums[4 * i], sums[4 * i + 2]), tl.join(sums[4 * i + 1], sums[4 * i + 3]))
-        y = four.reshape(WARPS, 32, 4).sum(0)
+        upper = tl.join(sums[4 * i], sums[4 * i + 2])
+        lower = tl.join(sums[4 * i + 1], sums[4 * i + 3])
+        y = tl.join(upper, lower).reshape(WARPS, 32, 4).sum(0)
         token = i // STRIPS * 8 + lane % 4 * 2 + register % 2
         n = row + i % STRIPS * 16 + lane // 4 + register // 2 * 8
         tl.store(y_ptr + token * N + n, y.to(y_ptr.dtype.element_ty), mask=(token < M) & (n < N))
 
 
-@triton.jit(do_not_specialize=["M"])                        # one kernel for every number of tokens up to 8 * TOKENS
-def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_ptr, zero_ptr, M, N: tl.constexpr,
-                   K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, OFFSET: tl.constexpr, PLANES: tl.constexpr,
-                   STRIPS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, CHUNK: tl.constexpr,
+@triton.jit(do_not_specialize=["M"])  # one kernel for every number of tokens up to 8 * TOKENS
+def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_ptr, zero_ptr, M,
+                   N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
+                   OFFSET: tl.constexpr, PLANES: tl.constexpr, STRIPS: tl.constexpr,
+                   TOKENS: tl.constexpr, WARPS: tl.constexpr, CHUNK: tl.constexpr,
                    UNROLL: tl.constexpr):
     """x (M, K), y (M, N), M <= 8 * TOKENS. Program s has strips s * STRIPS and on."""
     T: tl.constexpr = 32 * WARPS
@@ -124,27 +134,32 @@ def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_p
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
     FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     DENSE: tl.constexpr = FORMAT == "dense"
-    WORDS: tl.constexpr = 6 if FORMAT == "nm" else 8 if DENSE else 10                     # masks and codes of a lane's tile
+    # masks and codes of a lane's tile
+    WORDS: tl.constexpr = 6 if FORMAT == "nm" else 8 if DENSE else 10
     PARTS: tl.constexpr = (1 + (not DENSE) + OFFSET + (DENSE or not FP16)) if PLANES else 1
     SUMS: tl.constexpr = STRIPS * TOKENS * PARTS * 4
     OUTS: tl.constexpr = STRIPS * TOKENS * 4
     STEPS: tl.constexpr = (TILES + WARPS - 1) // WARPS
     CHUNKS: tl.constexpr = (STEPS + CHUNK - 1) // CHUNK
-    EACH: tl.constexpr = (STEPS + CHUNKS - 1) // CHUNKS     # of about one size: at most one step a chunk is for nothing
+    # of about one size: at most one step a chunk is for nothing
+    EACH: tl.constexpr = (STEPS + CHUNKS - 1) // CHUNKS
     thread = tl.arange(0, T)
     lane, warp = thread % 32, thread // 32
     g, q = lane // 4, lane % 4
     strip = tl.program_id(0) * STRIPS
     row = strip * 16 + g
     scale, zero = load_grids(scale_ptr, zero_ptr, row, 0, N, GROUPS, STRIPS)
-    now = fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, warp, lane, STRIPS, TILES, LAST, FORMAT)
-    soon = fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, warp + WARPS, lane, STRIPS, TILES, LAST, FORMAT)
+    now = fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, warp, lane, STRIPS, TILES, LAST,
+                FORMAT)
+    soon = fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, warp + WARPS, lane, STRIPS, TILES,
+                 LAST, FORMAT)
     total = zeros(OUTS, T)
     for chunk in range(CHUNKS):
         sums = zeros(SUMS, T)
         for step in tl.range(EACH, loop_unroll_factor=UNROLL):
             tile = (chunk * EACH + step) * WARPS + warp
-            later = fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, tile + 2 * WARPS, lane, STRIPS, TILES, LAST, FORMAT)
+            later = fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, tile + 2 * WARPS, lane,
+                          STRIPS, TILES, LAST, FORMAT)
             if GROUP:
                 group = tl.minimum(tile, TILES - 1) * 128 // GROUP
                 scale, zero = load_grids(scale_ptr, zero_ptr, row, group, N, GROUPS, STRIPS)
@@ -153,7 +168,8 @@ def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_p
             for s in tl.static_range(STRIPS):
                 pattern = patterns(now[WORDS * s:WORDS * s + WORDS], FORMAT, FP16)
                 if not PLANES:
-                    upper, lower = grid_numbers(zero[2 * s], OFFSET, FP16), grid_numbers(zero[2 * s + 1], OFFSET, FP16)
+                    upper = grid_numbers(zero[2 * s], OFFSET, FP16)
+                    lower = grid_numbers(zero[2 * s + 1], OFFSET, FP16)
                     pattern = to_weights(pattern, upper, lower, OFFSET, FP16)
                 a = a + pattern
             new = ()
@@ -162,14 +178,19 @@ def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_p
                 for s in tl.static_range(STRIPS):
                     part = sums[(t * STRIPS + s) * PARTS * 4:(t * STRIPS + s + 1) * PARTS * 4]
                     if PLANES:
-                        new = new + multiply_planes(part, x, a[32 * s:32 * s + 32], FORMAT, OFFSET, FP16)
+                        new = new + multiply_planes(part, x, a[32 * s:32 * s + 32], FORMAT, OFFSET,
+                                                    FP16)
                     else:
                         new = new + multiply(part, x, a[32 * s:32 * s + 32], P_FP16, P_BF16, FP16)
             sums = new
             if GROUP:
-                total = add(total, weigh_all(sums, scale, zero, STRIPS, TOKENS, PARTS, PLANES, FORMAT, OFFSET, FP16), OUTS)
+                weighted = weigh_all(sums, scale, zero, STRIPS, TOKENS, PARTS, PLANES, FORMAT,
+                                     OFFSET, FP16)
+                total = add(total, weighted, OUTS)
             now = soon
             soon = later
         if not GROUP:
-            total = add(total, weigh_all(sums, scale, zero, STRIPS, TOKENS, PARTS, PLANES, FORMAT, OFFSET, FP16), OUTS)
+            weighted = weigh_all(sums, scale, zero, STRIPS, TOKENS, PARTS, PLANES, FORMAT, OFFSET,
+                                 FP16)
+            total = add(total, weighted, OUTS)
     store(total, y_ptr, strip * 16, M, N, STRIPS, TOKENS, WARPS)

@@ -1,7 +1,9 @@
-"""Packed weights back to dense ones on a GPU, a slab at a time: what large batches are multiplied with by cuBLAS.
+"""Packed weights back to dense ones on a GPU, a slab at a time: what large batches are multiplied
+with by cuBLAS.
 
-A warp decodes a tile of 16 rows x 128 columns as the product does (fragments.py, decode.py), makes numbers of the patterns
-in fp32 and rounds them once, so that the result is the solver's weight bit for bit, in any dtype and with any grouping.
+A warp decodes a tile of 16 rows x 128 columns as the product does (fragments.py, decode.py), makes
+numbers of the patterns in fp32 and rounds them once, so that the result is the solver's weight bit
+for bit, in any dtype and with any grouping.
 
 Reference: `unpack` in unpacking.py
 """
@@ -30,10 +32,11 @@ def grid_at(scale_ptr, zero_ptr, row, k, K: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_strip", "first_tile"])
-def slab_kernel(out_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_ptr, zero_ptr, first_strip, first_tile, width,
-                N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, OFFSET: tl.constexpr,
-                WARPS: tl.constexpr):
-    """out (rows, width): W from row 16 * first_strip and column 128 * first_tile on. Program (strip, WARPS tiles)."""
+def slab_kernel(out_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_ptr, zero_ptr, first_strip,
+                first_tile, width, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+                FORMAT: tl.constexpr, OFFSET: tl.constexpr, WARPS: tl.constexpr):
+    """out (rows, width): W from row 16 * first_strip and column 128 * first_tile on. Program
+    (strip, WARPS tiles)."""
     T: tl.constexpr = 32 * WARPS
     TILES: tl.constexpr = (K + 127) // 128
     thread = tl.arange(0, T)
@@ -61,8 +64,10 @@ def slab_kernel(out_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_ptr, zero
                 if GROUP and GROUP % 8:
                     scale, zero = grid_at(scale_ptr, zero_ptr, row, k + j, K, GROUP)
                 two = pattern[16 * half + 4 * b + j // 2]
-                w = w + (level(two >> 16 if j % 2 else two, scale, zero, OFFSET).to(out_ptr.dtype.element_ty),)
-            even, odd = tl.join(tl.join(w[0], w[4]), tl.join(w[2], w[6])), tl.join(tl.join(w[1], w[5]), tl.join(w[3], w[7]))
+                one = level(two >> 16 if j % 2 else two, scale, zero, OFFSET)
+                w = w + (one.to(out_ptr.dtype.element_ty),)
+            even = tl.join(tl.join(w[0], w[4]), tl.join(w[2], w[6]))
+            odd = tl.join(tl.join(w[1], w[5]), tl.join(w[3], w[7]))
             eight = tl.join(even, odd).reshape(T, 8)
             column = k[:, None] + tl.arange(0, 8)[None, :]
             inside = ok & (n < N)

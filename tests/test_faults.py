@@ -41,6 +41,7 @@ def apart(work) -> str:
     child = os.fork()
     if not child:
         try:
+            torch.set_num_threads(1)                # a fork has none of its parent's OpenMP threads, and waits for them
             work()
         except BaseException as e:
             os.write(write, f"{type(e).__name__}: {e}".encode()[:4000])

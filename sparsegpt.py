@@ -51,9 +51,9 @@ def parse_sparsity(sparsity: float | str) -> tuple[float, int, int]:
     except ValueError:
         raise ValueError(f"sparsity {sparsity!r} is neither a fraction such as 0.5 nor a pattern "
                          f"such as 2:4") from None
-    if not 0 <= fraction < 1:
-        raise ValueError(f"sparsity {fraction}: a fraction of weights to prune is at least 0 and "
-                         f"below 1")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"sparsity {fraction}: a fraction of weights to prune must lie between 0 "
+                         f"and 1")
     return fraction, 0, 0
 
 

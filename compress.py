@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from data import parallel
 from data.progress import Progress
-from gptq import Compressed, gptq
+from gptq import Compressed, gptq, one_thread
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from kernels.unpacking import unpack
@@ -180,7 +180,8 @@ def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_out
         A = (A - torch.outer(a, mean)) * varies
     damped = H.clone()
     damped.diagonal().mul_(1 + damp).add_(1e-6 * H.diagonal().mean() + 1e-12)
-    L = torch.linalg.cholesky(damped)
+    with one_thread():
+        L = torch.linalg.cholesky(damped)
     return Target(W + strength * torch.cholesky_solve(A.T, L).T, H, mean if biased else None,
                   wanted)
 

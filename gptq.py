@@ -26,6 +26,7 @@ held fixed, and `descend`, which goes over the codes again. This file needs only
 codebooks, and groups of unequal width.
 """
 import math
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -198,7 +199,8 @@ def inverse_factor(H: torch.Tensor, percdamp: float = 0.01,
     mean = float(H.diagonal().mean())
     for _ in range(8):
         H.diagonal().add_(percdamp * mean)
-        L, info = torch.linalg.cholesky_ex(H)
+        with one_thread():
+            L, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
             H.zero_().fill_diagonal_(1)             # room for L^-1: large ones count in memory
             torch.linalg.solve_triangular(L, H, upper=False, out=H)
@@ -212,6 +214,18 @@ def inverse_factor(H: torch.Tensor, percdamp: float = 0.01,
                      "inputs finite and real?")
 
 
+@contextmanager
+def one_thread():
+    """On a CPU, one thread for what is inside: LAPACK's factors differ in their last bits from one
+    number of threads to another, as products do not, and every choice made with them follows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def quick_dtype(like: torch.Tensor) -> torch.dtype:
     """What products that stand noise are fastest in: bfloat16, or like's dtype on a CPU without
     instructions for it, where bfloat16 is 10 to 100 times slower."""
@@ -223,8 +237,8 @@ def quick_dtype(like: torch.Tensor) -> torch.dtype:
 def relative_error(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor) -> float:
     """trace((W-V) H (W-V)^T) / trace(W H W^T)."""
     D = W - V
-    lost = ((D @ H) * D).sum()
-    whole = ((W @ H) * W).sum()
+    lost = ((D @ H) * D).sum(1).sum()               # row by row: the same on any number of threads
+    whole = ((W @ H) * W).sum(1).sum()
     return float(lost / whole.clamp(min=1e-30))
 
 

@@ -29,7 +29,7 @@ import math
 import torch
 
 from gptq import (Compressed, Rounder, check, column_groups, column_order, encode, gptq,
-                  inverse_factor, quick_dtype, relative_error, static_grids, sweep)
+                  inverse_factor, one_thread, quick_dtype, relative_error, static_grids, sweep)
 
 SLAB = 2 ** 25          # weights that `prune_and_round` holds many copies of at a time
 
@@ -244,8 +244,10 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
                 Z = torch.where(keep, Z, Z / growth)            # U is in units of 1 / rho
             shrink = None                                       # make room: H is large
             shrink = normalized(H, d, percdamp + rho)
-            shrink = torch.linalg.cholesky(shrink)
-            shrink = torch.cholesky_inverse(shrink).mul_(rho).to(fast)
+            with one_thread():
+                shrink = torch.linalg.cholesky(shrink)
+                shrink = torch.cholesky_inverse(shrink)
+            shrink = shrink.mul_(rho).to(fast)
         gap = torch.where(keep, Z, -Z).sub_(Wn).to(fast)        # D - U - W
         Z = Z.masked_fill_(keep, 0).add_(Wn).add_(gap @ shrink)
         del gap                                                 # `kept` needs room too
@@ -326,8 +328,8 @@ def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str,
     if len(solved) == 1:
         return solved[0]
     del V, U
-    outputs = [float(((W[rows] @ H) * W[rows]).sum()) for rows in slabs]    # mean squares, that of
-    # errors are shares of the outputs
+    # mean squares of the outputs, of which errors are shares
+    outputs = [float(((W[rows] @ H) * W[rows]).sum(1).sum()) for rows in slabs]
     lost = sum(one.error * output for one, output in zip(solved, outputs))
     whole = {name: torch.cat([getattr(one, name) for one in solved])
              for name in ("weight", "mask", "codes", "scale", "zero")

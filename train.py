@@ -203,6 +203,8 @@ def settle(args) -> None:
     args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
     Settings(args.true_sequential, args.correct).check()
     prunes = parse_sparsity(args.sparsity)[0] > 0
+    if parse_sparsity(args.sparsity)[0] == 1:
+        raise ValueError(f"--sparsity {args.sparsity} leaves no weights: use less than 1")
     if args.sym and (args.grid == "offset" or args.grid == "auto" and prunes):
         raise ValueError("--sym does nothing for offset grids, which are symmetric: leave it out, "
                          "or use --grid uniform")

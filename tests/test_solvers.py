@@ -380,3 +380,22 @@ def test_every_step_of_the_stack_lowers_the_error(sparsity, seed):
     rows = list(steps(*random_layer(96, 192, seed), sparsity, 4, naive=True))
     errors = [error for _, error, _ in rows]
     assert len(rows) >= 6 and all(b <= a * 1.05 for a, b in zip(errors, errors[1:])), rows
+
+
+def test_the_number_of_threads_changes_nothing():
+    """With one thread less, or one more, LAPACK's factors differ in the last bits, and codes would follow."""
+    torch.manual_seed(0)
+    X = torch.randn(512, 192) * torch.rand(192)
+    W, H, threads = torch.randn(256, 192), hessian(X), torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            outs = [prune_and_round(W, H, 0.5, 4), sparsegpt(W, H, "2:4", 4), gptq(W, H, 4)]
+            found.append(outs)
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            assert torch.equal(a.weight, b.weight) and torch.equal(a.codes, b.codes) and a.error == b.error

@@ -2,6 +2,7 @@
 
     python -m pytest -q tests/test_study.py
 """
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -124,6 +125,25 @@ def test_every_study_ends_and_again_in_no_time(words, marks, place, monkeypatch)
     for name in ("text_nll", "zero_shot", "Run", "generate", "seconds"):
         monkeypatch.setattr(study, name, lambda *_, **__: pytest.fail("computed again"))
     assert run(place, *words) == got
+
+
+def test_every_flag_does_something(place, tmp_path):
+    """What each flag changes in the tables; a flag without an entry fails."""
+    for name, gold in (("d", 0), ("e", 1)):
+        (tmp_path / name).mkdir()
+        rows = [{"goal": f"{i} apples", "sol1": "hello there", "sol2": "shell", "label": gold} for i in range(4)]
+        (tmp_path / name / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks, one, two = "tasks RUN", place / "one.txt", place / "two.txt"
+    piqa = f"{tasks} --tasks piqa --data-dir {tmp_path / 'd'}"
+    entries = {"tasks": (tasks + " --limit 3", piqa), "data_dir": (piqa, f"{tasks} --tasks piqa --data-dir {tmp_path / 'e'}"),
+               "limit": (f"{tasks} --limit 3", f"{tasks} --limit 4"), "lengths": ("length RUN --lengths 3", "length RUN --lengths 4"),
+               "texts": (f"robust RUN --texts {one}", f"robust RUN --texts {two}"), "study": ("robust RUN", "levels RUN"),
+               "runs": ("levels RUN", f"levels {place / 'b'}")}
+    assert set(entries) == {action.dest for action in study.flags()._actions} - {"help", "out"}       # `run` gives --out
+    for name, commands in entries.items():
+        one, two = (run(place, *command.replace("RUN", str(place / "a")).split()) for command in commands)
+        tables = [json.loads(x["json"])["tables"] for x in (one, two)]
+        assert tables[0] != tables[1], name
 
 
 def test_a_killed_study_goes_on(place, monkeypatch):

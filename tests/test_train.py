@@ -184,7 +184,7 @@ def test_other_settings_without_a_prompt(options, text, tmp_path):
 @needs_tiny
 @pytest.mark.parametrize("options,message", [
     (["--model", "nowhere"], "no checkpoint folder nowhere"), (["--model", "llama-7b"], "hf download huggyllama/llama-7b"),
-    (["--sparsity", "2"], "between 0 and 1"), (["--sparsity", "5:4"], "n:m"), (["--data", "nothing"], "unknown text set"),
+    (["--sparsity", "2"], "between 0 and 1"), (["--sparsity", "1"], "--sparsity 1 leaves no weights"), (["--sparsity", "5:4"], "n:m"), (["--data", "nothing"], "unknown text set"),
     (["--data", "nothing.txt"], "nothing.txt"), (["--seqlen", "100000"], "--seqlen"), (["--seqlen", "500", "--prompt-tokens", "100"], "600 positions"), (["--recipe", "plain", "--static-groups", "--groupsize", "64"], "--act-order"),
     (["--no-true-sequential"], "--correct 0"), (["--prompt-tokens", "0"], "--prompt-tokens"), (["--batch-size", "0"], "--batch-size"), (["--correct", "nan"], "--correct"),
     (["--lr", "-1"], "--lr"), (["--sym"], "--sym does nothing"), (["--device", "nowhere"], "--device nowhere"), (["--resume", "--overwrite"], "exclude"), (["--no-true-sequential", "--correct", "1"], "--correct 0"), (["--bits", "16", "--heal", "8"], "--heal does nothing with --bits 16")])

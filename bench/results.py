@@ -1,0 +1,306 @@
+"""RESULTS.md from runs: what is missing is run, and the tables go between their marks.
+
+    python -m bench.results --folder runs/results                   # the tiny models: an hour, once
+    python -m bench.results --folder runs/results --smollm2 FOLDER --wikitext FOLDER    # and SmolLM2
+    python -m bench.results --folder runs/results --check           # run nothing, write nothing
+
+A command's output is kept in --folder as NAME.log, and how it was made (command, commit, machine,
+seconds) in NAME.json: a killed run goes on, and a command that was changed is run again. RESULTS.md
+holds <!-- part: NAME --> and <!-- end -->; what is between them is from here, all else was written
+by hand. A part whose runs are not in --folder stays as it is. --check says which parts differ.
+"""
+import argparse
+import itertools
+import math
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+from data.checkpoint import read_json, write_atomic, write_json
+from study import commit
+from train import describe_machine
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY = ("--max-tokens 8192 --steps 40 --fused off --nsamples 64 --dtype float32 --device cpu "
+        "--batch-size 4")
+WIKI = "--data {wikitext}/wiki.test.raw --dtype float32 --device cpu"
+CALIBRATED = "--calib {wikitext}/wiki.valid.raw --nsamples 32 --seqlen 512 --max-tokens 40960"
+TAUGHT = ("--train-data {wikitext}/wiki.valid.raw --seqlen 256 --max-tokens 6144 --batch-size 1 "
+          "--steps 80 --val-windows 4 --fused off")
+
+
+BAR = re.compile(r"[#-]{20} \d+/\d+")                          # of a progress bar
+
+
+class Family(NamedTuple):
+    """Runs of one program that differ in a few values. `{name}` in a command is one of them, or a
+    folder: {out} where the runs are, {smollm2}, {wikitext}."""
+    name: str                           # of one run, with its values in it
+    command: str                        # what follows `python`
+    values: dict[str, tuple] = {}
+    without: tuple[str, ...] = ()       # names of runs that are not wanted
+
+    def members(self) -> list[dict]:
+        """{name: value} of every run."""
+        every = [dict(zip(self.values, picked)) for picked in itertools.product(*self.values.values())]
+        return [member for member in every if fill(self.name, member) not in self.without]
+
+    def shown(self) -> str:
+        """The command as a reader types it, and which values it was run with."""
+        capitals = {name: name.upper() for name in (*self.values, "smollm2", "wikitext")}
+        line = fill(f"python {self.command}", {**capitals, "out": "FOLDER"})
+        if self.command.startswith("train.py"):
+            line += " --out FOLDER/" + fill(self.name, capitals)
+        sets = [f"{name.upper()} {', '.join(map(str, picked))}" for name, picked in self.values.items()]
+        if self.without:
+            sets.append(f"without {', '.join(self.without)}")
+        return f"`{line}`" + (f" ({'; '.join(sets)})" if sets else "")
+
+
+class Part(NamedTuple):
+    families: list[Family]
+    table: Callable[[Path], str]        # of the folder of runs
+
+
+def fill(text: str, values: dict) -> str:
+    """text with every {name} replaced that values has."""
+    for name, value in values.items():
+        text = text.replace("{" + name + "}", str(value))
+    return text
+
+
+# -------------------------------------------------------------------------------------------------
+# Tables.
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def study_table(name: str, folder: str = "study") -> Callable[[Path], str]:
+    """The tables that study.py wrote."""
+    def table(out: Path) -> str:
+        text = (out / folder / f"{name}.md").read_text(encoding="utf-8")
+        body = text.split("\n", 1)[1]                           # behind the title
+        return body[:body.rindex("\n`python study.py")].strip()
+    return table
+
+
+def printed(name: str) -> Callable[[Path], str]:
+    """What a command printed, as it stands."""
+    def table(out: Path) -> str:
+        lines = (out / f"{name}.log").read_text(encoding="utf-8").splitlines()
+        return "\n".join(f"    {line}".rstrip() for line in lines if not BAR.search(line))
+    return table
+
+
+def rows_of(out: Path, name: str) -> dict[str, dict]:
+    """{name: row} of a run's table, with the seconds that its making took."""
+    seconds = read_json(out / name / "seconds.json")
+    rows = read_json(out / name / "report.json")["rows"]
+    return {row["name"]: {**row, "seconds": seconds[row["name"]]["making"]} for row in rows}
+
+
+def layer_errors(out: Path, name: str) -> tuple[float, float]:
+    """(error, error_heldout), relative, means over the Linears of a run."""
+    layers = read_json(out / name / "report.json")["layers"]
+    return tuple(statistics.mean(layer[key] for layer in layers) for key in ("error", "error_heldout"))
+
+
+def several(values: list[float], digits: int = 2) -> str:
+    """The geometric mean, and the values of all seeds in brackets."""
+    mean = math.exp(statistics.mean(map(math.log, values)))
+    return f"{mean:.{digits}f} ({', '.join(f'{v:.{digits}f}' for v in values)})"
+
+
+def calibration_table(out: Path) -> str:
+    models, seeds, counts = (CALIBRATION.values[key] for key in ("model", "seed", "nsamples"))
+    head = ["tokens"]
+    for model in models:
+        head += [f"{model}, perplexity", "error of a Linear", "held out"]
+    rows = []
+    for count in counts:
+        row = [f"{256 * count:,}"]
+        for model in models:
+            names = [fill(CALIBRATION.name, dict(model=model, seed=seed, nsamples=count)) for seed in seeds]
+            errors = [statistics.mean(pair) for pair in zip(*(layer_errors(out, n) for n in names))]
+            row.append(several([rows_of(out, n)["compressed"]["perplexity"] for n in names]))
+            row += [f"{error:.4f}" for error in errors]
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def smollm2_table(out: Path) -> str:
+    """Every level: dense once, compressed, and healed where that was asked for."""
+    head = ["bits", "sparsity", "bits a weight in Linears", "MB", "compressed", "made, s",
+            "error of a Linear", "held out"]
+    rows = []
+    for member in SMOLLM2.members():
+        name = fill(SMOLLM2.name, member)
+        found = rows_of(out, name)
+        row, errors = found["compressed"], layer_errors(out, name)
+        if not rows:
+            dense = found["dense"]
+            rows.append(["16", "0", "16", f"{dense['megabytes']:.1f}", f"{dense['perplexity']:.2f}", "", "", ""])
+        rows.append([str(member["bits"]), member["sparsity"], f"{row['linear_bits_per_weight']:.2f}",
+                     f"{row['megabytes']:.1f}", f"{row['perplexity']:.2f}", f"{row['seconds']:,.0f}",
+                     *(f"{error:.4f}" for error in errors)])
+    return markdown(head, rows)
+
+
+def healed_table(out: Path) -> str:
+    rows = [[name, f"{row['perplexity']:.3f}", f"{row['megabytes']:.1f}", f"{row['seconds']:,.0f}"]
+            for name, row in rows_of(out, "smollm2-healed").items()]
+    return markdown(["", "perplexity", "MB", "made, s"], rows)
+
+
+# -------------------------------------------------------------------------------------------------
+# Parts, in the order of RESULTS.md.
+
+ONE = Family("4bit-0.5", f"train.py {TINY} --control")
+LEVELS = Family("{bits}bit-{sparsity}", f"train.py {TINY} --bits {{bits}} --sparsity {{sparsity}} --no-control",
+                {"bits": (2, 3, 4, 16), "sparsity": ("0", "0.5", "0.625", "0.75", "2:4")},
+                without=("16bit-0", "4bit-0.5"))                # the dense model; and ONE
+CALIBRATION = Family("{model}-{nsamples}-{seed}", "train.py --model {model} --nsamples {nsamples} --seed {seed} "
+                     "--steps 0 --max-tokens 16384 --dtype float32 --device cpu",
+                     {"model": ("tiny-llama", "tiny-opt"), "nsamples": (32, 64, 128, 256, 512, 1024),
+                      "seed": (0, 1)})
+SMOLLM2 = Family("smollm2-{bits}bit-{sparsity}", f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 "
+                 "--heal 0 --bits {bits} --sparsity {sparsity}",
+                 {"bits": (4, 3), "sparsity": ("0.5", "0.625", "2:4", "0")},
+                 without=tuple(f"smollm2-3bit-{s}" for s in ("0.5", "0.625", "2:4")))
+HEALED = Family("smollm2-healed", f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 32")
+PROMPTS = Family("{kind}-{objective}", "train.py --model {out}/smollm2-4bit-0.5/compressed --dense {smollm2} --control "
+                 f"--kind {{kind}} --objective {{objective}} {TAUGHT} {WIKI}",
+                 {"kind": ("embedding", "prefix"), "objective": ("next", "kl")})
+
+
+def study(name: str, runs: list[str], options: str = "", folder: str = "study") -> Family:
+    where = " ".join(f"{{out}}/{run}" for run in runs)
+    return Family(f"{folder}-{name}", f"study.py {name} {where}{options} --out {{out}}/{folder}")
+
+
+def names(*families: Family) -> list[str]:
+    """Of all runs of the families."""
+    return [fill(family.name, member) for family in families for member in family.members()]
+
+
+PARTS = {
+    "levels": Part([ONE, LEVELS, study("levels", names(ONE, LEVELS))], study_table("levels")),
+    "recipes": Part([ONE, study("recipes", ["4bit-0.5"])], study_table("recipes")),
+    "transfer": Part([ONE, LEVELS, study("transfer", ["4bit-0.5", "4bit-0", "3bit-0.5", "4bit-0.625", "16bit-0.5", "4bit-2:4"])],
+                     study_table("transfer")),
+    "length": Part([ONE, study("length", ["4bit-0.5"])], study_table("length")),
+    "hard": Part([ONE, study("hard", ["4bit-0.5"], " --limit 60")], study_table("hard")),
+    "robust": Part([ONE, study("robust", ["4bit-0.5"])], study_table("robust")),
+    "tasks": Part([ONE, study("tasks", ["4bit-0.5"], " --limit 60")], study_table("tasks")),
+    "calibration": Part([CALIBRATION], calibration_table),
+    "prompt learning": Part([Family("prompts", "-m bench.prompts data/tiny/llama --batch 4 --tokens 256 --steps 20")],
+                            printed("prompts")),
+    "smollm2": Part([SMOLLM2], smollm2_table),
+    "smollm2 healed": Part([HEALED], healed_table),
+    "smollm2 prompts": Part([SMOLLM2, PROMPTS, study("recipes", names(PROMPTS), folder="study-smollm2")],
+                            study_table("recipes", "study-smollm2")),
+    "walk": Part([Family("walk", "-m bench.walk --shape llama-7b --blocks 1 --nsamples 16 --seqlen 2048 --folder {out}/7b")],
+                 printed("walk")),
+}
+LONG = ("smollm2", "smollm2 healed", "smollm2 prompts", "walk")     # not without --smollm2
+
+
+# -------------------------------------------------------------------------------------------------
+# Running, and writing.
+
+def perform(family: Family, member: dict, folders: dict[str, str]) -> None:
+    """Run a command unless it has run; a killed run of train.py is continued."""
+    out = Path(folders["out"])
+    name, command = fill(family.name, member), fill(family.command, member)
+    note = out / f"{name}.json"
+    if note.exists() and read_json(note)["command"] == command:
+        return
+    words = shlex.split(fill(command, folders))
+    if words[0] == "train.py":
+        words += ["--out", str(out / name), "--resume"]
+    print(f"python {shlex.join(words)}", flush=True)
+    start, log = time.time(), out / f"{name}.log"
+    with open(log, "w", encoding="utf-8") as file:
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise ValueError(f"python {shlex.join(words)} failed: read {log}")
+    write_json(note, {"command": command, "commit": commit(), "machine": describe_machine("cpu"),
+                      "seconds": time.time() - start})
+
+
+def part_text(name: str, out: Path) -> str | None:
+    """What stands between the marks of a part, or None where something has not run. Commands that
+    an earlier part has shown are not shown again."""
+    part, notes = PARTS[name], []
+    earlier = [PARTS[other] for other in list(PARTS)[:list(PARTS).index(name)]]
+    shown = [family for other in earlier for family in other.families]
+    for family in part.families:
+        for member in family.members():
+            note = out / f"{fill(family.name, member)}.json"
+            if not note.exists() or read_json(note)["command"] != fill(family.command, member):
+                return None
+            if family not in shown:
+                notes.append(read_json(note))
+    lines = [f"- {family.shown()}" for family in part.families if family not in shown]
+    where = ", ".join(sorted({f"commit {n['commit']}, {n['machine']}" for n in notes}))
+    took = f"{sum(n['seconds'] for n in notes) / 60:,.0f} minutes in all"
+    return "\n".join([part.table(out), "", *lines, "", f"Seed 0 where none is named; {where}; {took}."])
+
+
+def put(text: str, name: str, inside: str) -> str:
+    """text with `inside` between the marks of a part. Raises ValueError if it has none."""
+    marks = re.compile(rf"(<!-- part: {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
+    if not marks.search(text):
+        raise ValueError(f"RESULTS.md has no <!-- part: {name} --> ... <!-- end -->")
+    return marks.sub(lambda m: f"{m[1]}\n{inside}\n\n{m[2]}", text)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Run what RESULTS.md shows, and write its tables.")
+    p.add_argument("--folder", default="runs/results", help="folder of the runs (default runs/results)")
+    p.add_argument("--smollm2", metavar="FOLDER", help="SmolLM2-135M-Instruct; also runs what needs it")
+    p.add_argument("--wikitext", metavar="FOLDER", help="folder of wiki.valid.raw and wiki.test.raw")
+    p.add_argument("--parts", metavar="NAME,NAME,...", help=f"of {', '.join(PARTS)} (default: all that can run)")
+    p.add_argument("--check", action="store_true", help="run and write nothing; exit code 1 if a part differs")
+    args = p.parse_args()
+    if bool(args.smollm2) != bool(args.wikitext):
+        p.error("--smollm2 and --wikitext belong together")
+    picked = args.parts.split(",") if args.parts else [n for n in PARTS if args.smollm2 or n not in LONG]
+    unknown = [name for name in picked if name not in PARTS]
+    if unknown:
+        p.error(f"--parts: no part {unknown[0]}; choose from {', '.join(PARTS)}")
+    out = Path(args.folder).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    folders = {"out": out}
+    if args.smollm2:
+        folders |= {"smollm2": Path(args.smollm2).resolve(), "wikitext": Path(args.wikitext).resolve()}
+    path = ROOT / "RESULTS.md"
+    differing = []
+    for name in picked:
+        if not args.check:
+            for family in PARTS[name].families:
+                for member in family.members():
+                    perform(family, member, folders)
+        text = path.read_text(encoding="utf-8")
+        inside = part_text(name, out)
+        if inside is None:
+            print(f"{name}: not run in {out}")
+        elif put(text, name, inside) != text:
+            differing.append(name)
+            if not args.check:
+                changed = put(text, name, inside)
+                write_atomic(path, lambda f: f.write(changed.encode()))
+    print(f"RESULTS.md: {'differs in' if args.check else 'changed in'} {', '.join(differing) or 'nothing'}")
+    sys.exit(bool(args.check and differing))
+
+
+if __name__ == "__main__":
+    main()

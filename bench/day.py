@@ -20,6 +20,7 @@ disk.
 """
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import multiprocessing
@@ -38,7 +39,8 @@ BATCHES = (1, 16, 64, 512, 4096)
 # shape, groupsize, tokens, dtype of the checks: rows and columns that fill no tile; several steps
 # of a warp; all kernels
 CHECKS = (((33, 130), -1, (1, 12, 100), torch.float16), ((80, 1100), 128, (5, 64), torch.bfloat16))
-WARMED = 36  # cases whose kernels are compiled before
+WARMED = 36                                                 # cases whose kernels are compiled before
+KEPT = 6                                                    # layers, 0.6 GB each with their copies, not made anew
 TOLERANCE = {torch.float16: 2 ** -10, torch.bfloat16: 2 ** -6}
 COLUMNS = ("kind", "case", "value", "fp16", "int4")
 
@@ -156,17 +158,20 @@ def warm(part: int, parts: int) -> None:
     for one in all_checks()[part::parts]:
         with contextlib.suppress(RuntimeError, ValueError):
             list(check(*one, device))
-    for case in cases()[:WARMED][part::parts]:
-        with contextlib.suppress(RuntimeError, ValueError):
-            packed = random_layer(case.shape, case.format, case.grid, -1, device)
-            layer = PackedLinear(packed).to(device)
+    layers = {}                                             # each is packed once, for all its cases
+    for case in cases()[:WARMED]:
+        layers.setdefault((case.shape, case.format, case.grid), []).append(case)
+    for key, wanted in list(layers.items())[part::parts]:
+        layer = PackedLinear(random_layer(*key, -1, device)).to(device)
+        for case in wanted:
             width = case.shape[1] if case.direction == "forward" else case.shape[0]
             x = torch.zeros(case.batch, width, device=device).half()
-            layer.product(x, transposed=case.direction != "forward")
+            with contextlib.suppress(RuntimeError, ValueError):
+                layer.product(x, transposed=case.direction != "forward")
 
 
 def warm_all() -> None:
-    parts = max(1, min(8, os.cpu_count() or 1))
+    parts = max(1, min(16, os.cpu_count() or 1))
     with multiprocessing.get_context("spawn").Pool(parts) as pool:
         pool.starmap(warm, [(part, parts) for part in range(parts)], chunksize=1)
 
@@ -187,9 +192,15 @@ def bandwidth(record: Record, device: torch.device) -> None:
                2 * a.nbytes / median_time([lambda: b.copy_(a)], device, 20))
 
 
+@functools.lru_cache(maxsize=KEPT)
+def forms_of(shape: tuple[int, int], format: str, grid: str, device: torch.device):
+    from bench.kernels import beside
+    return beside(shape, format, grid, -1, torch.float16, device)
+
+
 def time_product(case: Case, record: Record, device: torch.device, repeats: int = 20) -> None:
-    from bench.kernels import beside, calls_of, median_time
-    forms = beside(case.shape, case.format, case.grid, -1, torch.float16, device)
+    from bench.kernels import calls_of, median_time
+    forms = forms_of(case.shape, case.format, case.grid, device)
     forward = case.direction == "forward"
     x = torch.randn(case.batch, case.shape[1 if forward else 0], device=device).half()
     with torch.no_grad():

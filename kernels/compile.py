@@ -45,12 +45,12 @@ from kernels.slab import slab_kernel
 
 TABLE = Path(__file__).with_name("compiled.csv")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-ARCHS = (80, 89, 90)
+ARCHS = (80, 89, 90, 100, 120)
 FORMATS, GRIDS = ("dense", "nm", "unstructured"), ("uniform", "offset")
 LAYER = (4096, 11008)
-SHAPES = ((4096, 4096), (2048, 8192))  # LLaMA-7B's attention and the way up, OPT-1.3B's way down
+SHAPES = ((4096, 4096), (11008, 4096), (2048, 8192))          # LLaMA-7B, and OPT-1.3B's way down
 SLAB = 0  # in the place of tokens: the kernel that unpacks
-TOKENS = (8, 16, 64, SLAB)
+TOKENS = (8, 16, 32, 64, SLAB)
 # the columns that name a kernel
 KEY = ("triton", "sm", "tokens", "format", "grid", "x", "group", "shape")
 ALU = ("LOP3 SHF PRMT IADD3 IADD SEL ISETP LEA VIADD IABS IMNMX VIMNMX FMNMX PLOP3 P2R R2P BMSK "
@@ -71,7 +71,7 @@ class Variant(NamedTuple):
 
 
 def variants(archs=ARCHS, formats=FORMATS, tokens=TOKENS) -> Iterator[Variant]:
-    """On an H100 the kernels of four numbers of tokens, and up to 8 also bf16, groups and other
+    """On an H100 the kernels of all numbers of tokens, and up to 8 also bf16, groups and other
     shapes; elsewhere up to 8."""
     for arch, count, format, grid in itertools.product(archs, tokens, formats, GRIDS):
         if arch != 90 and count != 8:
@@ -94,13 +94,13 @@ def build(v: Variant) -> Built:
     if v.tokens == SLAB:
         kernel, warps, in_loop, in_all = slab_kernel, 4, 64, 64
         constants = dict(N=N, K=K, GROUP=v.group, FORMAT=v.format, OFFSET=v.grid == "offset",
-                         WARPS=warps)
+                         EIGHTS=True, WARPS=warps)
     else:
         meta = dict(shape=v.shape, format=v.format, grid=v.grid, groupsize=v.group or -1)
         kernel, constants = product_kernel, launch(meta, v.tokens)[1]
         warps = constants.pop("num_warps")
         in_loop = 64 * constants["STRIPS"] * constants["UNROLL"]
-        in_all = 64 * constants["STRIPS"] * steps_of(K)
+        in_all = 64 * constants["STRIPS"] * steps_of(K, v.tokens)
     types = dict(x_ptr=f"*{v.dtype}", y_ptr=f"*{v.dtype}", out_ptr=f"*{v.dtype}", mask_ptr="*i32",
                  codes_ptr="*i32", start_ptr="*i32", at_ptr="*u8", scale_ptr="*fp16",
                  zero_ptr="*fp16", M="i32", first_strip="i32", first_tile="i32", width="i32")
@@ -230,10 +230,9 @@ def main(args) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS,
-                        help="80, 89, 90; 100 and 120 where triton can")
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, choices=ARCHS)
     parser.add_argument("--format", nargs="+", default=FORMATS, choices=FORMATS)
-    parser.add_argument("--tokens", nargs="+", default=["8", "16", "64", "slab"],
+    parser.add_argument("--tokens", nargs="+", default=["8", "16", "32", "64", "slab"],
                         choices=["8", "16", "32", "64", "slab"])
     parser.add_argument("--write", action="store_true",
                         help="put the lines printed into compiled.csv")

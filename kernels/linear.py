@@ -146,7 +146,7 @@ class PackedLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
-        if self.fused and self.decodes(x):
+        if kind == "cpu" and self.fused and self.decodes(x):
             y = self.decoder[1](x)
         elif x.requires_grad and torch.is_grad_enabled():
             y = PackedMatmul.apply(x, self)
@@ -158,16 +158,19 @@ class PackedLinear(nn.Module):
         """x W^T, or x W: by Triton on a GPU, or by unpacking W for this one product."""
         if self.fused and self.in_triton and x.is_cuda and x.dtype != torch.float64:
             from kernels.matmul import matmul, matmul_transposed
+            multiply = matmul_transposed if transposed else matmul
+            if x.device.index == torch.cuda.current_device():
+                return multiply(x, self.launches())
             with torch.cuda.device_of(x):
-                return (matmul_transposed if transposed else matmul)(x, self.launches())
+                return multiply(x, self.launches())
         weight = self.weight_dequantized(computed_in(x))
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(weight.dtype), weight.T if transposed else weight).to(x.dtype)
 
     def decodes(self, x: torch.Tensor) -> bool:
-        """Is this a CPU decoding step? Makes the cache if so."""
+        """Is this a decoding step, on a CPU? Makes the cache if so."""
         tokens = x.numel() // self.in_features
-        if x.device.type != "cpu" or not self.decode_cache:
+        if not self.decode_cache:
             return False
         if x.requires_grad and torch.is_grad_enabled():
             return False

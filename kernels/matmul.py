@@ -30,7 +30,6 @@ from kernels.slab import slab_kernel
 FUSED = {80: 64, 86: 64, 89: 64, 90: 64, 100: 64, 120: 64}
 SLAB_BYTES = 45_000_000
 CHUNK = 15  # tiles of 128 columns that a warp adds up in one go
-WARPS = 8                                                   # a program of product.py
 UNROLL = 3, 2, 1  # of three: a step's words go round in three sets of registers
 
 
@@ -50,9 +49,14 @@ def in_fp16(fragments: Fragments) -> bool:
     return bool(reach.all())
 
 
-def steps_of(K: int) -> int:
+def warps_of(K: int, tokens: int) -> int:
+    """Warps of a program, which share the columns: each should have about eight tiles or more."""
+    return 8 if K > 8192 and tokens <= 32 else 4
+
+
+def steps_of(K: int, tokens: int) -> int:
     """Tiles of 128 columns that a warp decodes."""
-    return -(-K // (128 * WARPS))
+    return -(-K // (128 * warps_of(K, tokens)))
 
 
 def strips_of(tokens: int) -> int:
@@ -63,12 +67,12 @@ def strips_of(tokens: int) -> int:
 def launch(meta: dict, tokens: int) -> tuple[tuple[int], dict]:
     """-> grid and constants of product_kernel for up to 8, 16, 32 or 64 tokens."""
     N, K = meta["shape"]
-    strips, unroll = strips_of(tokens), 1
+    warps, strips, unroll = warps_of(K, tokens), strips_of(tokens), 1
     if tokens == 8:                                         # a loop of one pass would spill
-        unroll = next((n for n in UNROLL if 2 * n <= steps_of(K)), 1)
+        unroll = next((n for n in UNROLL if 2 * n <= steps_of(K, tokens)), 1)
     constants = dict(N=N, K=K, GROUP=max(meta["groupsize"], 0), FORMAT=meta["format"],
                      OFFSET=meta["grid"] == "offset", PLANES=tokens == 8, STRIPS=strips,
-                     TOKENS=tokens // 8, WARPS=WARPS, CHUNK=CHUNK, UNROLL=unroll, num_warps=WARPS)
+                     TOKENS=tokens // 8, WARPS=warps, CHUNK=CHUNK, UNROLL=unroll, num_warps=warps)
     return (-(-tiles_of(meta)[0] // strips),), constants
 
 
@@ -85,13 +89,23 @@ class Plan:
         whole = size == -1 or size % 128 == 0
         self.most = 0 if not whole else 64 if in_fp16(fragments) else 8
         self.most = min(self.most, fused_tokens(none.device))
-        self.launches = {}
+        self.ready = {}                                     # by bucket and dtype: a launch and its constants
 
-    def of(self, tokens: int) -> tuple[tuple[int], dict]:
-        bucket = max(8, 1 << (tokens - 1).bit_length())     # 8, 16, 32, 64
-        if bucket not in self.launches:
-            self.launches[bucket] = launch(self.meta, bucket)
-        return self.launches[bucket]
+    def multiply(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y (M, N) = x (M, K) W^T for up to self.most tokens, fp16 or bf16, both contiguous. Triton
+        looks at every argument of a call; a kernel that is compiled is launched without that."""
+        M = len(x)
+        bucket = max(8, 1 << (M - 1).bit_length())          # 8, 16, 32, 64
+        ready = self.ready.get((bucket, x.dtype))
+        if ready is not None:
+            run, constants = ready
+            run(x, y, *self.pointers, M, *constants)
+            return
+        grid, constants = launch(self.meta, bucket)
+        compiled = product_kernel[grid](x, y, *self.pointers, M, **constants)
+        if compiled is not None:                            # the interpreter compiles nothing
+            values = [constants[name] for name in product_kernel.arg_names if name in constants]
+            self.ready[bucket, x.dtype] = compiled[(*grid, 1, 1)], values
 
 
 def matmul(x: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -103,12 +117,12 @@ def matmul(x: torch.Tensor, plan: Plan) -> torch.Tensor:
     M = len(flat)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if 0 < M <= plan.most and x.dtype != torch.float32:
-        grid, constants = plan.of(M)
-        product_kernel[grid](flat, y, *plan.pointers, M, **constants)
+        plan.multiply(flat, y)
     elif M:
         for a, b in slabs(N, K, x.dtype, 16):
             weight = unpack_slab(plan, x.dtype, (a, b), (0, K))
             torch.mm(flat, weight.T, out=y[:, a:b])
+            del weight                                      # the next slab takes its place
     return y.view(*x.shape[:-1], N)
 
 
@@ -121,6 +135,7 @@ def matmul_transposed(dy: torch.Tensor, plan: Plan) -> torch.Tensor:
         for a, b in slabs(K, N, dy.dtype, 128):
             weight = unpack_slab(plan, dy.dtype, (0, N), (a, b))
             torch.mm(flat, weight, out=dx[:, a:b])
+            del weight
     return dx.view(*dy.shape[:-1], K)
 
 
@@ -140,9 +155,10 @@ def unpack_slab(plan: Plan, dtype: torch.dtype, rows: tuple[int, int],
     meta, width = plan.meta, columns[1] - columns[0]
     out = torch.empty(rows[1] - rows[0], width, dtype=dtype, device=plan.pointers[0].device)
     grid = (-(-out.shape[0] // 16), -(-width // 512))
+    eights = dtype.itemsize == 2 and width % 8 == 0
     slab_kernel[grid](out, *plan.pointers, rows[0] // 16, columns[0] // 128, width, *meta["shape"],
-                      max(meta["groupsize"], 0), meta["format"], meta["grid"] == "offset", 4,
-                      num_warps=4)
+                      max(meta["groupsize"], 0), meta["format"], meta["grid"] == "offset", eights,
+                      4, num_warps=4)
     return out
 
 

@@ -112,7 +112,7 @@ def lines_of(version: str, sm: int, format: str, grid: str) -> dict[int, dict[st
 
 
 def kernel_for(tokens: int) -> int:
-    return SLAB if tokens > 64 else next(n for n in (8, 16, 64) if tokens <= n)
+    return SLAB if tokens > 64 else next(n for n in (8, 16, 32, 64) if tokens <= n)
 
 
 def main(args) -> None:

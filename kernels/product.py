@@ -4,7 +4,7 @@ A program owns STRIPS strips of 16 rows; its warps share their columns, 128 at a
 decoding its part of a tile (fragments.py draws it, decode.py does it), and add up once at the end.
 No partial sums go through memory, and inside the loop there is no shared memory and no barrier: all
 tensors are one-dimensional with one element a thread, so that a register is what the code says.
-Words are loaded two tiles ahead.
+Words are loaded two tiles ahead, and up to 8 tokens' x one tile.
 
     PLANES   up to 8 tokens: x times every plane of the codes, weighted once per output (planes.py)
     else     patterns become weights first, then one product each for every 8 tokens
@@ -60,6 +60,15 @@ def load_x(x_ptr, token, tile, q, ok, K: tl.constexpr):
 
 
 @triton.jit
+def load_tokens(x_ptr, tile, g, q, M, K: tl.constexpr, TOKENS: tl.constexpr):
+    """Columns of a tile of 8 * TOKENS tokens, 16 registers for every eight of them."""
+    out = ()
+    for t in tl.static_range(TOKENS):
+        out = out + load_x(x_ptr, 8 * t + g, tile, q, 8 * t + g < M, K)
+    return out
+
+
+@triton.jit
 def load_grids(scale_ptr, zero_ptr, row, group, N: tl.constexpr, GROUPS: tl.constexpr,
                STRIPS: tl.constexpr):
     """Scales and zeros of the upper and the lower row of every strip, (T,) fp32 each. row: the
@@ -109,16 +118,16 @@ def weigh_all(sums, scale, zero, STRIPS: tl.constexpr, TOKENS: tl.constexpr, PAR
 def store(sums, y_ptr, row, M, N: tl.constexpr, STRIPS: tl.constexpr, TOKENS: tl.constexpr,
           WARPS: tl.constexpr):
     """Adds up what the warps have and writes it: lane 4 g + q holds tokens 2 q, 2 q + 1 of its
-    upper and lower row."""
-    lane = tl.arange(0, 32)[:, None]
-    register = tl.arange(0, 4)[None, :]
+    upper row in its first two registers, of its lower row in the others. One register at a time,
+    so that lanes which are neighbours are neighbours in shared memory too."""
+    lane = tl.arange(0, 32)
     for i in tl.static_range(TOKENS * STRIPS):
-        upper = tl.join(sums[4 * i], sums[4 * i + 2])
-        lower = tl.join(sums[4 * i + 1], sums[4 * i + 3])
-        y = tl.join(upper, lower).reshape(WARPS, 32, 4).sum(0)
-        token = i // STRIPS * 8 + lane % 4 * 2 + register % 2
-        n = row + i % STRIPS * 16 + lane // 4 + register // 2 * 8
-        tl.store(y_ptr + token * N + n, y.to(y_ptr.dtype.element_ty), mask=(token < M) & (n < N))
+        for j in tl.static_range(4):
+            y = sums[4 * i + j].reshape(WARPS, 32).sum(0)
+            token = i // STRIPS * 8 + lane % 4 * 2 + j % 2
+            n = row + i % STRIPS * 16 + lane // 4 + j // 2 * 8
+            tl.store(y_ptr + token * N + n, y.to(y_ptr.dtype.element_ty),
+                     mask=(token < M) & (n < N))
 
 
 @triton.jit(do_not_specialize=["M"])  # one kernel for every number of tokens up to 8 * TOKENS
@@ -153,6 +162,8 @@ def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_p
                 FORMAT)
     soon = fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, warp + WARPS, lane, STRIPS, TILES,
                  LAST, FORMAT)
+    if PLANES:
+        x = load_tokens(x_ptr, warp, g, q, M, K, TOKENS)
     total = zeros(OUTS, T)
     for chunk in range(CHUNKS):
         sums = zeros(SUMS, T)
@@ -160,6 +171,8 @@ def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_p
             tile = (chunk * EACH + step) * WARPS + warp
             later = fetch(mask_ptr, codes_ptr, start_ptr, at_ptr, strip, tile + 2 * WARPS, lane,
                           STRIPS, TILES, LAST, FORMAT)
+            if PLANES:
+                next_x = load_tokens(x_ptr, tile + WARPS, g, q, M, K, TOKENS)
             if GROUP:
                 group = tl.minimum(tile, TILES - 1) * 128 // GROUP
                 scale, zero = load_grids(scale_ptr, zero_ptr, row, group, N, GROUPS, STRIPS)
@@ -174,14 +187,17 @@ def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_p
                 a = a + pattern
             new = ()
             for t in tl.static_range(TOKENS):
-                x = load_x(x_ptr, 8 * t + g, tile, q, 8 * t + g < M, K)
+                if PLANES:
+                    one = x[16 * t:16 * t + 16]
+                else:
+                    one = load_x(x_ptr, 8 * t + g, tile, q, 8 * t + g < M, K)
                 for s in tl.static_range(STRIPS):
                     part = sums[(t * STRIPS + s) * PARTS * 4:(t * STRIPS + s + 1) * PARTS * 4]
                     if PLANES:
-                        new = new + multiply_planes(part, x, a[32 * s:32 * s + 32], FORMAT, OFFSET,
+                        new = new + multiply_planes(part, one, a[32 * s:32 * s + 32], FORMAT, OFFSET,
                                                     FP16)
                     else:
-                        new = new + multiply(part, x, a[32 * s:32 * s + 32], P_FP16, P_BF16, FP16)
+                        new = new + multiply(part, one, a[32 * s:32 * s + 32], P_FP16, P_BF16, FP16)
             sums = new
             if GROUP:
                 weighted = weigh_all(sums, scale, zero, STRIPS, TOKENS, PARTS, PLANES, FORMAT,
@@ -189,6 +205,8 @@ def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_p
                 total = add(total, weighted, OUTS)
             now = soon
             soon = later
+            if PLANES:
+                x = next_x
         if not GROUP:
             weighted = weigh_all(sums, scale, zero, STRIPS, TOKENS, PARTS, PLANES, FORMAT, OFFSET,
                                  FP16)

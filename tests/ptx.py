@@ -47,6 +47,14 @@ def fma_halves(dtype):
     return operation
 
 
+def both_halves(dtype):
+    """Two fp32 registers, rounded to 16 bits: the first becomes the upper half."""
+    def operation(high, low):
+        two = torch.from_numpy(np.stack((low, high), -1).view(np.float32)).to(dtype)
+        return two.view(torch.int16).numpy().view(U32)[..., 0]
+    return operation
+
+
 def shifted(a, n, by):
     """32-bit shifts give 0 from 32 on."""
     return np.where(n > 31, U32(0), by(a, np.minimum(n, U32(31))))
@@ -76,11 +84,19 @@ def mma(kind, A, B, C):
     return [(c.view(np.float32).reshape(warps, 32) + p).astype(np.float32).reshape(-1).view(U32) for c, p in zip(C, places)]
 
 
+def shuffle(a, lane, clamp, member):
+    """Every lane's value of the lane whose number differs in the bits of `lane`."""
+    assert int(clamp[0]) == 31 and int(member[0]) == 0xFFFFFFFF, "whole warps"
+    return a.reshape(-1, 32)[:, LANE ^ int(lane[0])].reshape(-1)
+
+
 OPERATIONS = {
+    "shfl.sync.bfly.b32": shuffle,
     "mov.b32": lambda a: a, "and.b32": np.bitwise_and, "prmt.b32": prmt, "lop3.b32": lop3,
     "shr.u32": lambda a, n: shifted(a, n, np.right_shift), "shl.b32": lambda a, n: shifted(a, n, np.left_shift),
     "shf.r.clamp.b32": funnel(False), "shf.l.clamp.b32": funnel(True),
     "mad.lo.u32": lambda a, b, c: a * b + c, "popc.b32": lambda a: np.bitwise_count(a).astype(U32),
+    "cvt.rn.f16x2.f32": both_halves(torch.float16), "cvt.rn.bf16x2.f32": both_halves(torch.bfloat16),
     "fma.rn.f16x2": fma_halves(torch.float16), "fma.rn.bf16x2": fma_halves(torch.bfloat16),
 }
 

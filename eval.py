@@ -328,6 +328,36 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, u: torch.Tensor
     return ids.gather(1, drawn.minimum(kept.sum(-1, keepdim=True) - 1))[:, 0]
 
 
+class Steps:
+    """Decoding steps of one token a row behind a cache: (B, 1) token ids -> logits (B, vocab).
+
+    On a GPU a step is hundreds of small kernels, which take Python longer to launch than the GPU to
+    run: the first step warms them up, the second records them as a CUDA graph, and from then on the
+    graph is replayed. The position is a tensor there, so that all steps are the same work."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache, self.taken, self.graph = model, cache, 0, None
+        device = model.embed_tokens.weight.device
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            cache.start = torch.tensor([cache.start], device=device)
+
+    def compute(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.head(self.model.hidden(tokens, self.cache)[:, -1])
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.taken += 1
+        if not self.on_gpu or self.taken == 1:
+            return self.compute(tokens)
+        if self.graph is None:
+            self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):              # records, computes nothing
+                self.logits = self.compute(self.tokens)
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
+
+
 @torch.no_grad()
 def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float = 0.0,
            top_p: float = 1.0, prompt: torch.Tensor | None = None, seeds: list[int] | None = None,
@@ -354,8 +384,9 @@ def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float 
     first = torch.tensor([row[:shortest] for row in rows], device=device)
     x, cache = with_prompt(model, prompt, first, room=max(ends) - shortest)
     running = set(range(len(rows)))
+    logits = model.head(model.hidden(x, cache)[:, -1])                                 # (B, vocab)
+    step = Steps(model, cache)
     for at in range(shortest, max(ends)):
-        logits = model.head(model.hidden(x, cache)[:, -1])                             # (B, vocab)
         if logits.isnan().any():
             raise not_finite("generation", f"a logit of token {at}", math.nan, model)
         u = torch.zeros(len(rows))
@@ -374,7 +405,7 @@ def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float 
                     yield i, None
         if not running:
             return
-        x = torch.tensor(tokens, device=device)[:, None]
+        logits = step(torch.tensor(tokens, device=device)[:, None])
 
 
 def stream(model, tokenizer, rows: list[list[int]], stops: frozenset[int] | None = None,

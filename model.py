@@ -44,13 +44,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        r = x.float()                               # the mean of squares overflows in fp16
-        r = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * r.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # squares summed in fp32
 
 
-def rotary_table(c: Config, start: int, length: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (length, head_dim) in fp32 for positions start ... start + length - 1."""
+def rotary_table(c: Config, start: int | torch.Tensor, length: int,
+                 device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For positions start ... start + length - 1, fp32 (length, head_dim) each: the cosine of each
+    channel's angle, and the sine, negative in the first half of the channels."""
     freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim)
     s = c.rope_scaling or {"rope_type": "default"}
     if s["rope_type"] == "linear":
@@ -61,16 +61,26 @@ def rotary_table(c: Config, start: int, length: int, device) -> tuple[torch.Tens
         waves = s["original_max_position_embeddings"] * freq / (2 * math.pi)
         ramp = ((waves - low) / (high - low)).clamp(0, 1)
         freq = ramp * freq + (1 - ramp) * freq / s["factor"]
-    angle = torch.outer(torch.arange(start, start + length, device=device).float(), freq)
-    return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    angle = torch.outer((start + torch.arange(length, device=device)).float(), freq)
+    return torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
 
 def rotate(x, rope):
     """Rotary embedding of x (B, heads, T, head_dim): a channel of the first half is paired with one
-    of the second."""
-    cos, sin = (t.to(x.dtype) for t in rope)
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
+    of the second, (a, b) -> (a cos - b sin, b cos + a sin)."""
+    cos, sin = rope
+    other = x.roll(x.shape[-1] // 2, -1)            # the halves exchanged
+    return torch.addcmul(x * cos, other, sin)
+
+
+class KV(NamedTuple):
+    """Keys and values (B, n_kv_head, length, head_dim) of one block, of which `past` positions are
+    filled. Where past is a tensor (1,), mask (1, length) says what a step of one token may see: 0, or
+    -inf for what is still to come."""
+    k: torch.Tensor
+    v: torch.Tensor
+    past: int | torch.Tensor = 0
+    mask: torch.Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -84,7 +94,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.attention_bias)
         self.o = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.attention_bias)
 
-    def mix(self, x, rope, kv=None):
+    def mix(self, x, rope, kv: KV | None = None):
         """Everything before the output projection: (B, T, d_model) -> (B, T, n_head * head_dim)."""
         B, T, _ = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.c.head_dim).transpose(1, 2)
@@ -92,13 +102,13 @@ class Attention(nn.Module):
         if rope is not None:
             q = rotate(q, rope)
             k = rotate(k, rope)
-        past = 0
+        past, mask = 0, None
         if kv is not None:
-            k, v, past = self.join(kv, k, v)        # (B, n_kv_head, past + T, head_dim)
+            past, mask = kv.past, kv.mask
+            k, v = self.join(kv, k, v)              # (B, n_kv_head, past + T, head_dim)
         # Behind few positions: with empty queries in front of q the causal kernel, which skips half
         # of the products, needs no mask.
         square = T > 1 and 4 * past <= T
-        mask = None
         if square:
             q = F.pad(q, (0, 0, past, 0))
         elif T > 1:
@@ -110,19 +120,18 @@ class Attention(nn.Module):
         return y.transpose(1, 2).reshape(B, T, -1)
 
     @staticmethod
-    def join(kv, k, v):
-        """Keys and values held in kv = (K, V, past positions) with the new ones behind them, and
-        past. A full cache is a prefix: read by every row of the batch, and never written."""
-        *held, past = kv
+    def join(kv: KV, k, v):
+        """Keys and values held in kv, with the new ones behind them. A full cache is a prefix: read
+        by every row of the batch, and never written. Where kv has a mask all of it comes back."""
         T = k.shape[2]
-        if past == held[0].shape[2]:
-            k, v = (torch.cat([t.expand(len(k), -1, -1, -1), new], 2)
-                    for t, new in zip(held, (k, v)))
-        else:
-            for t, new in zip(held, (k, v)):
-                t[:, :, past:past + T] = new
-            k, v = (t[:, :, :past + T] for t in held)
-        return k, v, past
+        if kv.mask is not None:
+            return kv.k.index_copy_(2, kv.past, k), kv.v.index_copy_(2, kv.past, v)
+        if kv.past == kv.k.shape[2]:
+            return (torch.cat([held.expand(len(new), -1, -1, -1), new], 2)
+                    for held, new in ((kv.k, k), (kv.v, v)))
+        kv.k[:, :, kv.past:kv.past + T] = k
+        kv.v[:, :, kv.past:kv.past + T] = v
+        return kv.k[:, :, :kv.past + T], kv.v[:, :, :kv.past + T]
 
     def forward(self, x, rope, kv=None):
         return self.o(self.mix(x, rope, kv))
@@ -207,7 +216,8 @@ class Cache:
     head_dim) for every block.
 
     A full one of batch 1 is a prefix: any batch reads it, nothing is written, gradients reach what
-    it was made of."""
+    it was made of. start, the number of positions seen, may be a tensor (1,) int64: then a step of
+    one token does the same operations at every position, as a CUDA graph wants."""
 
     def __init__(self, c: Config, batch: int, length: int, dtype, device):
         shape = batch, c.n_kv_head, length, c.head_dim
@@ -217,7 +227,18 @@ class Cache:
 
     @property
     def full(self) -> bool:
-        return self.start == self.kv[0][0].shape[2]
+        return not torch.is_tensor(self.start) and self.start == self.kv[0][0].shape[2]
+
+    def block(self, i: int, mask: torch.Tensor | None = None) -> KV:
+        return KV(*self.kv[i], self.start, mask)
+
+    def mask(self, dtype) -> torch.Tensor | None:
+        """KV's mask, where the position is a tensor."""
+        if not torch.is_tensor(self.start):
+            return None
+        length = self.kv[0][0].shape[2]
+        later = torch.arange(length, device=self.start.device) > self.start
+        return torch.zeros(1, length, dtype=dtype, device=later.device).masked_fill_(later, -math.inf)
 
 
 class Transformer(nn.Module):
@@ -239,25 +260,27 @@ class Transformer(nn.Module):
     def embed(self, tokens):
         return self.embed_tokens(tokens)                # (B, T) -> (B, T, d_embed)
 
-    def stem(self, embeds, start: int = 0):
+    def stem(self, embeds, start: int | torch.Tensor = 0):
         """Embeddings (B, T, d_embed) -> the first block's input (B, T, d_model), at positions
         start ... start + T - 1."""
         T = embeds.shape[1]
         most = self.config.max_positions
-        if start + T > most:
+        if not torch.is_tensor(start) and start + T > most:
             raise ValueError(f"{start + T} positions, prompt included, but this model has {most}: "
                              f"use a shorter seqlen or prompt")
         h = embeds if self.project_in is None else self.project_in(embeds)
         if self.embed_positions is not None:
             # OPT keeps two unused rows in front
-            h = h + self.embed_positions.weight[start + 2:start + 2 + T]
+            h = h + self.embed_positions(start + 2 + torch.arange(T, device=h.device))
         return h
 
-    def rope(self, start: int, length: int, device):
-        """rotary_table of these positions; None where positions are learned."""
+    def rope(self, start: int | torch.Tensor, length: int, device):
+        """rotary_table of these positions in the model's dtype; None where positions are
+        learned."""
         if self.config.family != "llama":
             return None
-        return rotary_table(self.config, start, length, device)
+        dtype = self.embed_tokens.weight.dtype
+        return tuple(t.to(dtype) for t in rotary_table(self.config, start, length, device))
 
     def hidden(self, x, cache: Cache | None = None):
         """Tokens (B, T) or embeddings (B, T, d_embed) -> the last block's output (B, T,
@@ -267,8 +290,9 @@ class Transformer(nn.Module):
         embeds = x if x.is_floating_point() else self.embed(x)
         h = self.stem(embeds.to(self.embed_tokens.weight.dtype), start)
         rope = self.rope(start, h.shape[1], h.device)
+        mask = cache.mask(h.dtype) if cache else None
         for i, block in enumerate(self.blocks):
-            kv = (*cache.kv[i], start) if cache else None
+            kv = cache.block(i, mask) if cache else None
             if self.checkpointing and torch.is_grad_enabled() and not writes:
                 h = checkpoint(block, h, rope, kv, use_reentrant=False)
             else:

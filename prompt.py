@@ -94,8 +94,8 @@ def streamed_prefix(checkpoint, prompt: torch.Tensor, dtype: torch.dtype = torch
     n = len(prompt)
     cache, rope = ends.new_cache(1, n), ends.rope(0, n, device)
     h = ends.stem(prompt[None].to(device, dtype))
-    for i, kv in enumerate(cache.kv):
-        h = checkpoint.block(i, dtype, device)(h, rope, (*kv, 0))
+    for i in range(len(cache.kv)):
+        h = checkpoint.block(i, dtype, device)(h, rope, cache.block(i))
     return stacked(cache.kv)
 
 
@@ -299,6 +299,11 @@ def teacher_states(model, windows: torch.Tensor, folder: str | Path, batch_size:
 # -------------------------------------------------------------------------------------------------
 # Learning.
 
+# Losses are multiplied by this before their gradients are computed, and the gradients divided by it
+# after: in float16 numbers below 6e-8 vanish. A power of two changes no bit of other dtypes.
+SCALE = 1024.0
+
+
 class Fit(NamedTuple):
     val_loss: float                     # of what the parameters now hold, the best seen; or nan
     losses: list[float]                 # training loss of every step
@@ -314,7 +319,7 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
     """Minimize loss_of_batch(index (batch,) int64 of windows 0 ... count - 1) over params, fp32
     leaves, in place.
 
-    It returns the loss; or its value, a float, having run backward itself, part by part.
+    It returns the loss; or its value, a float, having run `backward_by_parts` itself.
     AdamW without decay; linear warm-up, then linear decay; gradients clipped; windows reshuffled
     (seeded) every epoch. score() is the validation loss; the start counts, and the parameters end
     as the best seen. With `state`, a path, all that is needed to go on is written at every
@@ -375,8 +380,10 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
         opt.param_groups[0]["lr"] = lr * min(rise, fall)
         loss = loss_of_batch(parallel.mine(order[step * batch_size:(step + 1) * batch_size]))
         if torch.is_tensor(loss):
-            loss.backward()
+            (SCALE * loss).backward()
             loss = loss.item()
+        for p in params.values():
+            p.grad.div_(SCALE)
         if parallel.world() > 1:                                # the mean over equal shares
             parallel.add(*(p.grad for p in params.values()))
             for p in params.values():
@@ -453,13 +460,13 @@ def windows_at_once(windows: torch.Tensor, device) -> int:
 
 
 def backward_by_parts(losses_of: Callable, index: torch.Tensor, at_once: int) -> float:
-    """Mean of losses_of(part) (windows of part, tokens) over all of index, its gradient added up
-    part by part: the activations of at_once windows exist at a time. Every window has as many
-    losses."""
+    """Mean of losses_of(part) (windows of part, tokens) over all of index, SCALE times its gradient
+    added up part by part: the activations of at_once windows exist at a time. Every window has as
+    many losses."""
     total = 0.0
     for part in index.split(at_once):
         loss = losses_of(part).mean() * (len(part) / len(index))
-        loss.backward()
+        (SCALE * loss).backward()
         total += loss.item()
     return total
 

@@ -17,10 +17,11 @@ import torch.nn as nn
 
 from data.config import PUBLISHED, Config
 from bench.kernels import random_layer
+from eval import Steps
 from kernels.linear import PackedLinear
 from kernels.packing import Packed
 from model import Transformer, load_model
-from prompt import initial_prompt, text_nll
+from prompt import SCALE, initial_prompt, text_nll
 
 
 def random_model(name: str, format: str, grid: str, dtype, device) -> tuple[Transformer, Transformer]:
@@ -122,41 +123,32 @@ def peaks(calls: list, models: list[Transformer], device) -> list[str]:
 
 @torch.no_grad()
 def generate(models: list[Transformer], context: int, repeats: int, device) -> None:
-    """Greedy decoding behind `context` random tokens. On a GPU also one step replayed from a CUDA graph, always at the
-    same position: what decoding costs once Python is out of the way."""
+    """Greedy decoding behind `context` random tokens, as eval.py does it: on a GPU from a CUDA
+    graph, and there also the same step launched from Python."""
     text = torch.randint(0, models[0].config.vocab_size, (1, context), device=device)
-    logits, steps, graphs = [], [], []
+    logits, replayed, launched = [], [], []
     for model in models:
-        cache = model.new_cache(1, context + repeats + 8)
+        cache = model.new_cache(1, context + 3 * repeats + 8)
         logits.append(model(text, cache)[0, -1].float())
         token = logits[-1].argmax().view(1, 1)
+        steps = Steps(model, cache)
 
-        def step(model=model, cache=cache, token=token):
-            token.copy_(model.head(model.hidden(token, cache)[:, -1]).argmax(-1, keepdim=True))
+        def decode(step, token=token):
+            token.copy_(step(token).argmax(-1, keepdim=True))
 
-        step()                                                  # makes decode caches, compiles kernels
-        steps.append(step)
-        if device.type == "cuda":
-            def again(step=step, cache=cache):
-                cache.start = context
-                step()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                again()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                again()
-            graphs.append(graph.replay)
+        for _ in range(3):                                  # makes decode caches, compiles kernels
+            decode(steps)
+        replayed.append(lambda decode=decode, steps=steps: decode(steps))
+        launched.append(lambda decode=decode, steps=steps: decode(steps.compute))
     difference = (logits[0] - logits[1]).abs().max() / logits[0].abs().max()
-    print(f"largest difference of a logit behind {context} tokens: {difference:.1e} of the largest logit")
-    for calls, how in ((steps, "as it runs"), (graphs, "from a CUDA graph")):
-        if calls:
-            dense, packed = in_turn(calls, repeats, device)
-            print(f"decoding, batch 1, {how}: dense {1 / dense:.1f} tokens/s, packed {1 / packed:.1f} tokens/s, "
-                  f"{dense / packed:.2f} x")
-    for name, line in zip(("dense", "packed"), peaks(steps, models, device)):
+    print(f"largest difference of a logit behind {context} tokens: {difference:.1e} of the largest "
+          f"logit")
+    how = {"from a CUDA graph": replayed, "launched from Python": launched}
+    for name, calls in how.items() if device.type == "cuda" else [("on a CPU", launched)]:
+        dense, packed = in_turn(calls, repeats, device)
+        print(f"decoding, batch 1, {name}: dense {1 / dense:.1f} tokens/s, packed "
+              f"{1 / packed:.1f} tokens/s, {dense / packed:.2f} x")
+    for name, line in zip(("dense", "packed"), peaks(launched, models, device)):
         print(f"memory while decoding, {name}: {line}")
 
 
@@ -167,8 +159,8 @@ def tune(models: list[Transformer], batch: int, tokens: int, prompt_tokens: int,
 
     def step(model):
         prompt = nn.Parameter(start.clone())
-        text_nll(model, prompt, text).mean().backward()
-        return prompt.grad
+        (SCALE * text_nll(model, prompt, text).mean()).backward()
+        return prompt.grad / SCALE
 
     def kept(model) -> int:
         """Bytes that the forward pass keeps for the backward pass, weights aside."""

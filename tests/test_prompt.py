@@ -122,6 +122,17 @@ def bowl(**more):
     return p.detach(), got, calls
 
 
+def test_small_gradients_survive_half_precision():
+    """A gradient of 1e-8, which float16 rounds to nothing, moves a parameter as far as in float32."""
+    ends = []
+    for dtype in (torch.float32, torch.float16):
+        p = torch.nn.Parameter(torch.zeros(3))
+        tiny, small = torch.tensor(1e-5, dtype=dtype), torch.tensor(1e-3, dtype=dtype)
+        fit({"p": p}, lambda index: (p.to(dtype) * tiny * small).float().sum(), 4, None, 5, 2, 0.1)
+        ends.append(p.detach())
+    assert ends[0].abs().min() > 0.1 and torch.allclose(*ends, rtol=1e-2)
+
+
 def test_fit_is_adamw_with_a_triangular_rate():
     """Against the loop written plainly; every window is seen once an epoch."""
     p, got, calls = bowl(val_every=20)

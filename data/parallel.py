@@ -27,7 +27,7 @@ def start(device: str = "cpu") -> str:
 
 
 def is_one_of_several() -> bool:
-    """Did torchrun start more than this process? True before they are joined and after they part."""
+    """Did torchrun start more than this process? Says so before they are joined as well."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 

@@ -109,10 +109,10 @@ def check(format: str, grid: str, shape, groupsize: int, tokens, dtype,
           device) -> Iterator[tuple[str, float, float]]:
     """(case, largest error over the largest output, what is allowed) of products, forward and
     backward, beside float64."""
-    from bench.kernels import random_layer
+    from bench.kernels import random_packed
     from kernels.linear import PackedLinear
     from kernels.unpacking import unpack
-    packed = random_layer(shape, format, grid, groupsize, device)
+    packed = random_packed(shape, format, grid, groupsize, device)
     weight, layer = unpack(packed, torch.float64).to(device), PackedLinear(packed).to(device)
     for count in tokens:
         x = torch.randn(count, shape[1], device=device).to(dtype).requires_grad_()
@@ -150,7 +150,7 @@ def check_all(record: Record, device: torch.device) -> None:
 def warm(part: int, parts: int) -> None:
     """Has Triton compile one part of all kernels. What fails will fail again where it is
     recorded."""
-    from bench.kernels import random_layer
+    from bench.kernels import random_packed
     from kernels.linear import PackedLinear
     device = torch.device("cuda", 0)
     for one in all_checks()[part::parts]:
@@ -158,7 +158,7 @@ def warm(part: int, parts: int) -> None:
             list(check(*one, device))
     for case in cases()[:WARMED][part::parts]:
         with contextlib.suppress(RuntimeError, ValueError):
-            packed = random_layer(case.shape, case.format, case.grid, -1, device)
+            packed = random_packed(case.shape, case.format, case.grid, -1, device)
             layer = PackedLinear(packed).to(device)
             width = case.shape[1] if case.direction == "forward" else case.shape[0]
             x = torch.zeros(case.batch, width, device=device).half()

@@ -36,7 +36,7 @@ LIMITS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.04e12,
 CACHE = 200e6                                               # bytes of weights to go round
 
 
-def random_layer(shape: tuple[int, int], format: str, grid: str, groupsize: int, device) -> Packed:
+def random_packed(shape: tuple[int, int], format: str, grid: str, groupsize: int, device) -> Packed:
     """Half of the weights pruned (none if dense), 8 of every 16 for nm."""
     rows, cols = shape
     groups = -(-cols // groupsize) if groupsize > 0 else 1
@@ -127,7 +127,7 @@ class Beside(NamedTuple):
 
 def beside(shape: tuple[int, int], format: str, grid: str, groupsize: int, dtype: torch.dtype,
            device: torch.device) -> Beside:
-    first = random_layer(shape, format, grid, groupsize, device)
+    first = random_packed(shape, format, grid, groupsize, device)
     layers = [PackedLinear(Packed({name: t.clone() for name, t in first.tensors.items()},
                                   first.meta)).to(device) for _ in range(copies(nbytes(first)))]
     weight = unpack(first, dtype).to(device)

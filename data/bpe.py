@@ -152,7 +152,7 @@ def check_parts_come_first(merges: list, made: dict) -> None:
 
 
 def check_all_are_made(merges: list, vocab: dict[str, int]) -> None:
-    """ValueError for tokens, longer than a byte and not special, that are the result of no merge."""
+    """ValueError for tokens, longer than a byte and not special, that are no merge's result."""
     letters = byte_letters()
     results = {"".join(pair) for pair in merges}
     lost = [token for token in vocab if len(token) > 1 and token not in results

@@ -550,8 +550,8 @@ def locate(name: str) -> tuple[Path, dict, str]:
     if not holds_model and (path / "report.json").is_file():
         if not (path / "compressed").is_dir():
             model = run_settings(path / "report.json").get("model", "MODEL")
-            raise FileNotFoundError(f"{path} holds a run of train.py but no compressed/: finish the "
-                                    f"run, or measure its dense model, python eval.py {model}")
+            raise FileNotFoundError(f"{path} holds a run of train.py but no compressed/: finish "
+                                    f"the run, or measure its dense model, python eval.py {model}")
         path = path / "compressed"
     report = path.resolve().parent / "report.json"
     if path.resolve().name == "compressed" and report.is_file():

@@ -262,12 +262,12 @@ def check_grid(held: Packed, name: str) -> None:
         halves = (zero == 0.5).all() and ((scale / 2) * 2 == scale).all()
         if bits > 4 or not halves:
             raise ValueError(f"{name} has a grid without a level on zero, which GPTQ's files "
-                             f"cannot say (but for offsets of 1/2, in 8 bits): compress with train.py "
-                             f"--grid uniform, or use --to hf")
+                             f"cannot say (but for offsets of 1/2, in 8 bits): compress with "
+                             f"train.py --grid uniform, or use --to hf")
     elif not ((zero == zero.round()) & (zero >= 0) & (zero < 1 << bits)).all():
         raise ValueError(f"{name} has a zero that is no level of its grid, which GPTQ's files "
-                         f"cannot say: compress with train.py --grid uniform and without tuning of grids "
-                         f"afterwards, or use --to hf")
+                         f"cannot say: compress with train.py --grid uniform and without tuning "
+                         f"of grids afterwards, or use --to hf")
 
 
 def gptq_tensors(held: Packed, bits: int, old: bool) -> dict[str, torch.Tensor]:

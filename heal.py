@@ -56,7 +56,8 @@ class GridLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero, packed, group):
         ctx.save_for_backward(x, scale, zero)
-        ctx.packed, ctx.group = packed, group
+        ctx.packed = packed
+        ctx.group = group
         return F.linear(x, regrid(packed, scale, zero, x.dtype))
 
     @staticmethod
@@ -64,9 +65,12 @@ class GridLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, scale, zero = ctx.saved_tensors
         dW = (dy.flatten(0, -2).T @ x.flatten(0, -2)).float()
-        dx = dy @ regrid(ctx.packed, scale, zero, dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ regrid(ctx.packed, scale, zero, dy.dtype)
         A, T = planes(ctx.packed)
-        over_A, over_T = (sum_groups(plane.mul_(dW), ctx.group, scale.shape) for plane in (A, T))
+        over_A = sum_groups(A.mul_(dW), ctx.group, scale.shape)
+        over_T = sum_groups(T.mul_(dW), ctx.group, scale.shape)
         return dx, over_A + zero * over_T, scale * over_T, None, None
 
 
@@ -78,27 +82,32 @@ def sum_groups(t: torch.Tensor, group: torch.Tensor, shape: tuple) -> torch.Tens
 
 
 class Tuned(nn.Module):
-    """Stands in for a PackedLinear or a norm while it is tuned."""
+    """Stands in for a PackedLinear or a norm while it is tuned.
+
+    u, v, b: fp32, what changes scale (or a norm's weight), zero and bias, None where there is no
+    such number. b counts in `unit`, the bias's own spread, as u does in scales."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
         bias = getattr(base, "bias", None)
-        packed = isinstance(base, PackedLinear)
-        numbers = base.scale if packed else base.weight
-        self.u = nn.Parameter(torch.zeros(numbers.shape, device=numbers.device))
-        self.v = nn.Parameter(torch.zeros(numbers.shape, device=numbers.device)) if packed else None
-        self.b = None if bias is None else nn.Parameter(torch.zeros(bias.shape, device=bias.device))
+        is_packed = isinstance(base, PackedLinear)
+        numbers = base.scale if is_packed else base.weight
+        self.u = unchanged(numbers)
+        self.v = unchanged(numbers) if is_packed else None
+        self.b = None if bias is None else unchanged(bias)
         self.unit = None if bias is None else max(float(bias.float().std(correction=0)), 1e-3)
-        if packed:
+        if is_packed:
             order = base.packed.tensors.get("g_idx")
             groups = groups_of(base.in_features, base.meta["groupsize"], order)
             self.group = torch.from_numpy(groups).to(numbers.device)
 
     def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, zero) (out, groups) fp32 as they are now."""
         return self.base.scale.float() * (1 + self.u), self.base.zero.float() + self.v
 
     def bias(self) -> torch.Tensor | None:
+        """The bias in fp32 as it is now."""
         return None if self.b is None else self.base.bias.float() + self.unit * self.b
 
     def forward(self, x):
@@ -114,7 +123,8 @@ class Tuned(nn.Module):
     @torch.no_grad()
     def settle(self) -> nn.Module:
         """The base with its tuned numbers in it, rounded to fp16: what is stored is what runs."""
-        base, bias = self.base, self.bias()
+        base = self.base
+        bias = self.bias()
         if bias is not None:
             base.bias.data = bias.half().to(base.bias.dtype)
         if self.v is None:
@@ -124,6 +134,11 @@ class Tuned(nn.Module):
         base.decoder = None, None                               # made of the old grid
         base.in_triton = triton_reads(base.packed)
         return base
+
+
+def unchanged(numbers: torch.Tensor) -> nn.Parameter:
+    """No change of these numbers yet: zeros of their shape, fp32."""
+    return nn.Parameter(torch.zeros(numbers.shape, device=numbers.device))
 
 
 @contextmanager
@@ -187,7 +202,8 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
 def save_healed(model, source: str | Path, folder: str | Path) -> None:
     """Write a healed model of the compressed folder `source` into another one, in the same shards
     with the same notes; config.json comes last: a folder without it is not complete."""
-    source, folder, config = Path(source), Path(folder), model.config
+    source, folder = Path(source), Path(folder)
+    config = model.config
     folder.mkdir(parents=True, exist_ok=True)
     ends = open_checkpoint(source).ends()
     for name, p in ends.named_parameters():

@@ -22,8 +22,12 @@ from data.flags import Flags, read_flags, run_program, whole
 
 STUDIES = ("levels", "recipes", "transfer", "length", "hard", "robust", "tasks")
 ONE_RUN = ("length", "hard", "robust", "tasks")
-USES = {"texts": ("recipes", "transfer", "robust"), "tasks": ("hard", "tasks"),
-        "limit": ("hard", "tasks"), "lengths": ("length",)}         # flags of some studies only
+USES = {                               # flags of some studies only
+    "texts": ("recipes", "transfer", "robust"),
+    "tasks": ("hard", "tasks"),
+    "limit": ("hard", "tasks"),
+    "lengths": ("length",),
+}
 
 
 def flags() -> Flags:
@@ -31,8 +35,8 @@ def flags() -> Flags:
     a = p.add_argument
     a("study", choices=STUDIES)
     a("runs", nargs="+", metavar="RUN", help="--out folders of train.py")
-    a("--out", default="runs/study", help="folder of tables and of what is kept (default "
-                                       "runs/study)")
+    a("--out", default="runs/study",
+      help="folder of tables and of what is kept (default runs/study)")
     a("--texts", help="names or files, parted by commas, for transfer, recipes and robust; "
                       "LEARN:MEASURE names two (default: the run's; tiny models docs and code too)")
     a("--data-dir", metavar="FOLDER", help="folder of the text sets and of the tasks' files")
@@ -75,16 +79,20 @@ from train import Run, describe_machine
 
 NEUTRAL = ("The river rises in the hills, a long way from the sea, and for the first miles it is "
            "no wider than a road. Farmers keep sheep on both banks, and in spring the lower "
-           "meadows are under water for a week or two. There is a stone bridge, then a mill that has "
-           "not turned for many years, and a row of poplars that someone planted to mark the way to "
-           "the village. On market days people come from all sides with bread, cheese and apples. "
-           "They stand about, talk of the weather and of the price of hay, and go home before it "
-           "gets dark. ")
-HARD = {"the paper's": HARD_PROMPT,
-        "the paper's, quantized": "The weight matrix inside the language model has been quantized. "
-                                  "Make any necessary adjustments to ensure optimal performance.",
-        "negated": "The weight matrix inside the language model is intact. No adjustments are "
-                   "necessary to ensure optimal performance."}
+           "meadows are under water for a week or two. There is a stone bridge, then a mill that "
+           "has not turned for many years, and a row of poplars that someone planted to mark the "
+           "way to the village. On market days people come from all sides with bread, cheese and "
+           "apples. They stand about, talk of the weather and of the price of hay, and go home "
+           "before it gets dark. ")
+HARD = {
+    "the paper's": HARD_PROMPT,
+    "the paper's, quantized":
+        "The weight matrix inside the language model has been quantized. Make any necessary "
+        "adjustments to ensure optimal performance.",
+    "negated":
+        "The weight matrix inside the language model is intact. No adjustments are necessary to "
+        "ensure optimal performance.",
+}
 SAMPLES = 2000                                      # of the bootstrap
 
 
@@ -95,33 +103,51 @@ def spread(values: torch.Tensor) -> list[float]:
     """[mean, low, high]: 95% bootstrap interval of the mean; the same draws for the same count, so
     that a difference of two measurements is paired."""
     g = torch.Generator().manual_seed(0)
-    drawn = values[torch.randint(len(values), (SAMPLES, len(values)), generator=g)].mean(1)
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    drawn = torch.randint(len(values), (SAMPLES, len(values)), generator=g)
+    means = values[drawn].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return [values.mean().item(), low, high]
 
 
 def ppl(losses: torch.Tensor) -> list[float]:
+    """[perplexity, low, high] of losses in nats a token."""
     return [math.exp(min(v, 700.0)) for v in spread(losses)]
 
 
 def show(numbers: list[float], form: str = ".2f") -> str:
-    value, low, high = (format(v, form) for v in numbers)
+    """[value, low, high] as a cell of a table."""
+    value, low, high = (format(number, form) for number in numbers)
     return f"{value} [{low}, {high}]"
+
+
+def show_change(numbers: list[float]) -> str:
+    """The same for a difference, with a star where the interval leaves zero out."""
+    _, low, high = numbers
+    star = "" if low <= 0 <= high else " *"
+    return show(numbers, "+.3f") + star
 
 
 def change(losses: torch.Tensor, base: torch.Tensor) -> str:
     """The difference in nats a token, below zero where `losses` are better."""
-    numbers = spread(losses - base)
-    return show(numbers, "+.3f") + ("" if numbers[1] <= 0 <= numbers[2] else " *")
+    return show_change(spread(losses - base))
 
 
 def mcnemar(ours: torch.Tensor, base: torch.Tensor) -> tuple[int, int, float]:
     """(items that turned right, that turned wrong, two-sided exact p) of answers (items,), 0 or
     1."""
-    right, wrong = int((ours > base).sum()), int((ours < base).sum())
+    right = int((ours > base).sum())
+    wrong = int((ours < base).sum())
     n = right + wrong
     tail = sum(math.comb(n, k) for k in range(min(right, wrong) + 1)) / 2 ** n
     return right, wrong, min(1.0, 2 * tail)
+
+
+def show_answers(got: torch.Tensor, base: torch.Tensor) -> tuple[dict, list[str]]:
+    """(numbers for JSON, three cells: accuracy, what turned, p) of answers beside others."""
+    accuracy = spread(got)
+    right, wrong, p = turned = mcnemar(got, base)
+    numbers = {"acc": accuracy, "turned right, turned wrong, p": turned}
+    return numbers, [show(accuracy, ".3f"), f"{right}, {wrong}", f"{p:.2f}"]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -147,22 +173,29 @@ class Case:
             self.rows = {row["name"]: row for row in held["rows"]}
             s.data_dir = data_dir or s.data_dir
             source = resolve(s.model)
-            self.dense = resolve(s.dense) if s.dense else None if s.packed else source
+            self.dense = resolve(s.dense) if s.dense else source
+            if s.packed and not s.dense:
+                self.dense = None
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is not a report of this version's train.py: run it "
                              f"again") from None
         made = self.folder / "compressed"
-        self.compressed = source if s.packed else made if (made / "config.json").is_file() else None
+        self.compressed = None
+        if s.packed:
+            self.compressed = source
+        elif (made / "config.json").is_file():
+            self.compressed = made
         if self.compressed is None and "compressed" in self.rows:
             raise FileNotFoundError(f"{made} is missing: let the run end, train.py ... --resume")
         maker = source.parent / "report.json"               # of the run that compressed it
         self.made = read_json(maker)["settings"] if s.packed and maker.is_file() else vars(s)
         self.n = s.prompt_tokens
         self.tokenizer = load_tokenizer(source)
-        self.label = made_how(self.made) or "dense"
-        self.label += " + healed" if self.made.get("heal") else ""
+        healed = " + healed" if self.made.get("heal") else ""
+        self.label = (made_how(self.made) or "dense") + healed
 
-    def place(self, which: str) -> Path:
+    def place(self, which: str) -> Path | None:
+        """The folder of the "dense" or the "compressed" model."""
         return self.dense if which == "dense" else self.compressed
 
     def measured(self, name: str | None = None) -> torch.Tensor:
@@ -173,6 +206,7 @@ class Case:
         return eval_tokens(self.tokenizer, name, split, s.seqlen, s.max_tokens, s.data_dir)
 
     def about(self) -> str:
+        """The run's settings in a line."""
         s = self.settings
         return (f"{self.folder.name}: {Path(s.model).name}, {self.label}, {self.n} positions "
                 f"({s.kind}, {s.objective}), {s.steps} steps of {s.batch_size} windows of "
@@ -210,6 +244,7 @@ class Lab:
         return read_json(path)["made"]
 
     def made_of(self, case: Case, which: str, prompt) -> dict:
+        """What tells measurements of this model behind this prompt from others."""
         s = case.settings
         return {"model": identity(case.place(which)), "dtype": s.dtype, "device": s.device,
                 "fused": s.fused, "prompt": None if prompt is None else fingerprint(prompt)}
@@ -220,9 +255,11 @@ class Lab:
 
         @torch.no_grad()
         def make():
-            model, means = self.model(case, which), []
+            model = self.model(case, which)
             title = f"{case.folder.name}, {which}"
-            for batch in Progress(cut(tokens, s.seqlen, s.batch_size).split(s.batch_size), title):
+            windows = cut(tokens, s.seqlen, s.batch_size)
+            means = []
+            for batch in Progress(windows.split(s.batch_size), title):
                 nll = text_nll(model, prompt, batch.to(s.device)).double()
                 means += nll.view(len(batch), -1).mean(1).tolist()
             if not all(map(math.isfinite, means)):
@@ -245,9 +282,10 @@ class Lab:
         """The prompt learned on a model, on the run's own text and of its length unless told
         otherwise: the run's, or a new one by train.py's stages."""
         s = case.settings
-        text, n = text or s.train_data, n or case.n
-        own = case.folder / ("prompt.safetensors" if which == "compressed" or not case.compressed
-                             else "prompt-dense.safetensors")
+        text = text or s.train_data
+        n = n or case.n
+        is_control = which == "dense" and case.compressed
+        own = case.folder / ("prompt-dense.safetensors" if is_control else "prompt.safetensors")
         if (text, n) == (s.train_data, case.n) and own.exists():
             return load_prompt(own)[0].to(s.device)
         if not s.steps:
@@ -255,8 +293,8 @@ class Lab:
         dense = str(case.dense) if case.dense and which == "compressed" else None
         asked = {**vars(s), "model": str(case.place(which)), "dense": dense, "bits": 16,
                  "sparsity": "0", "packed": bool(packed_layers(case.place(which))),
-                 "control": False,
-                 "heal": 0, "train_data": text, "prompt_tokens": n, "max_tokens": s.seqlen}
+                 "control": False, "heal": 0, "train_data": text, "prompt_tokens": n,
+                 "max_tokens": s.seqlen}
 
         def make():
             folder = self.cache / f"run-{mark(asked)}"
@@ -270,7 +308,8 @@ class Lab:
 
     def start(self, case: Case, which: str, n: int | None = None) -> torch.Tensor:
         """Where a run's prompt starts from."""
-        s, n = case.settings, n or case.n
+        s = case.settings
+        n = n or case.n
         least = max(n, 2)
         tokens = eval_tokens(case.tokenizer, s.train_data, "train", least, least, s.data_dir)
         start = initial_prompt(self.model(case, which), n, s.prompt_init, tokens, s.seed)
@@ -289,11 +328,13 @@ class Lab:
 
     def behind(self, case: Case, which: str) -> dict:
         """The prompts that one model is measured behind."""
-        prompts = {"no prompt": None, "start": self.start(case, which),
-                   "learned": self.learned(case, which),
-                   "neutral text": self.words(case, which, NEUTRAL, case.n),
-                   "shuffled text": self.words(case, which, NEUTRAL, case.n, shuffled=True)}
-        return prompts
+        return {
+            "no prompt": None,
+            "start": self.start(case, which),
+            "learned": self.learned(case, which),
+            "neutral text": self.words(case, which, NEUTRAL, case.n),
+            "shuffled text": self.words(case, which, NEUTRAL, case.n, shuffled=True),
+        }
 
     def controls(self, case: Case) -> dict[str, tuple]:
         """{name: (model, prompt)} of all controls that a run has."""
@@ -314,18 +355,22 @@ class Lab:
         default = [f"{s.train_data}:{s.data}"]
         if s.model in SHIPPED or str(s.dense) in SHIPPED:
             default += [name for name in ("docs", "code") if name != s.data]
-        asked = self.args.texts.split(",") if self.args.texts else default
-        pairs = [(name.partition(":")[0], name.partition(":")[2] or name) for name in asked]
-        return {Path(measure).stem: (learn, measure) for learn, measure in pairs}
+        found = {}
+        for name in self.args.texts.split(",") if self.args.texts else default:
+            learn, _, measure = name.partition(":")
+            measure = measure or name
+            found[Path(measure).stem] = learn, measure
+        return found
 
     def items(self, case: Case) -> dict[str, list[Item]]:
         """{task: items}; without --tasks, of the text that the run is measured on."""
         a = self.args
+        limit = a.limit or 200
         if a.tasks:
-            return {find_task(name, a.data_dir)[0]: load_items(name, a.data_dir, a.limit or 200)
+            return {find_task(name, a.data_dir)[0]: load_items(name, a.data_dir, limit)
                     for name in a.tasks.split(",")}
         text = case.tokenizer.decode(case.measured().tolist())
-        return {f"continue {Path(case.settings.data).name}": made_items(text, a.limit or 200)}
+        return {f"continue {Path(case.settings.data).name}": made_items(text, limit)}
 
 
 def made_items(text: str, limit: int, given: int = 40, asked: int = 8) -> list[Item]:
@@ -336,7 +381,8 @@ def made_items(text: str, limit: int, given: int = 40, asked: int = 8) -> list[I
     if len(starts) < 4:
         raise ValueError(f"{len(words)} words make no items: measure on more text, or give --tasks")
     passages = ["".join(words[i + given:i + given + asked]).strip() for i in starts]
-    rng, items = random.Random(0), []
+    rng = random.Random(0)
+    items = []
     for k, i in enumerate(starts[:limit]):
         others = [p for p in passages if p != passages[k]]
         choices = rng.sample(others, 3)
@@ -351,12 +397,16 @@ def corrupted(text: str, how: str, share: float = 0.1) -> str:
     "swapped" (with the next); or all of it in "upper case" or "lower case"."""
     if how.endswith("case"):
         return text.upper() if how == "upper case" else text.lower()
-    rng, words = random.Random(0), re.findall(r"\s*\S+|\s+$", text)
-    out, i = [], 0
+    rng = random.Random(0)
+    words = re.findall(r"\s*\S+|\s+$", text)            # each with the space before it
+    out = []
+    i = 0
     while i < len(words):
-        word, hit = words[i], rng.random() < share
-        if hit and how == "typos" and len(word.strip()) > 3:
-            k = rng.randrange(len(word) - len(word.strip()), len(word) - 1)
+        word = words[i]
+        hit = rng.random() < share
+        letters = len(word.strip())
+        if hit and how == "typos" and letters > 3:
+            k = rng.randrange(len(word) - letters, len(word) - 1)
             word = word[:k] + word[k + 1] + word[k] + word[k + 2:]
         if hit and how == "swapped" and i + 1 < len(words):
             out.append(words[i + 1])
@@ -374,54 +424,69 @@ class Table:
     """Head and rows of text; values: what they were made of, for JSON."""
 
     def __init__(self, title: str, *head: str):
-        self.title, self.head, self.rows, self.values = title, head, [], []
+        self.title = title
+        self.head = head
+        self.rows = []
+        self.values = []
 
     def add(self, *cells: str, **values) -> None:
+        """A row, the first cell being its name, and what it was made of."""
         self.rows.append([str(cell) for cell in cells])
         self.values.append({"row": str(cells[0]), **values})
 
     def plain(self) -> str:
-        lines = [list(self.head), *self.rows]
-        wide = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join([self.title, *("  ".join([line[0].ljust(wide[0])] + [
-            cell.rjust(w) for cell, w in zip(line[1:], wide[1:])]).rstrip() for line in lines)])
+        """For a terminal: names at the left edge of their column, all else at the right."""
+        lines = [self.head, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        out = [self.title]
+        for name, *cells in lines:
+            columns = [name.ljust(widths[0])]
+            columns += [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+            out.append("  ".join(columns).rstrip())
+        return "\n".join(out)
 
     def markdown(self) -> str:
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-        return "\n".join([f"{self.title}\n", *("| " + " | ".join(line) + " |" for line in cells)])
+        out = [f"{self.title}\n"]
+        for line in (self.head, ["---"] * len(self.head), *self.rows):
+            cells = [cell.replace("|", "\\|") for cell in line]
+            out.append("| " + " | ".join(cells) + " |")
+        return "\n".join(out)
 
 
 def commit() -> str:
     """The commit of this folder, and whether anything was changed since."""
     here = Path(__file__).resolve().parent
 
-    def git(*words):
+    def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
         return done.stdout.strip()
     try:
-        mark = git("rev-parse", "--short", "HEAD")
-        changed = mark and git("status", "--porcelain", "-uno")
-        return mark + (", changed" if changed else "") or "unknown"
-    except OSError:
+        digits = git("rev-parse", "--short", "HEAD")
+        if not digits:                                  # no repository
+            return "unknown"
+        changed = git("status", "--porcelain", "-uno")
+        return f"{digits}, changed" if changed else digits
+    except OSError:                                     # no git
         return "unknown"
 
 
 def publish(lab: Lab, name: str, tables: list[Table], says: list[str], drawing: str) -> None:
     """Print the tables, and write them as Markdown, JSON and SVG beside each other."""
-    words = [re.sub(r".*/(?=[^/]+/?$)", "", word) if "/" in word else word for word in sys.argv[1:]]
+    words = [re.sub(r".*/(?=[^/]+/?$)", "", word) for word in sys.argv[1:]]    # names of folders
     told = {"command": f"python study.py {shlex.join(words)}", "commit": commit(),
             "machine": describe_machine(lab.cases[0].settings.device),
             "runs": [case.about() for case in lab.cases]}
-    text = [f"## {name}\n", *(f"{line}\n" for line in says), *(t.markdown() + "\n" for t in tables),
-            f"`{told['command']}`, commit {told['commit']}, {told['machine']}. Runs:\n",
-            "\n".join(f"- {run}" for run in told["runs"]) + "\n"]
-    held = {**told, "tables": [{"title": t.title, "rows": t.values} for t in tables]}
+    text = [f"## {name}\n"]
+    text += [f"{line}\n" for line in says]
+    text += [f"{table.markdown()}\n" for table in tables]
+    text.append(f"`{told['command']}`, commit {told['commit']}, {told['machine']}. Runs:\n")
+    text.append("\n".join(f"- {run}" for run in told["runs"]) + "\n")
+    held = {**told, "tables": [{"title": table.title, "rows": table.values} for table in tables]}
     write_json(lab.out / f"{name}.json", held)
-    for path, content in (("md", "\n".join(text)), ("svg", drawing)):
-        write_atomic(lab.out / f"{name}.{path}", lambda f: f.write(content.encode()))
+    for suffix, content in (("md", "\n".join(text)), ("svg", drawing)):
+        write_atomic(lab.out / f"{name}.{suffix}", lambda f: f.write(content.encode()))
     saved = f"saved in {lab.out}: {name}.md, .json, .svg"
-    print("\n\n".join([*(t.plain() for t in tables), *says, saved]))
+    print("\n\n".join([*(table.plain() for table in tables), *says, saved]))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -431,7 +496,8 @@ def levels(lab: Lab) -> None:
     """Perplexity against the real bits of a weight in Linears: the paper's main figure."""
     names = ["no prompt", "start", "learned", "neutral text", "shuffled text"]
     table = Table("Perplexity", "model", "bits a weight", "MB", *names, "learned, change in nats")
-    found, done = [], set()                             # folders: runs share the dense model
+    found = []
+    done = set()                                        # folders: runs share the dense model
     for case in lab.cases:
         for which in ("dense", "compressed"):
             folder = case.place(which)
@@ -449,7 +515,8 @@ def levels(lab: Lab) -> None:
                   bits=bits, megabytes=size, perplexity=numbers)
     says = []
     for name in ("no prompt", "learned"):
-        front, best = [], math.inf
+        front = []
+        best = math.inf
         for row in table.values:
             if row["perplexity"][name][0] < best:
                 best = row["perplexity"][name][0]
@@ -501,22 +568,24 @@ def transfer(lab: Lab) -> None:
     first = lab.cases[0]
     texts = lab.texts(first)
     by_text = {text: lab.learned(first, "compressed", learn) for text, (learn, _) in texts.items()}
-    tables, rows = [], []
+    tables = []
+    rows = []
 
     def matrix(title: str, prompts: dict, targets: dict) -> None:
+        """A table of prompts {name: prompt} on targets {name: (case, text to measure on)}."""
         table = Table(f"{title}: change in nats a token", "learned on", *targets)
         for source, prompt in prompts.items():
             cells = {}
             for target, (case, measure) in targets.items():
-                base, got = (lab.losses(case, "compressed", p, case.measured(measure))
-                             for p in (None, prompt))
-                cells[target] = spread(got - base)
+                tokens = case.measured(measure)
+                base = lab.losses(case, "compressed", None, tokens)
+                cells[target] = spread(lab.losses(case, "compressed", prompt, tokens) - base)
                 rows.append((f"{source} → {target}", [cells[target]]))
-            table.add(source, *(show(v, "+.3f") + ("" if v[1] <= 0 <= v[2] else " *")
-                                for v in cells.values()), cells=cells)
+            table.add(source, *map(show_change, cells.values()), cells=cells)
         tables.append(table)
 
-    def kind(case: Case) -> tuple:
+    def kind(case: Case) -> tuple[bool, bool, bool]:
+        """(is it quantized, pruned in a pattern, pruned at all)"""
         sparsity = str(case.made["sparsity"])
         return case.made["bits"] < 16, ":" in sparsity, sparsity != "0"
     matrix("Texts", by_text, {text: (first, measure) for text, (_, measure) in texts.items()})
@@ -536,7 +605,8 @@ def transfer(lab: Lab) -> None:
 def length(lab: Lab) -> None:
     """Positions of a prompt: perplexity of both models, time of reading and writing, bytes."""
     case = lab.cases[0]
-    tokens, rows = case.measured(), []
+    tokens = case.measured()
+    rows = []
     table = Table("Perplexity by the number of positions", "positions", "compressed + start",
                   "compressed + learned", "dense + learned", "prefill, ms", "decode, ms a token",
                   "cache, KB")
@@ -546,17 +616,18 @@ def length(lab: Lab) -> None:
                          f"commas")
     longest = open_checkpoint(case.compressed).config.max_positions - case.settings.seqlen
     for n in [0, *(int(n) for n in asked if int(n) <= longest)]:
+        start = learned = control = None
         if n:
-            prompts = lab.start(case, "compressed", n), lab.learned(case, "compressed", n=n)
-        else:
-            prompts = None, None
-        losses = [lab.losses(case, "compressed", p, tokens) for p in prompts]
+            start = lab.start(case, "compressed", n)
+            learned = lab.learned(case, "compressed", n=n)
+        if n and case.dense:
+            control = lab.learned(case, "dense", n=n)
+        losses = [lab.losses(case, "compressed", prompt, tokens) for prompt in (start, learned)]
         if case.dense:
-            control = lab.learned(case, "dense", n=n) if n else None
             losses.append(lab.losses(case, "dense", control, tokens))
-        made_of = {**lab.made_of(case, "compressed", prompts[1]), "seqlen": case.settings.seqlen,
+        made_of = {**lab.made_of(case, "compressed", learned), "seqlen": case.settings.seqlen,
                    "machine": describe_machine(case.settings.device)}
-        cost = lab.keep("seconds", made_of, lambda: seconds(lab, case, prompts[1]))
+        cost = lab.keep("seconds", made_of, lambda: seconds(lab, case, learned))
         numbers = [ppl(values) for values in losses]
         table.add(str(n), *(show(v) for v in numbers), *([] if case.dense else [""]),
                   f"{1e3 * cost['prefill']:.1f}", f"{1e3 * cost['decode']:.2f}",
@@ -573,8 +644,10 @@ def length(lab: Lab) -> None:
 def seconds(lab: Lab, case: Case, prompt, count: int = 16) -> dict:
     """Seconds of reading prompt and text, and a token of writing behind them; bytes of the prompt's
     keys and values."""
-    model, text = lab.model(case, "compressed"), case.measured()[:case.settings.seqlen - count]
-    prefill, writing = [], []
+    model = lab.model(case, "compressed")
+    text = case.measured()[:case.settings.seqlen - count]
+    prefill = []                                        # seconds, of every try
+    writing = []
     for _ in range(3):
         began = time.perf_counter()
         model.hidden(*with_prompt(model, prompt, text[None].to(case.settings.device)))
@@ -592,37 +665,38 @@ def seconds(lab: Lab, case: Case, prompt, count: int = 16) -> dict:
 def hard(lab: Lab) -> None:
     """Prompts in words: does a compressed model use what they say, or only their being there?"""
     case = lab.cases[0]
-    which = [w for w in ("compressed", "dense") if case.place(w)]
-    tokens, tasks = case.measured(), lab.items(case)
-    heads = [f"{task}: {what}" for task in tasks for what in ("acc", "turned right, wrong", "p")]
+    models = [which for which in ("compressed", "dense") if case.place(which)]
+    tokens = case.measured()
+    tasks = lab.items(case)
+    heads = [f"{which}, {what}" for which in models for what in ("perplexity", "change")]
+    heads += [f"{task}: {what}" for task in tasks for what in ("acc", "turned right, wrong", "p")]
     table = Table("Perplexity, change in nats a token, and answers that a prompt in words changes",
-                  "prompt", *(f"{w}, {what}" for w in which for what in ("perplexity", "change")),
-                  *heads)
-    rows, made = [], {}
-    for name in ["no prompt", *HARD, "neutral, as long", "the paper's, shuffled", "learned"]:
-        cells, numbers, prompts = [], {}, {}
-        for w in which:
-            prompts[w] = in_words(lab, case, w, name)
-            losses, base = (lab.losses(case, w, p, tokens) for p in (prompts[w], None))
-            numbers[w] = {"perplexity": ppl(losses), "change": spread(losses - base)}
-            cells += [show(numbers[w]["perplexity"]), change(losses, base)]
-        for task, items in tasks.items():
-            got, base = (lab.answers(case, which[0], p, items, task)
-                         for p in (prompts[which[0]], None))
-            flips = mcnemar(got, base)
-            numbers[task] = {"acc": spread(got), "turned right, turned wrong, p": flips}
-            cells += [show(spread(got), ".3f"), f"{flips[0]}, {flips[1]}", f"{flips[2]:.2f}"]
-        table.add(name, *cells, numbers=numbers)
-        rows.append((name, [numbers[w]["change"] for w in which]))
-        made[name] = lab.keep("texts", {**lab.made_of(case, which[0], prompts[which[0]]),
-                                        "tokens": fingerprint(tokens)},
-                              lambda: continued(lab, case, which[0], prompts[which[0]], tokens))
+                  "prompt", *heads)
     texts = Table("Greedy continuations of the compressed model", "prompt", "first", "second")
-    for name, pair in made.items():
+    rows = []
+    for name in ["no prompt", *HARD, "neutral, as long", "the paper's, shuffled", "learned"]:
+        cells = []
+        numbers = {}
+        for which in models:
+            losses = lab.losses(case, which, in_words(lab, case, which, name), tokens)
+            moved = spread(losses - lab.losses(case, which, None, tokens))
+            numbers[which] = {"perplexity": ppl(losses), "change": moved}
+            cells += [show(numbers[which]["perplexity"]), show_change(moved)]
+        prompt = in_words(lab, case, models[0], name)
+        for task, items in tasks.items():
+            got = lab.answers(case, models[0], prompt, items, task)
+            base = lab.answers(case, models[0], None, items, task)
+            numbers[task], shown = show_answers(got, base)
+            cells += shown
+        table.add(name, *cells, numbers=numbers)
+        rows.append((name, [numbers[which]["change"] for which in models]))
+        made_of = {**lab.made_of(case, models[0], prompt), "tokens": fingerprint(tokens)}
+        pair = lab.keep("texts", made_of,
+                        lambda: continued(lab, case, models[0], prompt, tokens))
         texts.add(name, *(" ".join(text.split()) for text in pair), texts=pair)
     publish(lab, "hard", [table, texts], [], dot_plot(
         "Change of the loss by a prompt in words, nats a token", "lower is better", rows,
-        [(w, color) for w, color in zip(which, (HURT, DENSE))]))
+        list(zip(models, (HURT, DENSE)))))
 
 
 def in_words(lab: Lab, case: Case, which: str, name: str) -> torch.Tensor | None:
@@ -638,8 +712,9 @@ def in_words(lab: Lab, case: Case, which: str, name: str) -> torch.Tensor | None
 
 def continued(lab: Lab, case: Case, which: str, prompt, tokens: torch.Tensor) -> list[str]:
     """24 tokens that follow the first 32 of two windows."""
-    windows = tokens[:len(tokens) // 32 * 32].view(-1, 32)
-    texts = [case.tokenizer.decode(windows[k].tolist()) for k in (0, len(windows) // 2)]
+    count = len(tokens) // 32
+    windows = tokens[:32 * count].view(count, 32)
+    texts = [case.tokenizer.decode(windows[k].tolist()) for k in (0, count // 2)]
     made = ["", ""]
     for i, piece in generate(lab.model(case, which), case.tokenizer, texts, 24, prompt=prompt):
         made[i] += piece
@@ -649,12 +724,12 @@ def continued(lab: Lab, case: Case, which: str, prompt, tokens: torch.Tensor) ->
 def robust(lab: Lab) -> None:
     """Text from elsewhere, and text that is damaged, with and without the prompt."""
     case = lab.cases[0]
-    s, tokens = case.settings, case.measured()
+    tokens = case.measured()
     texts = {label: case.measured(measure) for label, (_, measure) in lab.texts(case).items()}
     text = case.tokenizer.decode(tokens.tolist())
     for how in ("typos", "dropped", "swapped", "upper case", "lower case"):
-        ids = torch.tensor(case.tokenizer.encode(corrupted(text, how)))[:len(tokens)]
-        texts[f"{Path(s.data).stem}, {how}"] = ids
+        ids = torch.tensor(case.tokenizer.encode(corrupted(text, how)))
+        texts[f"{Path(case.settings.data).stem}, {how}"] = ids[:len(tokens)]
     controls = lab.controls(case)
     table = Table("Perplexity", "text", *controls, "learned, change in nats")
     rows = []
@@ -673,18 +748,20 @@ def robust(lab: Lab) -> None:
 def tasks(lab: Lab) -> None:
     """Zero-shot accuracy of all controls; McNemar's test against the compressed model."""
     case = lab.cases[0]
-    asked, controls = lab.items(case), lab.controls(case)
+    asked = lab.items(case)
+    controls = lab.controls(case)
     heads = [f"{task}{what}" for task, items in asked.items()
              for what in (f", {len(items)} items", ": turned right, wrong", ": p")]
     table = Table("Accuracy, and answers that differ from the compressed model's", "model", *heads)
     rows = []
     for name, (which, prompt) in controls.items():
-        cells, numbers = [], {}
+        cells = []
+        numbers = {}
         for task, items in asked.items():
             got = lab.answers(case, which, prompt, items, task)
-            flips = mcnemar(got, lab.answers(case, *controls["compressed"], items, task))
-            numbers[task] = {"acc": spread(got), "turned right, turned wrong, p": flips}
-            cells += [show(spread(got), ".3f"), f"{flips[0]}, {flips[1]}", f"{flips[2]:.2f}"]
+            base = lab.answers(case, *controls["compressed"], items, task)
+            numbers[task], shown = show_answers(got, base)
+            cells += shown
         table.add(name, *cells, tasks=numbers)
         rows += [(f"{name}: {task}" if len(asked) > 1 else name, [v["acc"]])
                  for task, v in numbers.items()]
@@ -704,8 +781,9 @@ def main(args) -> None:
     if args.study in ("recipes", "tasks") and not all(case.dense for case in lab.cases):
         raise ValueError(f"study {args.study} compares with the dense model: run train.py with "
                          f"--dense FOLDER")
-    studies = levels, recipes, transfer, length, hard, robust, tasks
-    {f.__name__: f for f in studies}[args.study](lab)
+    studies = (levels, recipes, transfer, length, hard, robust, tasks)
+    by_name = {study.__name__: study for study in studies}
+    by_name[args.study](lab)
 
 
 if __name__ == "__main__":

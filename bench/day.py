@@ -111,10 +111,10 @@ def check(format: str, grid: str, shape, groupsize: int, tokens, dtype,
           device) -> Iterator[tuple[str, float, float]]:
     """(case, largest error over the largest output, what is allowed) of products, forward and
     backward, beside float64."""
-    from bench.kernels import random_layer
+    from bench.kernels import random_packed
     from kernels.linear import PackedLinear
     from kernels.unpacking import unpack
-    packed = random_layer(shape, format, grid, groupsize, device)
+    packed = random_packed(shape, format, grid, groupsize, device)
     weight, layer = unpack(packed, torch.float64).to(device), PackedLinear(packed).to(device)
     for count in tokens:
         x = torch.randn(count, shape[1], device=device).to(dtype).requires_grad_()
@@ -152,7 +152,7 @@ def check_all(record: Record, device: torch.device) -> None:
 def warm(part: int, parts: int) -> None:
     """Has Triton compile one part of all kernels. What fails will fail again where it is
     recorded."""
-    from bench.kernels import random_layer
+    from bench.kernels import random_packed
     from kernels.linear import PackedLinear
     device = torch.device("cuda", 0)
     for one in all_checks()[part::parts]:
@@ -162,7 +162,7 @@ def warm(part: int, parts: int) -> None:
     for case in cases()[:WARMED]:
         layers.setdefault((case.shape, case.format, case.grid), []).append(case)
     for key, wanted in list(layers.items())[part::parts]:
-        layer = PackedLinear(random_layer(*key, -1, device)).to(device)
+        layer = PackedLinear(random_packed(*key, -1, device)).to(device)
         for case in wanted:
             width = case.shape[1] if case.direction == "forward" else case.shape[0]
             x = torch.zeros(case.batch, width, device=device).half()

@@ -37,7 +37,7 @@ CACHE = 200e6                                               # bytes of weights t
 AWAKE = 0.05                                                # seconds until a GPU's clock has risen
 
 
-def random_layer(shape: tuple[int, int], format: str, grid: str, groupsize: int, device) -> Packed:
+def random_packed(shape: tuple[int, int], format: str, grid: str, groupsize: int, device) -> Packed:
     """Half of the weights pruned (none if dense), 8 of every 16 for nm; outputs about as large as
     inputs."""
     rows, cols = shape
@@ -133,7 +133,7 @@ class Beside(NamedTuple):
 
 def beside(shape: tuple[int, int], format: str, grid: str, groupsize: int, dtype: torch.dtype,
            device: torch.device) -> Beside:
-    first = random_layer(shape, format, grid, groupsize, device)
+    first = random_packed(shape, format, grid, groupsize, device)
     layers = [PackedLinear(Packed({name: t.clone() for name, t in first.tensors.items()},
                                   first.meta)).to(device) for _ in range(copies(nbytes(first)))]
     weight = unpack(first, dtype).to(device)

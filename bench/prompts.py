@@ -23,20 +23,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def ours(args, windows: torch.Tensor):
-    """A function that takes one step and returns the loss before it."""
+    """A function of (count, bar) that takes `count` steps with prompt.py; the bar, see Timed, hears
+    of every step and its loss."""
     from model import load_model
     from prompt import initial_prompt, learn
     model = load_model(args.model, DTYPES[args.dtype], args.device)
     model.checkpointing = args.checkpointing
     start = initial_prompt(model, args.prompt_tokens, "text", windows[0, :args.prompt_tokens])
 
-    def steps(count: int, each) -> None:
+    def steps(count: int, bar) -> None:
         learn(model, start, windows, None, count, args.batch, args.lr, warmup=1, val_every=count,
-              progress=each)
+              progress=bar)
     return steps
 
 
 def peft(args, windows: torch.Tensor):
+    """The same with PEFT over transformers."""
     from peft import PromptTuningConfig, TaskType, get_peft_model
     from transformers import AutoModelForCausalLM
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype])
@@ -51,11 +53,10 @@ def peft(args, windows: torch.Tensor):
     trained = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
 
-    def steps(count: int, each) -> None:
+    def steps(count: int, bar) -> None:
         g = torch.Generator().manual_seed(0)                    # as fit draws them
         order = torch.randperm(len(windows), generator=g)
-        bar = each(range(count), "")
-        for step in bar:
+        for step in bar(range(count), ""):
             batch = windows[order[step * args.batch:(step + 1) * args.batch]].to(args.device)
             labels = batch.clone()
             labels[:, 0] = -100                                 # PEFT scores it behind the prompt
@@ -73,7 +74,9 @@ class Timed:
     shown beside it."""
 
     def __init__(self, device: str):
-        self.device, self.times, self.notes = device, [], []
+        self.device = device
+        self.times = []                   # (seconds of the clock, of the processor)
+        self.notes = []
 
     def __call__(self, items, title: str):
         self.items = items
@@ -95,13 +98,16 @@ class Timed:
 
 
 def run_side(args) -> dict:
-    """One side, in this process: {seconds a step, peak bytes, first loss}."""
+    """One side, in this process: {"seconds" a step, "cpu" seconds a step, "peak" bytes, "first"
+    loss in words}."""
     count = args.batch * (args.steps + 1)
     g = torch.Generator().manual_seed(0)
     vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
     windows = torch.randint(0, vocab, (count, args.tokens), generator=g)
     timed = Timed(args.device)
-    {"ours": ours, "peft": peft}[args.side](args, windows)(args.steps + 1, timed)
+    side = ours if args.side == "ours" else peft
+    take_steps = side(args, windows)
+    take_steps(args.steps + 1, timed)
     spans = zip(timed.times[1], timed.times[-1])                # the first step is not timed
     seconds, cpu = ((end - start) / args.steps for start, end in spans)
     if args.device.startswith("cuda"):

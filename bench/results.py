@@ -1,8 +1,8 @@
 """RESULTS.md from runs: what is missing is run, and the tables go between their marks.
 
-    python -m bench.results --folder runs/results                   # the tiny models: an hour, once
-    python -m bench.results --folder runs/results --smollm2 FOLDER --wikitext FOLDER    # and SmolLM2
-    python -m bench.results --folder runs/results --check           # run nothing, write nothing
+    python -m bench.results --folder runs/results              # the tiny models: an hour, once
+    python -m bench.results --folder runs/results --smollm2 FOLDER --wikitext FOLDER   # SmolLM2 too
+    python -m bench.results --folder runs/results --check      # run nothing, write nothing
 
 A command's output is kept in --folder as NAME.log, and how it was made (command, commit, machine,
 seconds) in NAME.json: a killed run goes on, and a command that was changed is run again. RESULTS.md
@@ -26,16 +26,15 @@ from study import commit
 from train import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
+BAR = re.compile(r"[#-]{20} \d+/\d+")                          # of a progress bar
 
+# Flags that several commands share.
 TINY = ("--max-tokens 8192 --steps 40 --fused off --nsamples 64 --dtype float32 --device cpu "
         "--batch-size 4")
 WIKI = "--data {wikitext}/wiki.test.raw --dtype float32 --device cpu"
 CALIBRATED = "--calib {wikitext}/wiki.valid.raw --nsamples 32 --seqlen 512 --max-tokens 40960"
 TAUGHT = ("--train-data {wikitext}/wiki.valid.raw --seqlen 256 --max-tokens 6144 --batch-size 1 "
           "--steps 80 --val-windows 4 --fused off")
-
-
-BAR = re.compile(r"[#-]{20} \d+/\d+")                          # of a progress bar
 
 
 class Family(NamedTuple):
@@ -48,7 +47,8 @@ class Family(NamedTuple):
 
     def members(self) -> list[dict]:
         """{name: value} of every run."""
-        every = [dict(zip(self.values, picked)) for picked in itertools.product(*self.values.values())]
+        products = itertools.product(*self.values.values())
+        every = [dict(zip(self.values, picked)) for picked in products]
         return [member for member in every if fill(self.name, member) not in self.without]
 
     def shown(self) -> str:
@@ -57,13 +57,15 @@ class Family(NamedTuple):
         line = fill(f"python {self.command}", {**capitals, "out": "FOLDER"})
         if self.command.startswith("train.py"):
             line += " --out FOLDER/" + fill(self.name, capitals)
-        sets = [f"{name.upper()} {', '.join(map(str, picked))}" for name, picked in self.values.items()]
+        notes = [f"{name.upper()} {', '.join(map(str, picked))}"
+                 for name, picked in self.values.items()]
         if self.without:
-            sets.append(f"without {', '.join(self.without)}")
-        return f"`{line}`" + (f" ({'; '.join(sets)})" if sets else "")
+            notes.append(f"without {', '.join(self.without)}")
+        return f"`{line}` ({'; '.join(notes)})" if notes else f"`{line}`"
 
 
 class Part(NamedTuple):
+    """A table of RESULTS.md and the runs that it is made of."""
     families: list[Family]
     table: Callable[[Path], str]        # of the folder of runs
 
@@ -79,11 +81,12 @@ def fill(text: str, values: dict) -> str:
 # Tables.
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table whose first line is head."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def study_table(name: str, folder: str = "study") -> Callable[[Path], str]:
+def study_table(name: str, folder: str) -> Callable[[Path], str]:
     """The tables that study.py wrote."""
     def table(out: Path) -> str:
         text = (out / folder / f"{name}.md").read_text(encoding="utf-8")
@@ -110,7 +113,8 @@ def rows_of(out: Path, name: str) -> dict[str, dict]:
 def layer_errors(out: Path, name: str) -> tuple[float, float]:
     """(error, error_heldout), relative, means over the Linears of a run."""
     layers = read_json(out / name / "report.json")["layers"]
-    return tuple(statistics.mean(layer[key] for layer in layers) for key in ("error", "error_heldout"))
+    error = statistics.mean(layer["error"] for layer in layers)
+    return error, statistics.mean(layer["error_heldout"] for layer in layers)
 
 
 def several(values: list[float], digits: int = 2) -> str:
@@ -120,41 +124,51 @@ def several(values: list[float], digits: int = 2) -> str:
 
 
 def calibration_table(out: Path) -> str:
-    models, seeds, counts = (CALIBRATION.values[key] for key in ("model", "seed", "nsamples"))
+    """A row a number of calibration tokens, three columns a model; means over the seeds."""
+    models = CALIBRATION.values["model"]
+    seeds = CALIBRATION.values["seed"]
     head = ["tokens"]
     for model in models:
         head += [f"{model}, perplexity", "error of a Linear", "held out"]
     rows = []
-    for count in counts:
-        row = [f"{256 * count:,}"]
+    for count in CALIBRATION.values["nsamples"]:
+        row = [f"{256 * count:,}"]                              # windows of 256 tokens
         for model in models:
-            names = [fill(CALIBRATION.name, dict(model=model, seed=seed, nsamples=count)) for seed in seeds]
-            errors = [statistics.mean(pair) for pair in zip(*(layer_errors(out, n) for n in names))]
-            row.append(several([rows_of(out, n)["compressed"]["perplexity"] for n in names]))
-            row += [f"{error:.4f}" for error in errors]
+            runs = [fill(CALIBRATION.name, {"model": model, "seed": seed, "nsamples": count})
+                    for seed in seeds]
+            row.append(several([rows_of(out, run)["compressed"]["perplexity"] for run in runs]))
+            for errors in zip(*(layer_errors(out, run) for run in runs)):
+                row.append(f"{statistics.mean(errors):.4f}")
         rows.append(row)
     return markdown(head, rows)
 
 
 def smollm2_table(out: Path) -> str:
-    """Every level: dense once, compressed, and healed where that was asked for."""
+    """Every level of bits and sparsity, below the dense model."""
     head = ["bits", "sparsity", "bits a weight in Linears", "MB", "compressed", "made, s",
             "error of a Linear", "held out"]
     rows = []
     for member in SMOLLM2.members():
         name = fill(SMOLLM2.name, member)
         found = rows_of(out, name)
-        row, errors = found["compressed"], layer_errors(out, name)
         if not rows:
-            dense = found["dense"]
-            rows.append(["16", "0", "16", f"{dense['megabytes']:.1f}", f"{dense['perplexity']:.2f}", "", "", ""])
-        rows.append([str(member["bits"]), member["sparsity"], f"{row['linear_bits_per_weight']:.2f}",
-                     f"{row['megabytes']:.1f}", f"{row['perplexity']:.2f}", f"{row['seconds']:,.0f}",
-                     *(f"{error:.4f}" for error in errors)])
+            megabytes, perplexity = level_of(found["dense"])
+            rows.append(["16", "0", "16", megabytes, perplexity, "", "", ""])
+        row = found["compressed"]
+        error, heldout = layer_errors(out, name)
+        rows.append([str(member["bits"]), member["sparsity"],
+                     f"{row['linear_bits_per_weight']:.2f}", *level_of(row),
+                     f"{row['seconds']:,.0f}", f"{error:.4f}", f"{heldout:.4f}"])
     return markdown(head, rows)
 
 
+def level_of(row: dict) -> tuple[str, str]:
+    """(megabytes, perplexity) of a run's row as they are shown."""
+    return f"{row['megabytes']:.1f}", f"{row['perplexity']:.2f}"
+
+
 def healed_table(out: Path) -> str:
+    """The rows of the run that heals."""
     rows = [[name, f"{row['perplexity']:.3f}", f"{row['megabytes']:.1f}", f"{row['seconds']:,.0f}"]
             for name, row in rows_of(out, "smollm2-healed").items()]
     return markdown(["", "perplexity", "MB", "made, s"], rows)
@@ -164,24 +178,42 @@ def healed_table(out: Path) -> str:
 # Parts, in the order of RESULTS.md.
 
 ONE = Family("4bit-0.5", f"train.py {TINY} --control")
-LEVELS = Family("{bits}bit-{sparsity}", f"train.py {TINY} --bits {{bits}} --sparsity {{sparsity}} --no-control",
-                {"bits": (2, 3, 4, 16), "sparsity": ("0", "0.5", "0.625", "0.75", "2:4")},
-                without=("16bit-0", "4bit-0.5"))                # the dense model; and ONE
-CALIBRATION = Family("{model}-{nsamples}-{seed}", "train.py --model {model} --nsamples {nsamples} --seed {seed} "
-                     "--steps 0 --max-tokens 16384 --dtype float32 --device cpu",
-                     {"model": ("tiny-llama", "tiny-opt"), "nsamples": (32, 64, 128, 256, 512, 1024),
-                      "seed": (0, 1)})
-SMOLLM2 = Family("smollm2-{bits}bit-{sparsity}", f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 "
-                 "--heal 0 --bits {bits} --sparsity {sparsity}",
-                 {"bits": (4, 3), "sparsity": ("0.5", "0.625", "2:4", "0")},
-                 without=tuple(f"smollm2-3bit-{s}" for s in ("0.5", "0.625", "2:4")))
-HEALED = Family("smollm2-healed", f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 32")
-PROMPTS = Family("{kind}-{objective}", "train.py --model {out}/smollm2-4bit-0.5/compressed --dense {smollm2} --control "
-                 f"--kind {{kind}} --objective {{objective}} {TAUGHT} {WIKI}",
-                 {"kind": ("embedding", "prefix"), "objective": ("next", "kl")})
+LEVELS = Family(
+    "{bits}bit-{sparsity}",
+    f"train.py {TINY} --bits {{bits}} --sparsity {{sparsity}} --no-control",
+    {"bits": (2, 3, 4, 16), "sparsity": ("0", "0.5", "0.625", "0.75", "2:4")},
+    without=("16bit-0", "4bit-0.5"))                            # the dense model; and ONE
+CALIBRATION = Family(
+    "{model}-{nsamples}-{seed}",
+    "train.py --model {model} --nsamples {nsamples} --seed {seed} --steps 0 --max-tokens 16384 "
+    "--dtype float32 --device cpu",
+    {"model": ("tiny-llama", "tiny-opt"), "nsamples": (32, 64, 128, 256, 512, 1024),
+     "seed": (0, 1)})
+SMOLLM2 = Family(
+    "smollm2-{bits}bit-{sparsity}",
+    f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 0 --bits {{bits}} "
+    f"--sparsity {{sparsity}}",
+    {"bits": (4, 3), "sparsity": ("0.5", "0.625", "2:4", "0")},
+    without=("smollm2-3bit-0.5", "smollm2-3bit-0.625", "smollm2-3bit-2:4"))
+HEALED = Family(
+    "smollm2-healed",
+    f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 32")
+PROMPTS = Family(
+    "{kind}-{objective}",
+    f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --dense {{smollm2}} --control "
+    f"--kind {{kind}} --objective {{objective}} {TAUGHT} {WIKI}",
+    {"kind": ("embedding", "prefix"), "objective": ("next", "kl")})
+EXPORTED = Family("tiny-llama-hf", "export.py tiny-llama --to hf {out}/tiny-llama-hf")
+BESIDE_PEFT = Family(
+    "prompts",
+    "-m bench.prompts {out}/tiny-llama-hf --batch 4 --tokens 256 --steps 20")
+WALK = Family(
+    "walk",
+    "-m bench.walk --shape llama-7b --blocks 1 --nsamples 16 --seqlen 2048 --folder {out}/7b")
 
 
-def study(name: str, runs: list[str], options: str = "", folder: str = "study") -> Family:
+def study(name: str, runs: list[str], options: str, folder: str) -> Family:
+    """One study over runs."""
     where = " ".join(f"{{out}}/{run}" for run in runs)
     return Family(f"{folder}-{name}", f"study.py {name} {where}{options} --out {{out}}/{folder}")
 
@@ -191,24 +223,28 @@ def names(*families: Family) -> list[str]:
     return [fill(family.name, member) for family in families for member in family.members()]
 
 
+def studied(name: str, families: list[Family], runs: list[str], options: str = "",
+            folder: str = "study") -> Part:
+    """A study over runs of the families, and the table that it writes."""
+    return Part([*families, study(name, runs, options, folder)], study_table(name, folder))
+
+
+TRANSFERRED = ["4bit-0.5", "4bit-0", "3bit-0.5", "4bit-0.625", "16bit-0.5", "4bit-2:4"]
 PARTS = {
-    "levels": Part([ONE, LEVELS, study("levels", names(ONE, LEVELS))], study_table("levels")),
-    "recipes": Part([ONE, study("recipes", ["4bit-0.5"])], study_table("recipes")),
-    "transfer": Part([ONE, LEVELS, study("transfer", ["4bit-0.5", "4bit-0", "3bit-0.5", "4bit-0.625", "16bit-0.5", "4bit-2:4"])],
-                     study_table("transfer")),
-    "length": Part([ONE, study("length", ["4bit-0.5"])], study_table("length")),
-    "hard": Part([ONE, study("hard", ["4bit-0.5"], " --limit 60")], study_table("hard")),
-    "robust": Part([ONE, study("robust", ["4bit-0.5"])], study_table("robust")),
-    "tasks": Part([ONE, study("tasks", ["4bit-0.5"], " --limit 60")], study_table("tasks")),
+    "levels": studied("levels", [ONE, LEVELS], names(ONE, LEVELS)),
+    "recipes": studied("recipes", [ONE], names(ONE)),
+    "transfer": studied("transfer", [ONE, LEVELS], TRANSFERRED),
+    "length": studied("length", [ONE], names(ONE)),
+    "hard": studied("hard", [ONE], names(ONE), " --limit 60"),
+    "robust": studied("robust", [ONE], names(ONE)),
+    "tasks": studied("tasks", [ONE], names(ONE), " --limit 60"),
     "calibration": Part([CALIBRATION], calibration_table),
-    "prompt learning": Part([Family("prompts", "-m bench.prompts data/tiny/llama --batch 4 --tokens 256 --steps 20")],
-                            printed("prompts")),
+    "prompt learning": Part([EXPORTED, BESIDE_PEFT], printed("prompts")),
     "smollm2": Part([SMOLLM2], smollm2_table),
     "smollm2 healed": Part([HEALED], healed_table),
-    "smollm2 prompts": Part([SMOLLM2, PROMPTS, study("recipes", names(PROMPTS), folder="study-smollm2")],
-                            study_table("recipes", "study-smollm2")),
-    "walk": Part([Family("walk", "-m bench.walk --shape llama-7b --blocks 1 --nsamples 16 --seqlen 2048 --folder {out}/7b")],
-                 printed("walk")),
+    "smollm2 prompts": studied("recipes", [SMOLLM2, PROMPTS], names(PROMPTS),
+                               folder="study-smollm2"),
+    "walk": Part([WALK], printed("walk")),
 }
 LONG = ("smollm2", "smollm2 healed", "smollm2 prompts", "walk")     # not without --smollm2
 
@@ -217,42 +253,55 @@ LONG = ("smollm2", "smollm2 healed", "smollm2 prompts", "walk")     # not withou
 # Running, and writing.
 
 def perform(family: Family, member: dict, folders: dict[str, str]) -> None:
-    """Run a command unless it has run; a killed run of train.py is continued."""
+    """Run a command unless it has run; a killed run of train.py is continued. folders: {name in a
+    command: folder}."""
     out = Path(folders["out"])
-    name, command = fill(family.name, member), fill(family.command, member)
+    name = fill(family.name, member)
+    command = fill(family.command, member)
     note = out / f"{name}.json"
-    if note.exists() and read_json(note)["command"] == command:
+    if has_run(note, command):
         return
     words = shlex.split(fill(command, folders))
     if words[0] == "train.py":
         words += ["--out", str(out / name), "--resume"]
     print(f"python {shlex.join(words)}", flush=True)
-    start, log = time.time(), out / f"{name}.log"
+    log = out / f"{name}.log"
+    start = time.time()
     with open(log, "w", encoding="utf-8") as file:
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file,
+                              stderr=subprocess.STDOUT)
     if done.returncode:
         raise ValueError(f"python {shlex.join(words)} failed: read {log}")
     write_json(note, {"command": command, "commit": commit(), "machine": describe_machine("cpu"),
                       "seconds": time.time() - start})
 
 
+def has_run(note: Path, command: str) -> bool:
+    """Was this very command run to its end?"""
+    return note.exists() and read_json(note)["command"] == command
+
+
 def part_text(name: str, out: Path) -> str | None:
     """What stands between the marks of a part, or None where something has not run. Commands that
     an earlier part has shown are not shown again."""
-    part, notes = PARTS[name], []
-    earlier = [PARTS[other] for other in list(PARTS)[:list(PARTS).index(name)]]
+    part = PARTS[name]
+    order = list(PARTS)
+    earlier = [PARTS[other] for other in order[:order.index(name)]]
     shown = [family for other in earlier for family in other.families]
+    new = [family for family in part.families if family not in shown]
+    notes = []                                                  # of the runs that are shown here
     for family in part.families:
         for member in family.members():
             note = out / f"{fill(family.name, member)}.json"
-            if not note.exists() or read_json(note)["command"] != fill(family.command, member):
+            if not has_run(note, fill(family.command, member)):
                 return None
-            if family not in shown:
+            if family in new:
                 notes.append(read_json(note))
-    lines = [f"- {family.shown()}" for family in part.families if family not in shown]
+    commands = [f"- {family.shown()}" for family in new]
     where = ", ".join(sorted({f"commit {n['commit']}, {n['machine']}" for n in notes}))
     took = f"{sum(n['seconds'] for n in notes) / 60:,.0f} minutes in all"
-    return "\n".join([part.table(out), "", *lines, "", f"Seed 0 where none is named; {where}; {took}."])
+    about = f"Seed 0 where none is named; {where}; {took}."
+    return "\n".join([part.table(out), "", *commands, "", about])
 
 
 def put(text: str, name: str, inside: str) -> str:
@@ -263,25 +312,36 @@ def put(text: str, name: str, inside: str) -> str:
     return marks.sub(lambda m: f"{m[1]}\n{inside}\n\n{m[2]}", text)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description="Run what RESULTS.md shows, and write its tables.")
-    p.add_argument("--folder", default="runs/results", help="folder of the runs (default runs/results)")
-    p.add_argument("--smollm2", metavar="FOLDER", help="SmolLM2-135M-Instruct; also runs what needs it")
-    p.add_argument("--wikitext", metavar="FOLDER", help="folder of wiki.valid.raw and wiki.test.raw")
-    p.add_argument("--parts", metavar="NAME,NAME,...", help=f"of {', '.join(PARTS)} (default: all that can run)")
-    p.add_argument("--check", action="store_true", help="run and write nothing; exit code 1 if a part differs")
-    args = p.parse_args()
-    if bool(args.smollm2) != bool(args.wikitext):
-        p.error("--smollm2 and --wikitext belong together")
-    picked = args.parts.split(",") if args.parts else [n for n in PARTS if args.smollm2 or n not in LONG]
+def picked_parts(p: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Names of the parts to run: those asked for, or all that can run."""
+    if not args.parts:
+        return [name for name in PARTS if args.smollm2 or name not in LONG]
+    picked = args.parts.split(",")
     unknown = [name for name in picked if name not in PARTS]
     if unknown:
         p.error(f"--parts: no part {unknown[0]}; choose from {', '.join(PARTS)}")
+    return picked
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Run what RESULTS.md shows, and write its tables.")
+    a = p.add_argument
+    a("--folder", default="runs/results", help="folder of the runs (default runs/results)")
+    a("--smollm2", metavar="FOLDER", help="SmolLM2-135M-Instruct; also runs what needs it")
+    a("--wikitext", metavar="FOLDER", help="folder of wiki.valid.raw and wiki.test.raw")
+    a("--parts", metavar="NAME,NAME,...", help=f"of {', '.join(PARTS)} (default: all that can run)")
+    a("--check", action="store_true",
+      help="run and write nothing; exit code 1 if a part differs")
+    args = p.parse_args()
+    if bool(args.smollm2) != bool(args.wikitext):
+        p.error("--smollm2 and --wikitext belong together")
+    picked = picked_parts(p, args)
     out = Path(args.folder).resolve()
     out.mkdir(parents=True, exist_ok=True)
     folders = {"out": out}
     if args.smollm2:
-        folders |= {"smollm2": Path(args.smollm2).resolve(), "wikitext": Path(args.wikitext).resolve()}
+        folders["smollm2"] = Path(args.smollm2).resolve()
+        folders["wikitext"] = Path(args.wikitext).resolve()
     path = ROOT / "RESULTS.md"
     differing = []
     for name in picked:
@@ -293,12 +353,14 @@ def main() -> None:
         inside = part_text(name, out)
         if inside is None:
             print(f"{name}: not run in {out}")
-        elif put(text, name, inside) != text:
+            continue
+        changed = put(text, name, inside).encode()
+        if changed != text.encode():
             differing.append(name)
             if not args.check:
-                changed = put(text, name, inside)
-                write_atomic(path, lambda f: f.write(changed.encode()))
-    print(f"RESULTS.md: {'differs in' if args.check else 'changed in'} {', '.join(differing) or 'nothing'}")
+                write_atomic(path, lambda f: f.write(changed))
+    how = "differs in" if args.check else "changed in"
+    print(f"RESULTS.md: {how} {', '.join(differing) or 'nothing'}")
     sys.exit(bool(args.check and differing))
 
 

@@ -125,8 +125,8 @@ def main() -> None:
     def after_block(i: int) -> None:
         nonlocal started
         device = f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU" if on_gpu else ""
-        print(f"block {i}: {time.monotonic() - started:.0f} s, at most {memory.peak() / 1e9:.2f} GB "
-              f"beside mapped files{device}", flush=True)
+        print(f"block {i}: {time.monotonic() - started:.0f} s, at most "
+              f"{memory.peak() / 1e9:.2f} GB beside mapped files{device}", flush=True)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         started = time.monotonic()

@@ -1,16 +1,19 @@
-"""Byte-level BPE on top of tiktoken, and how the merges of a tokenizer file become the order that tiktoken works with.
+"""Byte-level BPE on top of tiktoken, and how the merges of a tokenizer file become the order that
+tiktoken works with.
 
     order = merge_order([("t", "h"), ("th", "e")], vocab)     # [b"\\x00", ..., b"th", b"the"]
 
-Both kinds of BPE (Sennrich et al. 2016) join the two neighbours of lowest rank, leftmost first, until none is left.
-But merges.txt and tokenizer.json rank a *pair* of tokens, tiktoken ranks the *bytes* that a pair makes, however they
-were made: with (b, c), (a, b), (ab, c) in this order the word abc is a, bc in merges.txt and abc in tiktoken.
+Both kinds of BPE (Sennrich et al. 2016) join the two neighbours of lowest rank, leftmost first,
+until none is left. But merges.txt and tokenizer.json rank a *pair* of tokens, tiktoken ranks the
+*bytes* that a pair makes, however they were made: with (b, c), (a, b), (ab, c) in this order the
+word abc is a, bc in merges.txt and abc in tiktoken.
 
-Why the results are the same on every text: merging goes in passes, one for each rank, because parts are made before
-what is made of them (checked below). What passes do within the bytes of two neighbours then does not depend on the
-text around them, as long as nothing crosses the border of these bytes. So just before the pass that makes a token,
-its bytes always lie there as the same tokens. If these are the listed pair, no other pair ever makes it; if not, the
-listed pair never meets, and is left out here.
+Why the results are the same on every text: merging goes in passes, one for each rank, because parts
+are made before what is made of them (checked below). What passes do within the bytes of two
+neighbours then does not depend on the text around them, as long as nothing crosses the border of
+these bytes. So just before the pass that makes a token, its bytes always lie there as the same
+tokens. If these are the listed pair, no other pair ever makes it; if not, the listed pair never
+meets, and is left out here.
 """
 import re
 from pathlib import Path
@@ -19,45 +22,61 @@ import numpy as np
 import tiktoken
 
 MOST_TOKENS = 1 << 24
-UNMADE = re.compile(r"<.*>|madeupword\d{4}")              # special tokens and fairseq's padding: in reach of no merge
+# Tokens that no merge has to make: special tokens and fairseq's padding.
+UNMADE = re.compile(r"<.*>|madeupword\d{4}")
 
 
 class ByteLevelBPE:
-    """BPE on the bytes of UTF-8; tiktoken does the work, in its own numbering: the order in which tokens are merged.
+    """BPE on the bytes of UTF-8; tiktoken does the work, in its own numbering: the order in which
+    tokens are merged.
 
-    tokens: every token in merge order, single bytes first; ids: token -> id, absent for a byte that has none
-    added: strings cut out of the text before anything else -> id; silent: ids that decode leaves out
+    words: the regular expression that cuts a text into words, none of which a merge leaves
+    tokens: every token in merge order, single bytes first
+    ids: {token: id}, without the bytes that have none
+    added: {string: id} of what is cut out of the text before anything else
+    silent: ids that decode leaves out
+    bos_id, eos_id: None where the tokenizer has none
     """
 
-    def __init__(self, words: str, tokens: list[bytes], ids: dict[bytes, int], added: dict[str, int],
-                 silent: set[int], bos_id: int | None, eos_id: int | None):
+    def __init__(self, words: str, tokens: list[bytes], ids: dict[bytes, int],
+                 added: dict[str, int], silent: set[int], bos_id: int | None, eos_id: int | None):
         ranks = {token: rank for rank, token in enumerate(tokens)}
+        added_ranks = {text: len(ranks) + i for i, text in enumerate(added)}
         self.bpe = tiktoken.Encoding("byte_level", pat_str=words, mergeable_ranks=ranks,
-                                     special_tokens={text: len(ranks) + i for i, text in enumerate(added)})
-        self.id_of_rank = np.array([ids.get(token, -1) for token in tokens] + list(added.values()))
-        self.bytes_of = {i: token for token, i in ids.items()} | {i: text.encode() for text, i in added.items()}
+                                     special_tokens=added_ranks)
+        id_of_token = [ids.get(token, -1) for token in tokens]
+        self.id_of_rank = np.array(id_of_token + list(added.values()))
+        self.bytes_of = {i: token for token, i in ids.items()}
+        self.bytes_of.update({i: text.encode() for text, i in added.items()})
         self.vocab_size = max(self.bytes_of) + 1
         self.bytes_of.update(dict.fromkeys(silent, b""))
-        self.bos_id, self.eos_id = bos_id, eos_id
+        self.bos_id = bos_id
+        self.eos_id = eos_id
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
+        """The ids of a text, behind the BOS token where the tokenizer has one and bos is True."""
         try:
             ranks = self.bpe.encode_to_numpy(text, allowed_special="all")
-        except BaseException as e:                              # tiktoken panics where its regular expressions give up
+        except BaseException as e:           # tiktoken panics where its regular expressions give up
             if type(e).__name__ != "PanicException":
                 raise
-            raise ValueError("tiktoken gives up on this text: a pattern that takes too long, or a run of several 100,000 "
-                             "spaces") from None
+            raise ValueError("tiktoken gives up on this text: a pattern that takes too long, or a "
+                             "run of several 100,000 spaces") from None
         ids = self.id_of_rank[ranks]
-        return [self.bos_id] * (bos and self.bos_id is not None) + ids[ids >= 0].tolist()
+        front = [self.bos_id] if bos and self.bos_id is not None else []
+        return front + ids[ids >= 0].tolist()
 
     def decode(self, ids) -> str:
-        """Ids past the vocabulary (embedding rows that only pad the matrix) are nothing; half characters are U+FFFD."""
-        return b"".join(self.bytes_of.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
+        """The text of ids. Ids past the vocabulary (embedding rows that only pad the matrix) are
+        nothing; half characters are U+FFFD."""
+        parts = [self.bytes_of.get(int(i), b"") for i in ids]
+        return b"".join(parts).decode("utf-8", errors="replace")
 
 
-def tokens_and_ids(path: Path, order, merges: list, vocab: dict[str, int]) -> tuple[list[bytes], dict[bytes, int]]:
-    """Tokens in merge order and their ids, from a file's merges and vocabulary in GPT-2's letters."""
+def tokens_and_ids(path: Path, order, merges: list,
+                   vocab: dict[str, int]) -> tuple[list[bytes], dict[bytes, int]]:
+    """(tokens in merge order, {token: id}) from a file's merges and vocabulary in GPT-2's letters;
+    order is merge_order or rank_order. ValueError, which names the file, for what cannot be."""
     check_ids(path, vocab)
     try:
         tokens = order(merges, vocab)
@@ -74,76 +93,112 @@ def check_ids(path: Path, vocab: dict[str, int]) -> None:
     owner = {}
     for token, i in vocab.items():
         if type(i) is not int or not 0 <= i < MOST_TOKENS:
-            raise ValueError(f"{path}: token {token[:60]!r} has id {str(i)[:60]}, which is no whole number from 0 on; a damaged "
-                             f"download?")
+            raise ValueError(f"{path}: token {token[:60]!r} has id {str(i)[:60]}, which is no "
+                             f"whole number from 0 on; a damaged download?")
         if owner.setdefault(i, token) != token:
-            raise ValueError(f"{path}: tokens {owner[i][:60]!r} and {token[:60]!r} have the same id {i}; a damaged download?")
+            raise ValueError(f"{path}: tokens {owner[i][:60]!r} and {token[:60]!r} have the same "
+                             f"id {i}; a damaged download?")
 
 
 def byte_letters() -> dict[str, int]:
-    """GPT-2's visible letter for each byte: itself where printable, the others from U+0100 on."""
+    """{letter: byte}, GPT-2's visible letter for each byte: itself where it is printable, the
+    others from U+0100 on."""
     plain = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
-    rest = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+    rest = [byte for byte in range(256) if byte not in plain]
+    letters = {chr(byte): byte for byte in plain}
+    letters.update({chr(256 + i): byte for i, byte in enumerate(rest)})
+    return letters
 
 
 def spell(token: str, letters: dict[str, int]) -> bytes:
-    """Bytes of a token that is written in letters; added tokens are ordinary strings, some with other characters."""
-    return bytes(letters[c] for c in token) if all(c in letters for c in token) else token.encode()
+    """Bytes of a token that is written in letters. Added tokens are ordinary strings, some with
+    other characters."""
+    if all(c in letters for c in token):
+        return bytes(letters[c] for c in token)
+    return token.encode()
 
 
 def merge_order(merges: list, vocab: dict[str, int]) -> list[bytes]:
     """All tokens that merges can make, in the order in which they do, after the 256 bytes."""
-    made = {}                                                # token -> (rank, left part, right part)
+    made = {}                                            # token -> (rank, left part, right part)
     for rank, pair in enumerate(merges):
         if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
             raise ValueError(f"merge {rank + 1}, {str(pair)[:80]}, is not two parts")
-        if any(token not in vocab for token in (*pair, "".join(pair))):
-            raise ValueError(f"merge {rank + 1}, {' '.join(pair)[:80]}, needs two parts and a result, all in the vocabulary")
         left, right = pair
+        if any(token not in vocab for token in (left, right, left + right)):
+            raise ValueError(f"merge {rank + 1}, {' '.join(pair)[:80]}, needs two parts and a "
+                             f"result, all in the vocabulary")
         known = all(len(part) == 1 or part in made for part in pair)
         if known and left + right not in made and meet(left, right, rank, made):
             made[left + right] = (rank, left, right)
-    for rank, (left, right) in enumerate(merges):
-        late = max(made[part][0] if part in made else -1 for part in (left, right))
-        if late > rank and meet(left, right, late + 1, made):
-            raise ValueError(f"merge {rank + 1}, {left} {right}, comes before the merges that make its parts")
-    letters, whole = byte_letters(), {"".join(pair) for pair in merges}
-    lost = [t for t in vocab if len(t) > 1 and t not in whole and all(c in letters for c in t) and not UNMADE.fullmatch(t)]
-    if lost:
-        raise ValueError(f"{len(lost)} tokens of the vocabulary, such as {lost[0][:60]!r}, are made by none of the "
-                         f"{len(merges)} merges")
+    check_parts_come_first(merges, made)
+    check_all_are_made(merges, vocab)
+    letters = byte_letters()
     return [spell(token, letters) for token in (*letters, *made)]
+
+
+def rank_of(token: str, made: dict) -> int:
+    """The rank of the merge that made a token; -1 for a byte, which none has to make."""
+    return made[token][0] if token in made else -1
+
+
+def check_parts_come_first(merges: list, made: dict) -> None:
+    """ValueError for a pair that meets only after its own turn has passed."""
+    for rank, (left, right) in enumerate(merges):
+        late = max(rank_of(left, made), rank_of(right, made))
+        if late > rank and meet(left, right, late + 1, made):
+            raise ValueError(f"merge {rank + 1}, {left} {right}, comes before the merges that make "
+                             f"its parts")
+
+
+def check_all_are_made(merges: list, vocab: dict[str, int]) -> None:
+    """ValueError for tokens, longer than a byte and not special, that are no merge's result."""
+    letters = byte_letters()
+    results = {"".join(pair) for pair in merges}
+    lost = [token for token in vocab if len(token) > 1 and token not in results
+            and all(c in letters for c in token) and not UNMADE.fullmatch(token)]
+    if lost:
+        raise ValueError(f"{len(lost)} tokens of the vocabulary, such as {lost[0][:60]!r}, are "
+                         f"made by none of the {len(merges)} merges")
 
 
 def meet(left: str, right: str, limit: int, made: dict) -> bool:
     """True if the first `limit` merges turn the bytes of these two tokens into these two tokens.
 
-    Undoes their merges, latest first, and looks for an earlier merge across the border between them.
+    Undoes their merges, latest first, and looks for an earlier merge across the border between
+    them. made: {token: (rank, left part, right part)}.
     """
     while True:
         rank, *pair = made.get(left + right, (limit, None))
         if rank < limit and pair == [left, right]:
             return False
-        left_rank, right_rank = (made[part][0] if part in made else -1 for part in (left, right))
+        left_rank = rank_of(left, made)
+        right_rank = rank_of(right, made)
         if left_rank == right_rank == -1:                    # two bytes
             return True
-        if left_rank > right_rank:
-            limit, left = left_rank, made[left][2]           # what crosses must have come before `left` was made,
-        else:
-            limit, right = right_rank + 1, made[right][1]    # or in one pass with `right`: passes go left to right
+        if left_rank > right_rank:     # what crosses must have come before `left` was made,
+            limit = left_rank
+            left = made[left][2]
+        else:                          # or in one pass with `right`: passes go left to right
+            limit = right_rank + 1
+            right = made[right][1]
 
 
 def rank_order(merges: list, vocab: dict[str, int]) -> list[bytes]:
-    """The order for files with `ignore_merges`: they were tiktoken files once, where the id of a token is its rank.
+    """The order for files with `ignore_merges`: they were tiktoken files once, where the id of a
+    token is its rank.
 
-    Their conversion lists every pair that makes a token, so a pair ranks as the bytes it makes do; both are checked.
+    Their conversion lists every pair that makes a token, so a pair ranks as the bytes it makes do;
+    both are checked.
     """
-    made_by, listed = [vocab.get("".join(pair), -1) for pair in merges], set(map(tuple, merges))
-    if made_by != sorted(made_by) or any(
-            token[:i] in vocab and token[i:] in vocab and (token[:i], token[i:]) not in listed
-            for token in vocab for i in range(1, len(token))):
-        raise ValueError("with ignore_merges, all merges in the order of the ids they make are needed, as in Llama 3")
+    made_by = [vocab.get("".join(pair), -1) for pair in merges]
+    listed = set(map(tuple, merges))
+    unlisted = ((token[:i], token[i:]) not in listed
+                for token in vocab for i in range(1, len(token))
+                if token[:i] in vocab and token[i:] in vocab)
+    if made_by != sorted(made_by) or any(unlisted):
+        raise ValueError("with ignore_merges, all merges in the order of the ids they make are "
+                         "needed, as in Llama 3")
     letters = byte_letters()
     longer = [token for token in sorted(vocab, key=vocab.get) if token not in letters]
     return [spell(token, letters) for token in (*letters, *longer)]

@@ -8,8 +8,9 @@ A template comes from chat_template.jinja or from tokenizer_config.json. It is r
 space rules of the Hugging Face library (trim_blocks, lstrip_blocks). Understood are text, {{ }}, {#
 #}, for, if / elif / else, set, and expressions that are also Python's (`|` for filters and `~`
 aside): Python's own parser reads them, and only the kinds listed in `evaluate` are computed, so
-that no code of a template can run; texts and loops end at limits. An expression is looked at only when it is reached: tools and
-the like may use more. Left out: macros, tools, images; anything unknown is one clear error.
+that no code of a template can run; texts and loops end at limits. An expression is looked at only
+when it is reached: tools and the like may use more. Left out: macros, tools, images; anything
+unknown is one clear error.
 """
 import ast
 import operator
@@ -31,6 +32,7 @@ MOST_TEXT = 10_000_000                                     # characters of a val
 
 
 def remainder(a, b):
+    """a % b of numbers; of texts Python would format, to any length."""
     if isinstance(a, str):
         raise ValueError("`%` between texts is not supported")
     return a % b
@@ -57,9 +59,10 @@ TESTS = {"defined": lambda x: x is not UNDEFINED,
 
 
 def checked(value, size: int | None = None):
-    """The value; ValueError where it, or what it is about to become, is longer than any
-    conversation."""
-    size = len(value) if size is None and isinstance(value, (str, list)) else size or 0
+    """The value; ValueError where it, or what it is about to become (size characters), is longer
+    than any conversation."""
+    if size is None:
+        size = len(value) if isinstance(value, (str, list)) else 0
     if size > MOST_TEXT:
         raise ValueError(f"a text of more than {MOST_TEXT} characters")
     return value
@@ -100,13 +103,15 @@ class ChatTemplate:
         folder = Path(folder)
         config = folder / "tokenizer_config.json"
         said = read_json(config) if config.exists() else {}
-        source, path = said.get("chat_template"), config
+        source = said.get("chat_template")
+        path = config
         if (folder / "chat_template.jinja").exists():
             path = folder / "chat_template.jinja"
             try:
                 source = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as e:
-                raise ValueError(f"{path} is not UTF-8 text ({e}): correct it, or use --generate") from None
+                raise ValueError(f"{path} is not UTF-8 text ({e}): correct it, or use "
+                                 f"--generate") from None
         if isinstance(source, list):                                   # several, by name
             named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
             source = named.get("default")
@@ -138,9 +143,15 @@ class ChatTemplate:
         ids = {text: i for text, i in ids.items() if text and i is not None}
         parts = [self.render(messages, add_generation_prompt)]
         if ids:
-            parts = re.split("(" + "|".join(map(re.escape, ids)) + ")", parts[0])
-        return [i for part in parts if part
-                for i in ([ids[part]] if part in ids else tokenizer.encode(part, bos=False))]
+            special = "|".join(map(re.escape, ids))
+            parts = re.split(f"({special})", parts[0])                 # text, token, text, ...
+        found = []
+        for part in parts:
+            if part in ids:
+                found.append(ids[part])
+            elif part:
+                found += tokenizer.encode(part, bos=False)
+        return found
 
     def stops(self, tokenizer) -> frozenset[int]:
         """The special token that the template writes after an answer, if there is one."""
@@ -150,7 +161,8 @@ class ChatTemplate:
         first = tokenizer.encode(after, bos=False)[:1] if after else []
         return frozenset(i for i in first if tokenizer.decode([i]) == "")
 
-    def errors(self):
+    def errors(self) -> "Renamed":
+        """A `with` inside which every error becomes one of this template."""
         return Renamed(self.path)
 
 
@@ -167,8 +179,8 @@ class Renamed:
         if isinstance(e, (ValueError, TypeError, LookupError, AttributeError, SyntaxError,
                           ArithmeticError, RecursionError, MemoryError)):
             why = " ".join(str(e).split())[:200] or type(e).__name__
-            raise ValueError(f"{self.path}: this chat template cannot be used ({why}): use --generate "
-                             f"instead") from None
+            raise ValueError(f"{self.path}: this chat template cannot be used ({why}): use "
+                             f"--generate instead") from None
 
 
 def strip_around(parts: list[str]) -> None:
@@ -195,7 +207,13 @@ def split_tag(tag: str) -> tuple[str, str]:
 
 
 def parse(parts: list[str], at: int, until: tuple[str, ...]) -> tuple[list[tuple], int]:
-    """(nodes, index of the tag that ended them) from parts[at] on, which is text."""
+    """(nodes, index of the tag that ended them) from parts[at] on, which is text. Ends at a tag
+    whose word is one of `until`, or at the end of the template. A node is one of
+
+        ("text", text)                    ("if", [(condition, nodes), ...])
+        ("out", expression)               ("for", names, expression, nodes)
+        ("set", target, expression)
+    """
     nodes = []
     while True:
         if parts[at]:
@@ -219,7 +237,8 @@ def parse(parts: list[str], at: int, until: tuple[str, ...]) -> tuple[list[tuple
             body, at = parse(parts, at + 1, ("endfor",))
             nodes.append(("for", [name.strip() for name in names.split(",")], items, body))
         elif tag.startswith("{%") and word == "if":
-            branches, condition = [], rest
+            branches = []
+            condition = rest
             while word != "endif":
                 body, at = parse(parts, at + 1, ("elif", "else", "endif"))
                 branches.append((condition, body))
@@ -276,6 +295,8 @@ def evaluate(text: str, scope: dict):
 
 
 def value_of(node: ast.expr, scope: dict):
+    """The value of an expression that Python's parser has read; ValueError for any other than
+    these kinds."""
     value = lambda child: value_of(child, scope)
     match node:
         case ast.Constant():

@@ -1,17 +1,20 @@
-"""Raw checkpoint files as dictionaries of memory-mapped tensors: safetensors, torch `.bin` / `.pth`, Meta's shards.
+"""Raw checkpoint files as dictionaries of memory-mapped tensors: safetensors, torch `.bin` /
+`.pth`, Meta's shards.
 
-Nothing is read until a tensor is used: a name maps to a view of the file, and the operating system pages it in. So a
-model can be built tensor by tensor with no second copy of it in memory. The safetensors layout is eight bytes of header
-length, a JSON header {name: {dtype, shape, data_offsets}}, then the raw little-endian bytes.
+Nothing is read until a tensor is used: a name maps to a view of the file, and the operating system
+pages it in. So a model can be built tensor by tensor with no second copy of it in memory. The
+safetensors layout is eight bytes of header length, a JSON header {name: {dtype, shape,
+data_offsets}}, then the raw little-endian bytes.
 
-    tensors = read_folder("checkpoints/opt-125m")      # {name: CPU tensor, a view of the file}, see Tensors
+    tensors = read_folder("checkpoints/opt-125m")      # {name: CPU tensor}, see Tensors
     write_safetensors("out/model.safetensors", tensors)
-    verify("out/compressed")                            # every byte against the checksums that were written with it
+    verify("out/compressed")             # every byte against the checksums written with it
 
-A file comes from anywhere, so everything that it says is checked before it is used: headers as strictly as the
-safetensors package does, names of shards, types; and the values of a tensor when it is asked for. Files that
-write_safetensors wrote carry a CRC-32 of every tensor (`crc32` in the header's metadata, which other readers skip).
-Left out: pickles that need code to load (weights_only is always on), and the 8-bit and 4-bit types of other libraries.
+A file comes from anywhere, so everything that it says is checked before it is used: headers as
+strictly as the safetensors package does, names of shards, types; and the values of a tensor when it
+is asked for. Files that write_safetensors wrote carry a CRC-32 of every tensor (`crc32` in the
+header's metadata, which other readers skip). Left out: pickles that need code to load (weights_only
+is always on), and the 8-bit and 4-bit types of other libraries.
 """
 import json
 import math
@@ -20,27 +23,31 @@ import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-MOST_HEADER = 100_000_000               # bytes; the safetensors package's own limit
-MOST_ELEMENTS = 1 << 48                 # of a tensor, empty dimensions aside: what torch can index
-WEIGHTS = ("weight", "bias", "soft_prompt")         # last parts of names whose tensors are floating point
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+MOST_HEADER = 100_000_000     # bytes; the safetensors package's own limit
+MOST_ELEMENTS = 1 << 48       # of a tensor, empty dimensions aside: what torch can index
+WEIGHTS = ("weight", "bias", "soft_prompt")    # floating-point tensors by the ends of their names
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # JSON and atomic writes
 
 def parse_json(text: bytes) -> dict:
-    """The object in a JSON text. ValueError for what is none, for a name that comes twice and for NaN and Infinity."""
+    """The object in a JSON text. ValueError for what is none, for a name that comes twice and for
+    NaN and Infinity."""
     def unique(pairs):
         held = dict(pairs)
         if len(held) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"the name {next(n for n in held if names.count(n) > 1)!r} comes twice"[:200])
+            twice = next(name for name in held if names.count(name) > 1)
+            raise ValueError(f"the name {twice!r} comes twice"[:200])
         return held
 
     def no_number(name):
@@ -59,18 +66,21 @@ def read_json(path: Path) -> dict:
     try:
         return parse_json(Path(path).read_bytes())
     except ValueError as e:                                     # no JSON, or not even UTF-8
-        raise ValueError(f"{path} is not valid JSON with an object in it ({e}): download it again") from None
+        raise ValueError(f"{path} is not valid JSON with an object in it ({e}): download it "
+                         f"again") from None
 
 
 def write_json(path: Path, held: dict) -> None:
-    """Write a JSON object as read_json reads it; ValueError for NaN and Infinity, which JSON does not have."""
+    """Write a JSON object as read_json reads it; ValueError for NaN and Infinity, which JSON does
+    not have."""
     text = json.dumps(held, indent=1, allow_nan=False).encode()
     write_atomic(path, lambda f: f.write(text))
 
 
 def write_atomic(path: Path, write, check=None) -> None:
-    """Call write(file) on a temporary neighbour of path, then check(its path), then rename: readers see the old file or
-    the whole new one, and a failure leaves no part behind. OSError, with the file's name, if it cannot be written."""
+    """Call write(file) on a temporary neighbour of path, then check(its path), then rename: readers
+    see the old file or the whole new one, and a failure leaves no part behind. OSError, with the
+    file's name, if it cannot be written."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -82,20 +92,21 @@ def write_atomic(path: Path, write, check=None) -> None:
     except BaseException as e:
         try:
             part.unlink(missing_ok=True)
-        except OSError:                                         # the folder itself is gone or closed
+        except OSError:                                   # the folder itself is gone or closed
             pass
-        if isinstance(e, OSError):                              # a full disk does not say which file
-            raise type(e)(e.errno, f"{path} cannot be written ({e.strerror or e}): free space or choose another "
-                                   f"folder") from None
+        if isinstance(e, OSError):                        # a full disk does not say which file
+            raise type(e)(e.errno, f"{path} cannot be written ({e.strerror or e}): free space or "
+                                   f"choose another folder") from None
         raise
 
 
 class Patient:
-    """A file for torch's zip writer, which ends the process where a write fails, as on a full disk: it hears that all is
-    well, and the error waits here."""
+    """A file for torch's zip writer, which ends the process where a write fails, as on a full disk:
+    it hears that all is well, and the error waits here."""
 
     def __init__(self, file):
-        self.file, self.error = file, None
+        self.file = file
+        self.error = None
 
     def write(self, data) -> int:
         try:
@@ -119,22 +130,29 @@ def write_torch(path: Path, write) -> None:
     write_atomic(path, patiently)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tensors of a file
 
 class Tensors(dict):
-    """{name: CPU tensor, a view of its file}. A tensor that is asked for is looked at once, in one pass that copies
-    nothing: ValueError for a weight that is no floating point, for NaN and Inf, and for bytes that do not give the
-    checksum they were written with. shape(name) reads nothing.
+    """{name: CPU tensor, a view of its file}. A tensor that is asked for is looked at once, in one
+    pass that copies nothing: ValueError for a weight that is no floating point, for NaN and Inf,
+    and for bytes that do not give the checksum they were written with. shape(name) reads nothing.
 
-    metadata: what a safetensors header says beside its tensors."""
-    get, items, values = Mapping.get, Mapping.items, Mapping.values         # all of them through __getitem__
+    metadata: what a safetensors header says beside its tensors
+    sums: {name: CRC-32 the tensor was written with}, of files that carry them
+    files: {name: path of the file that holds it}
+    """
+    get = Mapping.get                             # these three through __getitem__ as well
+    items = Mapping.items
+    values = Mapping.values
 
-    def __init__(self, held: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None,
-                 sums: dict[str, int] | None = None):
+    def __init__(self, held: dict[str, torch.Tensor], path: Path,
+                 metadata: dict[str, str] | None = None, sums: dict[str, int] | None = None):
         super().__init__(held)
-        self.metadata, self.sums = metadata or {}, sums or {}
-        self.files, self.seen = dict.fromkeys(held, Path(path)), set()
+        self.metadata = metadata or {}
+        self.sums = sums or {}
+        self.files = dict.fromkeys(held, Path(path))
+        self.seen = set()                         # names of tensors that were looked at
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = super().__getitem__(name)
@@ -148,10 +166,10 @@ class Tensors(dict):
 
     def join(self, other: "Tensors") -> None:
         """Take in the tensors of another file."""
-        twice = next((n for n in other if n in self), None)
+        twice = next((name for name in other if name in self), None)
         if twice is not None:
-            raise ValueError(f"{other.files[twice]} holds {twice}, which {self.files[twice].name} holds too: the shards "
-                             f"are not of one model; download them again")
+            raise ValueError(f"{other.files[twice]} holds {twice}, which {self.files[twice].name} "
+                             f"holds too: the shards are not of one model; download them again")
         for name in other:
             super().__setitem__(name, dict.__getitem__(other, name))
         self.files.update(other.files)
@@ -159,14 +177,25 @@ class Tensors(dict):
 
 
 def check_tensor(tensor: torch.Tensor, name: str, path: Path, checksum: int | None = None) -> None:
-    """ValueError, which names tensor and file, for a weight of another type than floating point, for NaN or Inf in it,
-    and for bytes whose CRC-32 is not `checksum`. One pass; 2 to 8 GB/s on one core."""
+    """ValueError, which names tensor and file, for a weight of another type than floating point,
+    for NaN or Inf in it, and for bytes whose CRC-32 is not `checksum`. One pass; 2 to 8 GB/s on one
+    core."""
     if not tensor.is_floating_point() and name.rpartition(".")[2] in WEIGHTS:
-        raise ValueError(f"{path}: {name} is of type {tensor.dtype}, and weights are floating point: save them as such")
+        raise ValueError(f"{path}: {name} is of type {tensor.dtype}, and weights are floating "
+                         f"point: save them as such")
     if checksum is not None and checksum != crc32(tensor):
-        raise ValueError(f"{path} is damaged: {name} does not have the checksum it was written with; copy or make it again")
-    if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():
-        raise ValueError(f"{path}: {name} holds NaN or Inf: it was damaged, or saved in a type it does not fit")
+        raise damaged(path, name)
+    if tensor.is_floating_point() and tensor.numel():
+        ends = torch.stack(torch.aminmax(tensor.detach()))         # NaN is the minimum of anything
+        if not ends.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or Inf: it was damaged, or saved in a type "
+                             f"it does not fit")
+
+
+def damaged(path: Path, name: str) -> ValueError:
+    """What to raise for a tensor that has another checksum than the file says."""
+    return ValueError(f"{path} is damaged: {name} does not have the checksum it was written with; "
+                      f"copy or make it again")
 
 
 def crc32(tensor: torch.Tensor) -> int:
@@ -176,193 +205,246 @@ def crc32(tensor: torch.Tensor) -> int:
 
 def raw(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes; no copy if it lies in one piece on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # safetensors
+
+class Entry(NamedTuple):
+    """A tensor as a safetensors header describes it; first and end are bytes, from where the
+    tensors begin."""
+    name: str
+    first: int
+    end: int
+    dtype: torch.dtype
+    shape: list[int]
+
 
 def map_file(path: Path) -> np.ndarray:
     """The bytes of a file, mapped copy-on-write."""
     try:
-        return np.memmap(path, np.uint8, mode="c") if os.path.getsize(path) else np.zeros(0, np.uint8)
+        if os.path.getsize(path) == 0:                  # nothing cannot be mapped
+            return np.zeros(0, np.uint8)
+        return np.memmap(path, np.uint8, mode="c")
     except OSError as e:
-        raise type(e)(e.errno, f"{path} cannot be read ({e.strerror or e})") from None
+        raise unreadable(path, e) from None
 
 
-def read_header(path: Path, data: np.ndarray) -> tuple[list[tuple], dict[str, str], int]:
-    """([(name, first byte, end, dtype, shape)] in the order of the bytes, metadata, where the bytes begin) of a mapped
-    safetensors file. Tensors fill the file: none overlaps another, and nothing lies before, between or after them."""
+def unreadable(path: Path, e: OSError) -> OSError:
+    """The same error with the file's name in it."""
+    return type(e)(e.errno, f"{path} cannot be read ({e.strerror or e})")
+
+
+def read_header(path: Path, data: np.ndarray) -> tuple[list[Entry], dict[str, str], int]:
+    """(entries in the order of their bytes, metadata, where the tensors begin) of a mapped
+    safetensors file. Tensors fill the file: none overlaps another, and nothing lies before, between
+    or after them."""
     size = len(data)
-    n = struct.unpack("<Q", data[:8].tobytes())[0] if size >= 8 else size
-    if 8 + n > size:
-        raise ValueError(f"{path} is truncated: {size} bytes, its header alone needs {8 + n}; download it again")
-    if n > MOST_HEADER:
-        raise ValueError(f"{path} is not a safetensors file: a header of {n} bytes, at most {MOST_HEADER} are allowed")
-    text = data[8:8 + n].tobytes()
+    length = struct.unpack("<Q", data[:8].tobytes())[0] if size >= 8 else size
+    begin = 8 + length
+    if begin > size:
+        raise ValueError(f"{path} is truncated: {size} bytes, its header alone needs {begin}; "
+                         f"download it again")
+    if length > MOST_HEADER:
+        raise ValueError(f"{path} is not a safetensors file: a header of {length} bytes, at most "
+                         f"{MOST_HEADER} are allowed")
     try:
-        if text[:1] != b"{":
-            raise ValueError("it does not begin with {")
-        header = parse_json(text)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise ValueError("__metadata__ is not a dictionary of strings")
-        entries = sorted((entry_of(name, e) for name, e in header.items()), key=lambda entry: entry[1:3])
+        entries, metadata = parse_header(data[8:begin].tobytes())
     except ValueError as e:
-        raise ValueError(f"{path} is not a safetensors file: its header is damaged ({e}); download it again") from None
+        raise ValueError(f"{path} is not a safetensors file: its header is damaged ({e}); download "
+                         f"it again") from None
     at = 0
-    for name, first, end, dtype, shape in entries:
-        if first != at:
-            raise ValueError(f"{path} is damaged: {name} begins at byte {first} of the tensors, and {at} is where the one "
-                             f"before it ends; download it again")
-        if 8 + n + end > size:
-            raise ValueError(f"{path} is truncated: {name} ends at byte {8 + n + end} of {size}; download it again")
-        at = end
-    if 8 + n + at != size:
-        raise ValueError(f"{path} is damaged: {size - 8 - n - at} bytes follow the last tensor; download it again")
-    return entries, metadata, 8 + n
+    for entry in entries:
+        if entry.first != at:
+            raise ValueError(f"{path} is damaged: {entry.name} begins at byte {entry.first} of the "
+                             f"tensors, and {at} is where the one before it ends; download it "
+                             f"again")
+        if begin + entry.end > size:
+            raise ValueError(f"{path} is truncated: {entry.name} ends at byte {begin + entry.end} "
+                             f"of {size}; download it again")
+        at = entry.end
+    if begin + at != size:
+        raise ValueError(f"{path} is damaged: {size - begin - at} bytes follow the last tensor; "
+                         f"download it again")
+    return entries, metadata, begin
 
 
-def entry_of(name: str, entry) -> tuple[str, int, int, torch.dtype, list[int]]:
-    """(name, first byte, end, dtype, shape) of an entry of a safetensors header."""
-    if not isinstance(entry, dict):
+def parse_header(text: bytes) -> tuple[list[Entry], dict[str, str]]:
+    """(entries in the order of their bytes, metadata) of a header's JSON; ValueError if it is no
+    header."""
+    if text[:1] != b"{":
+        raise ValueError("it does not begin with {")
+    header = parse_json(text)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("__metadata__ is not a dictionary of strings")
+    entries = [entry_of(name, said) for name, said in header.items()]
+    return sorted(entries, key=lambda entry: (entry.first, entry.end)), metadata
+
+
+def entry_of(name: str, said) -> Entry:
+    """What a safetensors header says of a tensor, {"dtype", "shape", "data_offsets"}; ValueError
+    where that is no tensor's."""
+    if not isinstance(said, dict):
         raise ValueError(f"{name[:200]} is no object")
-    kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    kind, shape, offsets = (said.get(key) for key in ("dtype", "shape", "data_offsets"))
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(i) is int and 0 <= i < 1 << 63 for i in numbers):
+        if not isinstance(numbers, list) or not all(map(is_size, numbers)):
             raise ValueError(f"{key} of {name[:200]} is no list of whole numbers from 0 on")
     if not isinstance(kind, str) or kind not in DTYPES:
         raise ValueError(f"{name[:200]} has type {str(kind)[:50]}; known are {', '.join(DTYPES)}")
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[kind].itemsize:
-        raise ValueError(f"{name[:200]} of shape {str(shape)[:80]} in {kind} cannot fill bytes {str(offsets)[:80]}")
+    size = math.prod(shape) * DTYPES[kind].itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != size:
+        raise ValueError(f"{name[:200]} of shape {str(shape)[:80]} in {kind} cannot fill bytes "
+                         f"{str(offsets)[:80]}")
     if len(shape) > 8 or math.prod(max(i, 1) for i in shape) > MOST_ELEMENTS:
         raise ValueError(f"{name[:200]} has a shape that no model has: {str(shape)[:80]}")
-    return name, *offsets, DTYPES[kind], shape
+    return Entry(name, *offsets, DTYPES[kind], shape)
+
+
+def is_size(number) -> bool:
+    """A whole number that an int64 holds, from 0 on; True and False are none."""
+    return type(number) is int and 0 <= number < 1 << 63
 
 
 def read_safetensors(path: Path) -> Tensors:
-    """The tensors of one .safetensors file, copy-on-write views of the mapped file, and its metadata."""
+    """The tensors of one .safetensors file, copy-on-write views of the mapped file, and its
+    metadata."""
     data = map_file(path)
     entries, metadata, begin = read_header(path, data)
-    body, held = torch.from_numpy(data[begin:]), {}
+    body = torch.from_numpy(data[begin:])
+    held = {}
     for name, first, end, dtype, shape in entries:
         part = body[first:end]
-        if first % dtype.itemsize or part.data_ptr() % dtype.itemsize:      # a view needs alignment, so copy
-            part = part.clone()
+        if first % dtype.itemsize or part.data_ptr() % dtype.itemsize:
+            part = part.clone()                         # a view in another type needs alignment
         held[name] = part.view(dtype).view(shape)
     return Tensors(held, path, metadata, checksums(path, metadata, held))
 
 
 def checksums(path: Path, metadata: dict[str, str], names) -> dict[str, int]:
-    """{name: CRC-32} of a file that carries them, {} of one that does not."""
+    """{name: CRC-32} of a file that carries them, {} of one that does not. names: the tensors that
+    the file holds now; ValueError if they are others than those it was written with."""
     if "crc32" not in metadata:
         return {}
     try:
-        sums = {name: int(value, 16) for name, value in parse_json(metadata["crc32"].encode()).items()}
+        said = parse_json(metadata["crc32"].encode())
+        sums = {name: int(value, 16) for name, value in said.items()}
     except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged: its checksums are not numbers; copy or make it again") from None
+        raise ValueError(f"{path} is damaged: its checksums are not numbers; copy or make it "
+                         f"again") from None
     odd = sorted(set(sums) ^ set(names))
     if odd:
-        raise ValueError(f"{path} is damaged: {odd[0]} was {'removed' if odd[0] in sums else 'added'} after it was written "
+        what = "removed" if odd[0] in sums else "added"
+        raise ValueError(f"{path} is damaged: {odd[0]} was {what} after it was written "
                          f"({len(odd)} such); copy or make it again")
     return sums
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What a .safetensors file says about itself beside its tensors."""
-    return read_header(path, map_file(path))[1]
+    _, metadata, _ = read_header(path, map_file(path))
+    return metadata
 
 
 def header_sum(path: Path) -> str:
-    """CRC-32 of a safetensors header, eight hexadecimal digits. It covers the tensors too where the header holds their
-    checksums: so a few bytes elsewhere can say which file is meant."""
+    """CRC-32 of a safetensors header, eight hexadecimal digits. It covers the tensors too where the
+    header holds their checksums: so a few bytes elsewhere can say which file is meant."""
     data = map_file(path)
-    return f"{zlib.crc32(data[:read_header(path, data)[2]]):08x}"
+    _, _, begin = read_header(path, data)
+    return f"{zlib.crc32(data[:begin]):08x}"
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write {name: tensor} and their checksums in the safetensors layout, one tensor at a time, to a temporary name;
-    read that back and compare; rename."""
-    kinds, entries, at = {v: k for k, v in DTYPES.items()}, {}, 0
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))        # so that all of them are aligned
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor],
+                      metadata: dict[str, str] | None = None) -> None:
+    """Write {name: tensor} and their checksums in the safetensors layout, one tensor at a time, to
+    a temporary name; read that back and compare; rename."""
+    wide_first = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    tensors = dict(wide_first)                           # so that all of them are aligned
+    names_of_types = {dtype: name for name, dtype in DTYPES.items()}
+    entries = {}
+    at = 0
     for name, t in tensors.items():
-        size = t.numel() * t.element_size()
-        entries[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
-        at += size
-    sums = dict.fromkeys(tensors, "0" * 8)                      # as wide as the real ones, which come last
+        end = at + t.numel() * t.element_size()
+        entries[name] = {"dtype": names_of_types[t.dtype], "shape": list(t.shape),
+                         "data_offsets": [at, end]}
+        at = end
+    sums = dict.fromkeys(tensors, "0" * 8)               # as wide as the real ones, which come last
 
-    def head() -> bytes:
+    def header() -> bytes:
         about = {"format": "pt", **(metadata or {}), "crc32": json.dumps(sums)}
         text = json.dumps({"__metadata__": about, **entries}).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
 
     def write(f):
-        f.write(head())
+        f.write(header())
         for name, t in tensors.items():
             if t.numel():
                 data = raw(t)
                 f.write(data)
                 sums[name] = f"{zlib.crc32(data):08x}"
         f.seek(0)
-        f.write(head())
+        f.write(header())
     write_atomic(path, write, check=verify_file)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checksums
 
 def verify_file(path: Path) -> int | None:
-    """Compare every tensor of a .safetensors file with its checksum: how many there are, None if the file has none.
-    ValueError names the first that differs."""
+    """Compare every tensor of a .safetensors file with its checksum: how many there are, None if
+    the file has none. ValueError names the first that differs."""
     data = map_file(path)
     entries, metadata, begin = read_header(path, data)
-    sums = checksums(path, metadata, [entry[0] for entry in entries])
+    sums = checksums(path, metadata, [entry.name for entry in entries])
     if "crc32" not in metadata:
         return None
     for name, first, end, *_ in entries:
         if zlib.crc32(data[begin + first:begin + end]) != sums[name]:
-            raise ValueError(f"{path} is damaged: {name} does not have the checksum it was written with; copy or make it "
-                             f"again")
+            raise damaged(path, name)
     return len(entries)
 
 
 def verify(folder: Path) -> dict[str, int | None]:
-    """{file: tensors compared with their checksums, None for a file without} of all .safetensors files in a folder.
-    ValueError names the first file and tensor that is damaged."""
+    """{file: tensors compared with their checksums, None for a file without} of all .safetensors
+    files in a folder. ValueError names the first file and tensor that is damaged."""
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no .safetensors files: nothing else carries checksums")
+        raise FileNotFoundError(f"{folder} holds no .safetensors files: nothing else carries "
+                                f"checksums")
     return {file.name: verify_file(file) for file in files}
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # torch files
 
 def read_torch(path: Path):
-    """What a torch .bin / .pth / .pt file holds: mapped where its zip layout allows it, weights only."""
+    """What a torch .bin / .pth / .pt file holds: mapped where its zip layout allows it, weights
+    only."""
     try:
         with open(path, "rb") as f:
-            mapped = f.read(4) == b"PK\x03\x04"                 # files from before torch 1.6 cannot be mapped
+            mapped = f.read(4) == b"PK\x03\x04"       # files from before torch 1.6 cannot be mapped
     except OSError as e:
-        raise type(e)(e.errno, f"{path} cannot be read ({e.strerror or e})") from None
+        raise unreadable(path, e) from None
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         check_held(held)
-    except Exception as e:                                      # torch raises a dozen kinds for a damaged file
+    except Exception as e:                     # torch raises a dozen kinds for a damaged file
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
-        why = "it is cut short, damaged, or holds more than tensors" if why.startswith("Weights only load failed") else why
+        if why.startswith("Weights only load failed"):
+            why = "it is cut short, damaged, or holds more than tensors"
         raise ValueError(f"{path} cannot be read ({why}): download it again") from None
     return held
 
 
 def check_held(held, name: str = "") -> None:
-    """ValueError for anything but plain CPU tensors, numbers, strings and None, in lists and dictionaries with strings
-    as keys. A plain tensor has its own bytes for every element: no meta, sparse, quantized, nested or repeated ones."""
+    """ValueError for anything but plain CPU tensors, numbers, strings and None, in lists and
+    dictionaries with strings as keys."""
     if torch.is_tensor(held):
-        plain = (type(held) in (torch.Tensor, torch.nn.Parameter) and held.device.type == "cpu" and not held.is_quantized
-                 and not held.is_nested and held.layout == torch.strided and not held.is_complex())
-        if not plain or held.numel() * held.element_size() > held.untyped_storage().nbytes():
+        if not is_plain(held):
             raise ValueError(f"{name or 'it'} is not an ordinary tensor")
     elif isinstance(held, dict):
         for key, value in held.items():
@@ -376,21 +458,36 @@ def check_held(held, name: str = "") -> None:
         raise ValueError(f"{name or 'it'} is a {type(held).__name__}")
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Has it its own bytes on the CPU for every element? Meta, sparse, quantized, nested, complex
+    and repeated ones have not."""
+    return (type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and tensor.device.type == "cpu"
+            and tensor.layout == torch.strided
+            and not tensor.is_quantized
+            and not tensor.is_nested
+            and not tensor.is_complex()
+            and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
+
+
 def read_state(path: Path) -> Tensors:
     """{name: tensor} of a torch file."""
     held = read_torch(path)
     if not isinstance(held, dict) or not all(torch.is_tensor(t) for t in held.values()):
-        raise ValueError(f"{path} holds something else than a dictionary of tensors: it is no checkpoint of weights")
+        raise ValueError(f"{path} holds something else than a dictionary of tensors: it is no "
+                         f"checkpoint of weights")
     return Tensors({name: t.detach() for name, t in held.items()}, path)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Folders
 
 def read_folder(folder: Path) -> Tensors:
-    """All tensors of a Hugging Face folder: one or many .safetensors, else one or many pytorch_model*.bin."""
+    """All tensors of a Hugging Face folder: one or many .safetensors, else one or many
+    pytorch_model*.bin."""
     folder = Path(folder)
-    for single, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_state)):
+    kinds = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_state}
+    for single, read in kinds.items():
         index = folder / f"{single}.index.json"
         if index.exists():
             names = read_json(index).get("weight_map")
@@ -399,55 +496,66 @@ def read_folder(folder: Path) -> Tensors:
             return read_shards(folder, index, names, read)
         if (folder / single).exists():
             return read(folder / single)
-    raise FileNotFoundError(f"{folder} holds no weights: looked for model.safetensors, pytorch_model.bin, their "
-                            f"index files, and consolidated.*.pth")
+    raise FileNotFoundError(f"{folder} holds no weights: looked for model.safetensors, "
+                            f"pytorch_model.bin, their index files, and consolidated.*.pth")
 
 
 def read_shards(folder: Path, index: Path, names: dict[str, str], read) -> Tensors:
-    """The tensors of the files that an index {name of a tensor: name of a file} lists, each in the file it says."""
+    """The tensors of the files that an index {name of a tensor: name of a file} lists, each in the
+    file it says."""
     for name, file in names.items():
         if not isinstance(file, str) or not is_inside(file):
-            raise ValueError(f"{index} places {name[:200]} in {str(file)[:100]!r}, and only files inside its folder are read: "
-                             f"download it again")
-    missing = sorted({f for f in names.values() if not (folder / f).is_file()})
+            raise ValueError(f"{index} places {name[:200]} in {str(file)[:100]!r}, and only files "
+                             f"inside its folder are read: download it again")
+    files = sorted(set(names.values()))
+    missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder}: {index.name} lists {missing[0]} ({len(missing)} such), not found")
-    first, *others = sorted(set(names.values()))
-    held = read(folder / first)
-    for file in others:
+        raise FileNotFoundError(f"{folder}: {index.name} lists {missing[0]} ({len(missing)} such), "
+                                f"not found")
+    held = read(folder / files[0])
+    for file in files[1:]:
         held.join(read(folder / file))
     for name, file in names.items():
         if name not in held or held.files[name] != folder / file:
-            raise ValueError(f"{folder}: {index.name} lists {name[:200]}, which {file} does not hold: download both again")
+            raise ValueError(f"{folder}: {index.name} lists {name[:200]}, which {file} does not "
+                             f"hold: download both again")
     return held
 
 
 def is_inside(file: str) -> bool:
     """Is it a path that stays in the folder it is taken from?"""
     path = PurePosixPath(file)
-    return (0 < len(file) < 200 and not path.is_absolute() and ".." not in path.parts and path.name != ""
-            and file.isprintable() and "\\" not in file and ":" not in file)
+    return (0 < len(file) < 200 and file.isprintable()
+            and path.name != "" and ".." not in path.parts and not path.is_absolute()
+            and "\\" not in file and ":" not in file)             # what Windows takes for a path
 
 
 def read_meta(folder: Path) -> Tensors:
-    """Meta's consolidated.NN.pth as whole tensors. With one shard they stay views; more are joined tensor by tensor.
+    """Meta's consolidated.NN.pth as whole tensors. With one shard they stay views; more are joined
+    tensor by tensor.
 
-    Model-parallel layers split rows (wq wk wv w1 w3 output) or columns (wo w2); tok_embeddings splits columns in
-    LLaMA 1 and 2, rows in 3; norms are replicated.
+    Model-parallel layers split rows (wq wk wv w1 w3 output) or columns (wo w2); tok_embeddings
+    splits columns in LLaMA 1 and 2, rows in 3; norms are replicated.
     """
     files = sorted(Path(folder).glob("consolidated.*.pth"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no weights: params.json is there, consolidated.*.pth are not")
+        raise FileNotFoundError(f"{folder} holds no weights: params.json is there, "
+                                f"consolidated.*.pth are not")
     for i, file in enumerate(files):
-        if file.name != f"consolidated.{i:02d}.pth":
-            raise FileNotFoundError(f"{folder} holds {file.name}, but no consolidated.{i:02d}.pth: a shard is missing")
+        wanted = f"consolidated.{i:02d}.pth"
+        if file.name != wanted:
+            raise FileNotFoundError(f"{folder} holds {file.name}, but no {wanted}: a shard is "
+                                    f"missing")
     shards = [read_state(file) for file in files]
     first = shards[0]
     for file, shard in zip(files, shards):
         if set(shard) != set(first) or any(shard.shape(n) != first.shape(n) for n in first):
-            raise ValueError(f"{file} holds other names or shapes than {files[0].name}: the shards are not of one model")
-    if "norm.weight" not in first or any(not 1 <= len(first.shape(n)) <= 2 for n in first if n.endswith("weight")):
-        raise ValueError(f"{files[0]} does not hold LLaMA's weights: no norm.weight, or weights that are no matrices")
+            raise ValueError(f"{file} holds other names or shapes than {files[0].name}: the shards "
+                             f"are not of one model")
+    weights = [name for name in first if name.endswith("weight")]
+    if "norm.weight" not in first or any(len(first.shape(n)) not in (1, 2) for n in weights):
+        raise ValueError(f"{files[0]} does not hold LLaMA's weights: no norm.weight, or weights "
+                         f"that are no matrices")
     return first if len(shards) == 1 else LazyJoin(shards)
 
 
@@ -456,14 +564,17 @@ class LazyJoin(Tensors):
 
     def __init__(self, shards: list[Tensors]):
         super().__init__(shards[0], "")
-        self.shards, self.files = shards, shards[0].files
+        self.shards = shards
+        self.files = shards[0].files
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        parts, dim = [shard[name] for shard in self.shards], self.split(name)
+        parts = [shard[name] for shard in self.shards]
+        dim = self.split(name)
         return parts[0] if dim is None else torch.cat(parts, dim)
 
     def shape(self, name: str) -> torch.Size:
-        shape, dim = list(self.shards[0].shape(name)), self.split(name)
+        shape = list(self.shards[0].shape(name))
+        dim = self.split(name)
         if dim is not None:
             shape[dim] *= len(self.shards)
         return torch.Size(shape)
@@ -473,6 +584,9 @@ class LazyJoin(Tensors):
         shape = self.shards[0].shape(name)
         if len(shape) < 2:
             return None
+        if name.endswith(("wo.weight", "w2.weight")):
+            return 1
         width = self.shards[0].shape("norm.weight")[0]          # d_model, replicated in every shard
-        columns = name.endswith(("wo.weight", "w2.weight")) or name.startswith("tok_embeddings") and shape[1] < width
-        return 1 if columns else 0
+        if name.startswith("tok_embeddings") and shape[1] < width:
+            return 1
+        return 0

@@ -4,11 +4,11 @@ codes. Needs no torch.
     parser = Flags(description="...")                    # a wrong flag is one line, exit code 2
     parser.add_argument("--steps", type=whole(0, 10**7), help="...")
     if __name__ == "__main__":
-        args = read_flags(parser)             # above `import torch`, so that --help answers at once
+        args = read_flags(parser)         # above `import torch`, so that --help answers at once
     import torch
     ...
     if __name__ == "__main__":
-        run_program(main, args)               # 0 done, 2 bad input, 130 Ctrl-C; a traceback is a bug
+        run_program(main, args)           # 0 done, 2 bad input, 130 Ctrl-C; a traceback is a bug
 
 Messages say what is wrong, in which file or flag, and what to do, in one line on stderr.
 """
@@ -19,8 +19,10 @@ import signal
 import sys
 
 PRECISIONS = ("float32", "bfloat16", "float16")          # torch dtypes by name
-BAD_INPUT, INTERRUPTED = 2, 130
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")   # as torch says it
+BAD_INPUT = 2                                            # exit codes
+INTERRUPTED = 130
+# How torch says that memory is at its end.
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 class Flags(argparse.ArgumentParser):
@@ -54,7 +56,8 @@ def real(least: float, most: float, above: bool = False):
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not math.isfinite(value) or not least <= value <= most or above and value == least:
+        is_inside = least <= value <= most and not (above and value == least)
+        if not is_inside or not math.isfinite(value):
             low = f"above {least:g}" if above else f"at least {least:g}"
             raise argparse.ArgumentTypeError(f"{text} is not {low} and at most {most:g}")
         return value
@@ -75,7 +78,8 @@ def read_flags(parser: Flags) -> argparse.Namespace:
 
 
 def run_program(main, args, after_interrupt=lambda: "stopped") -> None:
-    """main(args) with its errors turned into one line and an exit code. after_interrupt(): what Ctrl-C prints."""
+    """main(args) with its errors turned into one line and an exit code. after_interrupt(): what
+    Ctrl-C prints."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
@@ -83,7 +87,7 @@ def run_program(main, args, after_interrupt=lambda: "stopped") -> None:
     except KeyboardInterrupt:
         say(after_interrupt())
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:                              # who read our output, such as head, has gone
+    except BrokenPipeError:                    # who read our output, such as head, has gone
         os._exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as e:
         fail(e)
@@ -102,9 +106,12 @@ def fail(e: Exception) -> None:
 
 def say(line: str) -> None:
     """A line on stderr, over a progress bar that has not ended."""
-    print(f"\r{line}\x1b[K" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        line = f"\r{line}\x1b[K"                         # to the line's begin; erase what follows
+    print(line, file=sys.stderr, flush=True)
 
 
 def stop_now(*_) -> None:
+    """What Ctrl-C does while packages load: one line, at once."""
     os.write(2, b"\rstopped\n")
     os._exit(INTERRUPTED)

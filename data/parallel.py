@@ -1,9 +1,11 @@
-"""Several processes as one: who I am, and sums and copies across all of them. One process needs none of it.
+"""Several processes as one: who I am, and sums and copies across all of them. One process needs
+none of it.
 
-    torchrun --nproc-per-node 2 train.py ...            # start() finds the variables that torchrun sets
+    torchrun --nproc-per-node 2 train.py ...       # start() finds the variables that torchrun sets
 
-Every process holds a share of the windows (`mine`); what is summed over windows is summed over processes (`add`); the
-first process decides and the others copy it (`copy_first`). gloo connects CPUs, nccl GPUs. Left out: splitting a model.
+Every process holds a share of the windows (`mine`); what is summed over windows is summed over
+processes (`add`); the first process decides and the others copy it (`copy_first`). gloo connects
+CPUs, nccl GPUs. Left out: splitting a model.
 """
 import os
 import sys
@@ -14,8 +16,9 @@ import torch.distributed as dist
 
 
 def start(device: str = "cpu") -> str:
-    """Join the processes that torchrun started; returns this process's own device. Without torchrun: device, unchanged."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    """Join the processes that torchrun started; returns this process's own device. Without
+    torchrun: device, unchanged."""
+    if is_one_of_several() and not dist.is_initialized():
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
@@ -23,7 +26,13 @@ def start(device: str = "cpu") -> str:
     return device
 
 
+def is_one_of_several() -> bool:
+    """Did torchrun start more than this process? Says so before they are joined as well."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def stop() -> None:
+    """Leave the other processes; start() may join them again."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -31,7 +40,7 @@ def stop() -> None:
 def end() -> None:
     """The last call of a program. One of several processes ends here, its work written: on the way
     through a normal exit torch 2.13 sometimes aborts, when it takes down its own threads."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -5,11 +5,11 @@ each model and text.
     python -m data.picture runs/a/report.json runs/b/report.json > two.svg
 
 A panel has a column for the compressed model and one for the dense model, and in both the same
-rows: no prompt, (healed,) the prompt's start, the learned prompt. So what a prompt does to the compressed
-model stands beside what it does to the dense one. Runs that were measured on the same windows of
-the same text share a panel. All bars of a picture start at zero and have one scale; the dense
-model's value without a prompt is marked in the gaps between the bars, so that no number is crossed.
-Needs nothing but the standard library. Left out: anything but perplexity.
+rows: no prompt, (healed,) the prompt's start, the learned prompt. So what a prompt does to the
+compressed model stands beside what it does to the dense one. Runs that were measured on the same
+windows of the same text share a panel. All bars of a picture start at zero and have one scale; the
+dense model's value without a prompt is marked in the gaps between the bars, so that no number is
+crossed. Needs nothing but the standard library. Left out: anything but perplexity.
 """
 import argparse
 import json
@@ -22,8 +22,10 @@ from data.svg import DENSE, HEALED, HURT, Drawing
 WIDTH = 720        # of the picture, in pixels
 NAMES = 150        # where the columns begin, right of the rows' names
 ROOM = 44          # what a number takes behind its bar
-BAR, STEP = 16, 26           # height of a bar, and from one bar to the next
-HEAD, PANEL = 52, 74         # height of the legend, and of a panel's titles
+BAR = 16           # height of a bar
+STEP = 26          # from one bar to the next
+HEAD = 52          # height of the legend
+PANEL = 74         # height of a panel's titles
 PROMPTS = {"": "no prompt", "healed": "healed, no prompt",
            "initial prompt": "prompt, not learned", "learned prompt": "prompt, learned"}
 
@@ -42,8 +44,8 @@ def read_report(path: str | Path) -> dict:
             raise ValueError("no rows")
         report["settings"]["model"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a report of train.py: it needs rows, each with a name and a "
-                         f"perplexity, and the settings of the run") from None
+        raise ValueError(f"{path} is not a report of train.py: it needs rows, each with a name and "
+                         f"a perplexity, and the settings of the run") from None
     return report
 
 
@@ -111,15 +113,25 @@ def draw(d: Drawing, panel: dict, top: float, largest: float, columns: int) -> f
         for i, prompt in enumerate(prompts):
             if (model, prompt) not in values:
                 continue
-            value, y = values[model, prompt], first + i * STEP
-            color = HEALED if prompt.startswith("learned") else DENSE if model == "dense" else HURT
-            d.bar(left, y, value * scale, BAR, color, 0.45 if model == "dense" and prompt else 1.0)
+            value = values[model, prompt]
+            y = first + i * STEP
+            d.bar(left, y, value * scale, BAR, *look(model, prompt))
             d.text(left + value * scale + 6, y + BAR - 3.5, f"{value:.1f}")
         if ("dense", "") in values:
             x = left + values["dense", ""] * scale
             for i in range(len(prompts) + 1):    # in the gaps, where neither bars nor numbers are
                 d.line(x, first + i * STEP - (STEP - BAR) + 2, x, first + i * STEP - 2)
     return first + len(prompts) * STEP
+
+
+def look(model: str, prompt: str) -> tuple[str, float]:
+    """(color, opacity) of a bar: learned prompts are green, the control's bars behind a prompt
+    faint."""
+    is_dense = model == "dense"
+    opacity = 0.45 if is_dense and prompt else 1.0
+    if prompt.startswith("learned"):
+        return HEALED, opacity
+    return DENSE if is_dense else HURT, opacity
 
 
 def picture(reports: list[dict]) -> str:

@@ -1,4 +1,8 @@
-"""A progress bar in a few lines: share done, time spent, time left, and a note. One line on a terminal, a few in a log."""
+"""A progress bar in a few lines: share done, time spent, time left, and a note. One line on a
+terminal, a few in a log.
+
+    for x in Progress(items, "healing"): ...        # written to stderr
+"""
 import os
 import shutil
 import sys
@@ -6,7 +10,7 @@ import time
 
 
 def duration(seconds: float) -> str:
-    """8 s, 12 min 5 s, 3 h 20 min."""
+    """500 s, 12 min 5 s, 13 h 20 min."""
     s = round(seconds)
     if s < 600:
         return f"{s} s"
@@ -26,6 +30,7 @@ class Progress:
         self.text = ""
 
     def note(self, text: str) -> None:
+        """Show this behind the bar from now on."""
         self.text = text
 
     def __iter__(self):
@@ -42,6 +47,7 @@ class Progress:
                 self.draw(done, total, spent, live)
 
     def draw(self, done: int, total: int, spent: float, live: bool) -> None:
+        """One line: `done` of `total` after `spent` seconds; live: over the line before."""
         if os.environ.get("RANK", "0") != "0":           # of several processes, the first one shows
             return
         left = spent / done * (total - done)

@@ -1,11 +1,13 @@
-"""The output folder of one run: what was asked for, what is done, and the table; written so that a killed run goes on.
+"""The output folder of one run: what was asked for, what is done, and the table; written so that a
+killed run goes on.
 
-    report = Report("runs/out", run, resume=True)        # refuses a folder that holds something else
+    report = Report("runs/out", run, resume=True)     # refuses a folder that holds something else
     report.add("dense", perplexity=27.25, making=0.0, measuring=1.0, megabytes=6.9, ...)
 
-report.json has what was run (settings, the checkpoint's files, versions), "rows", "layers" and "losses". Nothing in it depends on
-the clock: seconds are in seconds.json. Each is written to a temporary name and renamed, and one process at a time holds
-the folder. Left out: several runs in one folder.
+report.json has what was run (settings, the checkpoint's files, versions), "rows", "layers" and
+"losses". Nothing in it depends on the clock: seconds are in seconds.json. Each is written to a
+temporary name and renamed, and one process at a time holds the folder. Left out: several runs in
+one folder.
 """
 import json
 import math
@@ -15,18 +17,29 @@ from pathlib import Path
 
 from data.checkpoint import read_json, write_json
 
-OURS = ("report.json", "seconds.json", "compressed", "prompt.safetensors", "prompt-dense.safetensors", "prompt.state",
-        "prompt-dense.state", "healed", "heal.state", "teacher")      # what a run writes
-SIZES = ("megabytes", "bits_per_weight", "linear_bits_per_weight", "nominal")
+OURS = ("report.json", "seconds.json", "compressed", "prompt.safetensors",       # what a run writes
+        "prompt-dense.safetensors", "prompt.state", "prompt-dense.state", "healed", "heal.state",
+        "teacher")
+SIZES = ("megabytes", "bits_per_weight", "linear_bits_per_weight", "nominal")    # columns of a row
+SECONDS = ("making", "measuring")
+COLUMNS = f"{'':30s} {'perplexity':>12s} {'MB':>9s} {'bits/weight':>12s} " \
+          f"{'bits/weight, Linears':>21s} {'nominal':>8s} {'made, s':>9s} {'measured, s':>12s}"
 
 
 class Report:
-    """rows: one dict a measurement; layers: one a compressed Linear; losses: of each learned file."""
+    """rows: one dict a measurement; layers: one a compressed Linear; losses: of each learned file;
+    seconds: {name of a row: {"making": s, "measuring": s}}."""
 
-    def __init__(self, folder: str | Path, run: dict, resume: bool = False, overwrite: bool = False):
-        """run: JSON values that tell this run from others. Raises ValueError for a folder in use or of another run."""
-        self.folder, self.run = Path(folder), json.loads(json.dumps(run))
-        self.rows, self.layers, self.losses, self.seconds = [], [], {}, {}
+    def __init__(self, folder: str | Path, run: dict, resume: bool = False,
+                 overwrite: bool = False):
+        """run: JSON values that tell this run from others. Raises ValueError for a folder in use or
+        of another run."""
+        self.folder = Path(folder)
+        self.run = json.loads(json.dumps(run))            # as it comes back from the file
+        self.rows = []
+        self.layers = []
+        self.losses = {}
+        self.seconds = {}
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--out {folder} is a file: name a folder")
         self.check_free(resume or overwrite)
@@ -37,52 +50,65 @@ class Report:
         elif resume:
             self.load()
         for part in [*self.folder.glob("*.part"), *self.folder.glob("*/*.part")]:
-            part.unlink()                                       # of a write that was killed
+            part.unlink()                                 # of a write that was killed
         self.save()
 
     def held(self) -> list[str]:
+        """What the folder has of a run."""
         return [name for name in OURS if (self.folder / name).exists()]
 
     def check_free(self, allowed: bool) -> None:
+        """ValueError for a folder with the results of a run, unless they are allowed."""
         if self.held() and not allowed:
-            raise ValueError(f"--out {self.folder} holds the results of a run ({', '.join(self.held())}): --resume continues "
-                             f"it, --overwrite replaces it, or name another --out")
+            raise ValueError(f"--out {self.folder} holds the results of a run "
+                             f"({', '.join(self.held())}): --resume continues it, --overwrite "
+                             f"replaces it, or name another --out")
 
     def clear(self) -> None:
-        """Remove what a run writes; report.json last, so that what is left can still be recognized."""
+        """Remove what a run writes; report.json last, so that what is left can still be
+        recognized."""
         for name in reversed(self.held()):
             path = self.folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def load(self) -> None:
+        """Take up what a run of the same settings has done."""
         path = self.folder / "report.json"
         if not path.exists():
             if self.held():
-                raise ValueError(f"{self.folder} holds {', '.join(self.held())} but no report.json: --overwrite replaces "
-                                 f"them, or name another --out")
+                raise ValueError(f"{self.folder} holds {', '.join(self.held())} but no "
+                                 f"report.json: --overwrite replaces them, or name another --out")
             print(f"{self.folder} holds nothing to resume: starting anew")
             return
         held = read_json(path)
         differs = difference({key: held.get(key) for key in self.run}, self.run)
         if differs:
-            raise ValueError(f"--resume: {path} is of another run: {differs}; use the same settings, --overwrite, or "
-                             f"another --out")
-        self.rows, self.layers, self.losses = (held.get(key) for key in ("rows", "layers", "losses"))
+            raise ValueError(f"--resume: {path} is of another run: {differs}; use the same "
+                             f"settings, --overwrite, or another --out")
+        self.rows = held.get("rows")
+        self.layers = held.get("layers")
+        self.losses = held.get("losses")
         seconds = self.folder / "seconds.json"
         self.seconds = read_json(seconds) if seconds.exists() else {}
-        whole = is_table(self.rows) and isinstance(self.layers, list) and isinstance(self.losses, dict)
-        timed = all(isinstance(row, dict) and {"making", "measuring"} <= set(row) and all(map(is_number, row.values()))
-                    for row in self.seconds.values())
-        for file, good in ((path, whole), (seconds, timed)):
-            if not good:
-                raise ValueError(f"--resume: {file} is damaged, it does not hold what a run writes: --overwrite starts anew")
+        is_whole = (is_table(self.rows) and isinstance(self.layers, list)
+                    and isinstance(self.losses, dict))
+        is_timed = all(has_numbers(row, SECONDS) and all(map(is_number, row.values()))
+                       for row in self.seconds.values())
+        for file, is_good in ((path, is_whole), (seconds, is_timed)):
+            if not is_good:
+                raise ValueError(f"--resume: {file} is damaged, it does not hold what a run "
+                                 f"writes: --overwrite starts anew")
 
     def save(self) -> None:
         held = {**self.run, "rows": self.rows, "layers": self.layers, "losses": self.losses}
-        for name, value in (("seconds.json", self.seconds), ("report.json", held)):
-            write_json(self.folder / name, value)
+        write_json(self.folder / "seconds.json", self.seconds)
+        write_json(self.folder / "report.json", held)
 
     def has(self, name: str) -> bool:
+        """Is there a row of this name?"""
         return any(row["name"] == name for row in self.rows)
 
     def size(self, name: str) -> dict:
@@ -97,17 +123,17 @@ class Report:
         self.save()
 
     def table(self) -> str:
-        """Lower perplexity is better; sizes of half-precision files; seconds spent on making and on measuring a row."""
-        head = (f"{'':30s} {'perplexity':>12s} {'MB':>9s} {'bits/weight':>12s} {'bits/weight, Linears':>21s} "
-                f"{'nominal':>8s} {'made, s':>9s} {'measured, s':>12s}")
-        lines = [head]
-        for r in self.rows:
-            spent = self.seconds.get(r["name"], {"making": 0.0, "measuring": 0.0})
-            lines.append(f"{r['name']:30s} {r['perplexity']:12.3f} {r['megabytes']:9.1f} {r['bits_per_weight']:12.2f} "
-                         f"{r['linear_bits_per_weight']:21.2f} {r['nominal']:7.1f}x {spent['making']:9.1f} "
+        """Lower perplexity is better; sizes of half-precision files; seconds spent on making and on
+        measuring a row."""
+        lines = [COLUMNS]
+        for row in self.rows:
+            spent = self.seconds.get(row["name"], {"making": 0.0, "measuring": 0.0})
+            lines.append(f"{row['name']:30s} {row['perplexity']:12.3f} {row['megabytes']:9.1f} "
+                         f"{row['bits_per_weight']:12.2f} {row['linear_bits_per_weight']:21.2f} "
+                         f"{row['nominal']:7.1f}x {spent['making']:9.1f} "
                          f"{spent['measuring']:12.1f}")
-        lines.append("nominal: 16 bits over bits x share kept, as papers count; files also hold masks, grids and all that "
-                     "is no Linear")
+        lines.append("nominal: 16 bits over bits x share kept, as papers count; files also hold "
+                     "masks, grids and all that is no Linear")
         return "\n".join(lines)
 
 
@@ -115,11 +141,16 @@ def is_number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def has_numbers(row, keys) -> bool:
+    """Is it a dictionary with a number under each of these keys?"""
+    return isinstance(row, dict) and all(is_number(row.get(key)) for key in keys)
+
+
 def is_table(rows) -> bool:
     """Are these the rows of a report?"""
-    numbers = {"perplexity", "scored_tokens", "prompt_tokens", *SIZES}
-    return isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) and numbers <= set(row)
-                                          and all(is_number(row[key]) for key in numbers) for row in rows)
+    numbers = ("perplexity", "scored_tokens", "prompt_tokens", *SIZES)
+    return isinstance(rows, list) and all(
+        has_numbers(row, numbers) and isinstance(row.get("name"), str) for row in rows)
 
 
 def difference(theirs, ours, name: str = "") -> str:
@@ -134,7 +165,8 @@ def difference(theirs, ours, name: str = "") -> str:
 
 
 def take_lock(folder: Path):
-    """Hold the folder until this process ends, however it ends. Raises ValueError if another process holds it."""
+    """Hold the folder until this process ends, however it ends; returns the open file that does so.
+    Raises ValueError if another process holds it."""
     file = open(folder / ".lock", "ab")
     try:
         if os.name == "nt":
@@ -144,12 +176,17 @@ def take_lock(folder: Path):
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ValueError(f"--out {folder} is in use by another run: wait for it, or name another --out") from None
+        raise ValueError(f"--out {folder} is in use by another run: wait for it, or name another "
+                         f"--out") from None
     return file
 
 
 def identity(folder: Path) -> dict[str, list[int]]:
-    """{file: [bytes, time of its last change]} of what makes up a checkpoint folder."""
+    """{file: [bytes, time of its last change in ns]} of what makes up a checkpoint folder."""
     kinds = (".safetensors", ".bin", ".pth", ".json", ".model", ".txt")
-    files = sorted(f for f in Path(folder).iterdir() if f.is_file() and f.suffix in kinds)
-    return {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+    found = {}
+    for file in sorted(Path(folder).iterdir()):
+        if file.is_file() and file.suffix in kinds:
+            stat = file.stat()
+            found[file.name] = [stat.st_size, stat.st_mtime_ns]
+    return found

@@ -31,27 +31,38 @@ from data.text import lines_of
 
 
 class Item(NamedTuple):
-    pairs: list[tuple[str, str]]      # (context, continuation) of every choice; the latter begins
-    gold: int                         # with the space between them. Which of them is right.
+    """A question. pairs: (context, continuation) of every choice; a continuation begins with the
+    space between them."""
+    pairs: list[tuple[str, str]]
+    gold: int                         # which of them is right
     lengths: list[int]                # characters of every choice without that space, for acc_norm
 
 
 class Task(NamedTuple):
-    read: Callable[[dict], Item]      # a row of the file
+    """Where a task's items come from, and what is told of the answers."""
+    read: Callable[[dict], Item]      # makes an item of a row of the file
     files: tuple[str, ...]            # where to look in a folder
     metrics: tuple[str, ...]          # acc, acc_norm, perplexity
 
 
 def ask(context: str, choices: list[str], gold: int) -> Item:
-    return Item([(context, " " + choice) for choice in choices], gold, list(map(len, choices)))
+    """One context, several continuations."""
+    pairs = [(context, " " + choice) for choice in choices]
+    return Item(pairs, gold, [len(choice) for choice in choices])
 
+
+# The next functions make an item of a row: of the file as published, or (query, gold) of the short
+# form.
 
 def piqa(row: dict) -> Item:
     if "query" in row:
         goal = row["query"].removeprefix("Question: ").removesuffix("\n")
-        choices, gold = row["choices"], row["gold"]
+        choices = row["choices"]
+        gold = row["gold"]
     else:
-        goal, choices, gold = row["goal"], [row["sol1"], row["sol2"]], row["label"]
+        goal = row["goal"]
+        choices = [row["sol1"], row["sol2"]]
+        gold = row["label"]
     return ask(f"Question: {goal}\nAnswer:", choices, int(gold))
 
 
@@ -95,17 +106,21 @@ def winogrande(row: dict) -> Item:
     """Two contexts, one continuation. Only the continuation is scored, so its length decides
     nothing."""
     if "context_options" in row:
-        contexts, rest, gold = row["context_options"], row["continuation"].strip(), row["gold"]
+        contexts = row["context_options"]
+        rest = row["continuation"]
+        gold = row["gold"]
     else:
-        before, _, after = row["sentence"].partition("_")
-        contexts, rest = [before + row["option1"], before + row["option2"]], after.strip()
+        before, _, rest = row["sentence"].partition("_")
+        contexts = [before + row["option1"], before + row["option2"]]
         gold = {"1": 0, "2": 1}[str(row["answer"])]
-    return Item([(context, f" {rest}") for context in contexts], gold, list(map(len, contexts)))
+    pairs = [(context, f" {rest.strip()}") for context in contexts]
+    return Item(pairs, gold, [len(context) for context in contexts])
 
 
 def boolq(row: dict) -> Item:
     if "query" in row:
-        asked, gold = row["query"].removeprefix("Passage: "), int(row["gold"])
+        asked = row["query"].removeprefix("Passage: ")
+        gold = int(row["gold"])
         if [choice.lower() for choice in row["choices"]] != ["no", "yes"]:
             raise ValueError(f"choices {row['choices']} are not no and yes")
     else:
@@ -118,6 +133,7 @@ def boolq(row: dict) -> Item:
 
 
 def lambada(row: dict) -> Item:
+    """One continuation, the text's last word: is it the likeliest of all?"""
     context, _, word = row["text"].rpartition(" ")
     return Item([(context, f" {word}")], 0, [len(word)])
 
@@ -151,14 +167,14 @@ def find_task(asked: str, folder: str | Path | None) -> tuple[str, Path]:
     if given:
         return name, Path(path)
     if folder is None:
-        raise ValueError(f"task {name}: give --data-dir, a folder that holds {TASKS[name].files[0]}, "
-                         f"or {name}=FILE")
+        raise ValueError(f"task {name}: give --data-dir, a folder that holds "
+                         f"{TASKS[name].files[0]}, or {name}=FILE")
     for file in TASKS[name].files:
         for path in (Path(folder) / file, Path(folder) / f"{file}.gz"):
             if path.is_file():
                 return name, path
-    raise FileNotFoundError(f"task {name}: no {' or '.join(TASKS[name].files)} in {folder}, nor one "
-                            f"with .gz: put it there, or give {name}=FILE")
+    raise FileNotFoundError(f"task {name}: no {' or '.join(TASKS[name].files)} in {folder}, nor "
+                            f"one with .gz: put it there, or give {name}=FILE")
 
 
 def load_items(asked: str, folder: str | Path | None = None,

@@ -1,22 +1,26 @@
 """Text to token ids and back, for LLaMA 1, 2, 3 and OPT checkpoints.
 
     t = load_tokenizer("checkpoints/llama-7b")
-    ids = t.encode("Hello")                       # [1, 15043]; the BOS token is in front where the model wants one
-    text = t.decode(ids)                          # "Hello"; special tokens are left out
+    ids = t.encode("Hello")       # [1, 15043]; the BOS token is in front where the model wants one
+    text = t.decode(ids)          # "Hello"; special tokens are left out
 
-Byte pair encoding (Sennrich et al. 2016) in four kinds of files, told apart by what lies in the folder:
+Byte pair encoding (Sennrich et al. 2016) in four kinds of files, told apart by what lies in the
+folder:
 
 tokenizer.model           LLaMA 1 and 2: a sentencepiece model
-tokenizer.model           Llama 3: lines of `base64 rank`; a tokenizer.json beside it is preferred, it has more names
+tokenizer.model           Llama 3: lines of `base64 rank`; a tokenizer.json beside it is preferred,
+                          it has more names
 tokenizer.json            the Hugging Face format with a byte-level BPE: Llama 3, SmolLM2
-vocab.json + merges.txt   OPT, in GPT-2's format; preferred to a tokenizer.json if config.json says model_type opt
+vocab.json + merges.txt   OPT, in GPT-2's format; preferred to a tokenizer.json if config.json says
+                          model_type opt
 
-Strings of special tokens inside a text ("<|end_of_text|>") become their ids in the three byte-level kinds, as in the
-Hugging Face tokenizers. A sentencepiece model reads them as ordinary text, as Meta's code does (so the `<unk>` of Penn
-Treebank is three pieces), and writes U+2581, its sign for a space, as a space. In OPT `<unk>` and `<s>` in a text are
-ordinary as well: its unknown and BOS token is </s>. A byte that a vocabulary lacks (SmolLM2: six control characters)
-is dropped, as there. In all other cases decode(encode(text)) == text. A run of several 100,000 spaces is an error of
-tiktoken's. Left out: chat templates, normalizers, padding.
+Strings of special tokens inside a text ("<|end_of_text|>") become their ids in the three byte-level
+kinds, as in the Hugging Face tokenizers. A sentencepiece model reads them as ordinary text, as
+Meta's code does (so the `<unk>` of Penn Treebank is three pieces), and writes U+2581, its sign for
+a space, as a space. In OPT `<unk>` and `<s>` in a text are ordinary as well: its unknown and BOS
+token is </s>. A byte that a vocabulary lacks (SmolLM2: six control characters) is dropped, as
+there. In all other cases decode(encode(text)) == text. A run of several 100,000 spaces is an error
+of tiktoken's. Left out: chat templates, normalizers, padding.
 """
 import base64
 import json
@@ -26,47 +30,67 @@ from pathlib import Path
 
 import sentencepiece
 
-from data.bpe import ByteLevelBPE, byte_letters, check_ids, merge_order, rank_order, tokens_and_ids
+from data.bpe import (ByteLevelBPE, byte_letters, check_ids, merge_order, rank_order,
+                      tokens_and_ids)
 from data.checkpoint import read_json, write_atomic
 from data.config import QUANT_METHOD, in_range, read_config
 
-# How text is cut into words before merging; no merge crosses a cut. GPT-2 keeps a space with the word after it.
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same after digits have been cut out ({} is "" for single digits, "+" for runs): a digit ends a run of spaces.
-DIGIT_WORDS = r"\p{{N}}{}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?![^\s\p{{N}}])|\s+"
-LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+# How text is cut into words before merging; no merge crosses a cut. GPT-2 keeps a space with the
+# word after it.
+GPT2_WORDS = (r"'s|'t|'re|'ve|'m|'ll|'d"
+              r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+              r"|\s+(?!\S)|\s+")
+# The same after digits have been cut out ({} is "" for single digits, "+" for runs): a digit ends a
+# run of spaces.
+DIGIT_WORDS = (r"\p{{N}}{}|'s|'t|'re|'ve|'m|'ll|'d"
+               r"| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+"
+               r"|\s+(?![^\s\p{{N}}])|\s+")
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+                r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}" for i in range(4)),
+LLAMA3_SPECIAL = ["begin_of_text", "end_of_text",
+                  *(f"reserved_special_token_{i}" for i in range(4)),
                   "start_header_id", "end_header_id", "reserved_special_token_4", "eot_id",
                   *(f"reserved_special_token_{i}" for i in range(5, 251))]
+# What a tokenizer.json must encode and decode to itself: letters, digits, marks and spaces of all
+# kinds.
+SAMPLE = "aZ \u00e9\u4e2d1\u00b2_-'\t\n\r\u3000\u0301\U0001f600" * 2
 
 
 class Ranks(ByteLevelBPE):
-    """Llama 3's rank file: it ends with the vocabulary, so one that was cut at a line shows only beside its model."""
+    """Llama 3's rank file: it ends with the vocabulary, so one that was cut at a line shows only
+    beside its model."""
 
 
 class SentencePiece:
-    """LLaMA 1 and 2. BOS and EOS are the model's own: the config.json of early conversions has wrong ones."""
+    """LLaMA 1 and 2. BOS and EOS are the model's own: the config.json of early conversions has
+    wrong ones."""
 
     def __init__(self, path: Path, add_bos: bool):
-        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.vocab_size = self.model.vocab_size()
-        self.bos_id = self.model.bos_id() if add_bos and self.model.bos_id() >= 0 else None
-        self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
-        self.silent = {i for i in range(self.vocab_size) if self.model.is_control(i) or self.model.is_unknown(i)}
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.model = model
+        self.vocab_size = model.vocab_size()
+        self.bos_id = model.bos_id() if add_bos and model.bos_id() >= 0 else None
+        self.eos_id = model.eos_id() if model.eos_id() >= 0 else None
+        self.silent = {i for i in range(self.vocab_size)
+                       if model.is_control(i) or model.is_unknown(i)}
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        return [self.bos_id] * (bos and self.bos_id is not None) + self.model.encode(text)
+        front = [self.bos_id] if bos and self.bos_id is not None else []
+        return front + self.model.encode(text)
 
     def decode(self, ids) -> str:
-        return self.model.decode([int(i) for i in ids if i < self.vocab_size and int(i) not in self.silent])
+        spoken = [int(i) for i in ids if i < self.vocab_size and int(i) not in self.silent]
+        return self.model.decode(spoken)
 
 
-FILES = ("tokenizer", "vocab.", "merges.", "special_tokens", "generation_config", "chat_template")    # names begin so
+# Names of files that belong to a tokenizer begin so.
+FILES = ("tokenizer", "vocab.", "merges.", "special_tokens", "generation_config", "chat_template")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the files that a model's text goes through into another model folder, each atomically."""
+    """Copy the files that a model's text goes through into another model folder, each
+    atomically."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name.startswith(FILES):
             with open(file, "rb") as held:
@@ -74,29 +98,36 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> SentencePiece | ByteLevelBPE:
-    """The tokenizer of a checkpoint folder: .encode(text, bos=True), .decode(ids), .bos_id, .eos_id, .vocab_size.
+    """The tokenizer of a checkpoint folder: .encode(text, bos=True), .decode(ids), .bos_id,
+    .eos_id, .vocab_size.
 
-    bos_id is the id that encode puts in front, None where the tokenizer puts none. ValueError for files that are cut
-    short or damaged, and for a vocabulary that does not fit the embedding of the model in the folder.
+    bos_id is the id that encode puts in front, None where the tokenizer puts none. ValueError for
+    files that are cut short or damaged, and for a vocabulary that does not fit the embedding of the
+    model in the folder.
     """
     folder = Path(folder)
-    tokenizer, rows = read_tokenizer(folder), embedding_rows(folder)
+    tokenizer = read_tokenizer(folder)
+    rows = embedding_rows(folder)
+    size = tokenizer.vocab_size
     for role, i in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
-        if i is not None and (type(i) is not int or not 0 <= i < tokenizer.vocab_size):
-            raise ValueError(f"{folder}: {role}_token_id {str(i)[:60]} is none of the {tokenizer.vocab_size} tokens: see "
-                             f"generation_config.json, config.json and tokenizer_config.json")
-    is_cut = isinstance(tokenizer, Ranks) and rows is not None and tokenizer.vocab_size < rows
-    if rows is not None and tokenizer.vocab_size > rows or is_cut:
-        raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model's embedding {rows} rows: a "
-                         f"file is cut short, or they are not of one model")
+        if i is not None and (type(i) is not int or not 0 <= i < size):
+            raise ValueError(f"{folder}: {role}_token_id {str(i)[:60]} is none of the {size} "
+                             f"tokens: see generation_config.json, config.json and "
+                             f"tokenizer_config.json")
+    if rows is not None:
+        is_cut = isinstance(tokenizer, Ranks) and size < rows
+        if size > rows or is_cut:
+            raise ValueError(f"{folder}: its tokenizer has {size} tokens, its model's embedding "
+                             f"{rows} rows: a file is cut short, or they are not of one model")
     return tokenizer
 
 
 def embedding_rows(folder: Path) -> int | None:
     """How many tokens the model in the folder knows; None where there is no model."""
-    if (folder / "config.json").exists():
-        rows = read_json(folder / "config.json").get("vocab_size")
-        return None if rows is None else in_range("vocab_size", rows, f"{folder / 'config.json'}: vocab_size")
+    config = folder / "config.json"
+    if config.exists():
+        rows = read_json(config).get("vocab_size")
+        return None if rows is None else in_range("vocab_size", rows, f"{config}: vocab_size")
     if (folder / "params.json").exists() and any(folder.glob("consolidated.*.pth")):
         return read_config(folder).vocab_size
     return None
@@ -104,9 +135,10 @@ def embedding_rows(folder: Path) -> int | None:
 
 def read_tokenizer(folder: Path) -> SentencePiece | ByteLevelBPE:
     """The tokenizer of a folder, whatever model lies beside it."""
-    model, vocab, merges = folder / "tokenizer.model", folder / "vocab.json", folder / "merges.txt"
+    model = folder / "tokenizer.model"
+    content = folder / "tokenizer.json"
     names = settings(folder)
-    kind = names.get("model_type", "").removeprefix(f"{QUANT_METHOD}-") or None
+    family = names.get("model_type", "").removeprefix(f"{QUANT_METHOD}-") or None
     lines = model.read_bytes().split(b"\n") if model.exists() else []
     is_ranks = bool(lines) and re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", lines[0]) is not None
     if model.exists() and not is_ranks:
@@ -114,87 +146,94 @@ def read_tokenizer(folder: Path) -> SentencePiece | ByteLevelBPE:
             return SentencePiece(model, add_bos=names.get("add_bos_token") is not False)
         except (RuntimeError, OSError, UnicodeDecodeError):
             raise ValueError(f"{model} is neither a sentencepiece model nor lines of base64 ranks; "
-                             "an incomplete download?") from None
-    has_vocab = vocab.exists() and merges.exists()
-    if has_vocab and (kind == "opt" or not (folder / "tokenizer.json").exists()):
-        return from_vocab_and_merges(folder, names, kind)
-    if (folder / "tokenizer.json").exists():
+                             f"an incomplete download?") from None
+    has_vocab = (folder / "vocab.json").exists() and (folder / "merges.txt").exists()
+    if has_vocab and (family == "opt" or not content.exists()):
+        return from_vocab_and_merges(folder, names, family)
+    if content.exists():
         try:
-            return from_tokenizer_json(folder, names)
+            return from_tokenizer_json(content, names)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{folder / 'tokenizer.json'} is not a whole tokenizer.json ({str(repr(error))[:100]}): download "
-                             f"it again") from None
+            raise ValueError(f"{content} is not a whole tokenizer.json "
+                             f"({str(repr(error))[:100]}): download it again") from None
     if is_ranks:
         return from_ranks(model, names, lines)
-    raise FileNotFoundError(f"no tokenizer in {folder}: looked for tokenizer.model, tokenizer.json, "
-                            "vocab.json with merges.txt")
+    raise FileNotFoundError(f"no tokenizer in {folder}: looked for tokenizer.model, "
+                            f"tokenizer.json, vocab.json with merges.txt")
 
 
 def from_ranks(path: Path, names: dict, lines: list[bytes]) -> ByteLevelBPE:
-    """Llama 3's own file: the rank is the id; the special tokens have no file, they follow in a fixed order."""
+    """Llama 3's own file: the rank is the id; the special tokens have no file, they follow in a
+    fixed order."""
     try:
         pairs = [line.split() for line in lines if line.strip()]
         ids = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
-        raise ValueError(f"{path}: not all lines are `base64 rank`; an incomplete download?") from None
+        raise ValueError(f"{path}: not all lines are `base64 rank`; an incomplete "
+                         f"download?") from None
     if len(ids) < len(pairs) or sorted(ids.values()) != list(range(len(ids))):
-        raise ValueError(f"{path}: ranks are not 0 to {len(pairs) - 1}, each of another token; an incomplete download?")
+        raise ValueError(f"{path}: ranks are not 0 to {len(pairs) - 1}, each of another token; an "
+                         f"incomplete download?")
     lost = next((byte for byte in range(256) if bytes([byte]) not in ids), None)
     if lost is not None:
         raise ValueError(f"{path}: byte {lost} has no rank; an incomplete download?")
     added = {f"<|{name}|>": len(ids) + i for i, name in enumerate(LLAMA3_SPECIAL)}
     bos = None if names.get("add_bos_token") is False else added["<|begin_of_text|>"]
     eos = special_id(path, names, "eos", added, added["<|end_of_text|>"])
-    return Ranks(LLAMA3_WORDS, sorted(ids, key=ids.get), ids, added, set(added.values()), bos, eos)
+    tokens = sorted(ids, key=ids.get)
+    return Ranks(LLAMA3_WORDS, tokens, ids, added, set(added.values()), bos, eos)
 
 
-def from_vocab_and_merges(folder: Path, names: dict, kind: str | None) -> ByteLevelBPE:
-    """OPT. Its ids are in no merge order, its BOS is </s>; madeupword0000 and the like are in reach of no merge."""
-    vocab = read_json(folder / "vocab.json")
-    if kind not in ("opt", None) or "</s>" not in vocab:
-        raise ValueError(f"{folder}: vocab.json and merges.txt alone are understood for OPT only, which has a token "
-                         f"</s>; model_type here is {kind}. Add the checkpoint's tokenizer.json")
-    try:
-        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-    except ValueError as error:
-        raise ValueError(f"{folder / 'merges.txt'} is not UTF-8 text: {error}; an incomplete download?") from None
-    merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
-    check_ids(folder / "vocab.json", vocab)
+def from_vocab_and_merges(folder: Path, names: dict, family: str | None) -> ByteLevelBPE:
+    """OPT. Its ids are in no merge order, its BOS is </s>; madeupword0000 and the like are in reach
+    of no merge."""
+    path = folder / "vocab.json"
+    vocab = read_json(path)
+    if family not in ("opt", None) or "</s>" not in vocab:
+        raise ValueError(f"{folder}: vocab.json and merges.txt alone are understood for OPT only, "
+                         f"which has a token </s>; model_type here is {family}. Add the "
+                         f"checkpoint's tokenizer.json")
+    merges = read_merges(folder / "merges.txt")
+    check_ids(path, vocab)
     lost = next((letter for letter in byte_letters() if letter not in vocab), None)
     if lost is not None:
-        raise ValueError(f"{folder / 'vocab.json'} has no token for {lost!r}, one of the 256 bytes; a damaged download?")
-    texts = {names.get(f"{role}_token", default) for role, default in
-             [("bos", "</s>"), ("eos", "</s>"), ("unk", "</s>"), ("pad", "<pad>")]}
+        raise ValueError(f"{path} has no token for {lost!r}, one of the 256 bytes; a damaged "
+                         f"download?")
+    roles = {"bos": "</s>", "eos": "</s>", "unk": "</s>", "pad": "<pad>"}
+    texts = {names.get(f"{role}_token", default) for role, default in roles.items()}
     added = {text: vocab[text] for text in sorted(texts) if text in vocab}
-    silent = {vocab[text] for text in ("<s>", "<pad>", "</s>", "<unk>") if text in vocab} | set(added.values())
-    path = folder / "vocab.json"
-    bos = None if names.get("add_bos_token") is False else special_id(path, names, "bos", vocab, vocab["</s>"])
+    silent = {vocab[text] for text in ("<s>", "<pad>", "</s>", "<unk>") if text in vocab}
+    silent.update(added.values())
+    bos = None
+    if names.get("add_bos_token") is not False:
+        bos = special_id(path, names, "bos", vocab, vocab["</s>"])
     eos = special_id(path, names, "eos", vocab, vocab["</s>"])
     tokens, ids = tokens_and_ids(folder / "merges.txt", merge_order, merges, vocab)
     return ByteLevelBPE(GPT2_WORDS, tokens, ids, added, silent, bos, eos)
 
 
-def from_tokenizer_json(folder: Path, names: dict) -> ByteLevelBPE:
-    """A Hugging Face tokenizer.json whose parts are all understood; any other part is an error that names it."""
-    path = folder / "tokenizer.json"
+def read_merges(path: Path) -> list[list[str]]:
+    """The pairs of a merges.txt, one a line, in their order."""
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except ValueError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}; an incomplete download?") from None
+    return [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+
+
+def from_tokenizer_json(path: Path, names: dict) -> ByteLevelBPE:
+    """A Hugging Face tokenizer.json whose parts are all understood; any other part is an error that
+    names it."""
     content = read_json(path)
-    model = content.get("model") or {}
-    if model.get("byte_fallback") or (content.get("pre_tokenizer") or {}).get("type") == "Metaspace":
-        raise ValueError(f"{path} is a converted sentencepiece model; put its tokenizer.model beside it")
-    odd = [key for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(key)]
-    if model.get("type") != "BPE" or odd:
-        raise ValueError(f"{path}: model type {model.get('type')} {' '.join(odd)} is not supported, only plain BPE")
-    if content.get("normalizer"):
-        raise ValueError(f"{path}: normalizer {content['normalizer']['type']} is not supported")
-    for token in content["added_tokens"]:
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            raise ValueError(f"{path}: added token {token['content']} has lstrip, rstrip or single_word: not supported")
+    check_understood(path, content)
+    model = content["model"]
     words = word_pattern(path, content.get("pre_tokenizer") or {"type": None})
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     order = rank_order if model.get("ignore_merges") else merge_order
     tokens, ids = tokens_and_ids(path, order, merges, model["vocab"])
-    if model.get("unk_token") and any(letter not in model["vocab"] for letter in byte_letters()):
-        raise ValueError(f"{path}: a vocabulary with unk_token that lacks some bytes is not supported")
+    if model.get("unk_token") and any(c not in model["vocab"] for c in byte_letters()):
+        raise ValueError(f"{path}: a vocabulary with unk_token that lacks some bytes is not "
+                         f"supported")
     added = {token["content"]: token["id"] for token in content["added_tokens"]}
     known = {**model["vocab"], **added}
     if not all(isinstance(text, str) and text for text in added):
@@ -205,43 +244,73 @@ def from_tokenizer_json(folder: Path, names: dict) -> ByteLevelBPE:
     if "add_bos_token" in names:
         bos = special_id(path, names, "bos", known, bos) if names["add_bos_token"] else None
     eos = special_id(path, names, "eos", known, None)
-    sample = "aZ \u00e9\u4e2d1\u00b2_-'\t\n\r\u3000\u0301\U0001f600" * 2
     try:
         tokenizer = ByteLevelBPE(words, tokens, ids, added, silent, bos, eos)
-        whole = tokenizer.decode(tokenizer.encode(sample, bos=False)) == sample         # what no pattern matches is dropped
-    except ValueError as error:                                 # of the regular expression
-        raise ValueError(f"{path}: the pre_tokenizer pattern {words[:100]!r} cannot be used ({str(error)[:200]})") from None
-    if not whole:
-        raise ValueError(f"{path}: the pre_tokenizer pattern {words[:100]!r} does not match all text; that is not supported")
+        got = tokenizer.decode(tokenizer.encode(SAMPLE, bos=False))
+    except ValueError as error:                            # of the regular expression
+        raise ValueError(f"{path}: the pre_tokenizer pattern {words[:100]!r} cannot be used "
+                         f"({str(error)[:200]})") from None
+    if got != SAMPLE:                                      # what no pattern matches is dropped
+        raise ValueError(f"{path}: the pre_tokenizer pattern {words[:100]!r} does not match all "
+                         f"text; that is not supported")
     return tokenizer
 
 
+def check_understood(path: Path, content: dict) -> None:
+    """ValueError for a tokenizer.json that is no plain byte-level BPE."""
+    model = content.get("model") or {}
+    pre_tokenizer = content.get("pre_tokenizer") or {}
+    if model.get("byte_fallback") or pre_tokenizer.get("type") == "Metaspace":
+        raise ValueError(f"{path} is a converted sentencepiece model; put its tokenizer.model "
+                         f"beside it")
+    odd = [key for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+           if model.get(key)]
+    if model.get("type") != "BPE" or odd:
+        raise ValueError(f"{path}: model type {model.get('type')} {' '.join(odd)} is not "
+                         f"supported, only plain BPE")
+    if content.get("normalizer"):
+        raise ValueError(f"{path}: normalizer {content['normalizer']['type']} is not supported")
+    for token in content["added_tokens"]:
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            raise ValueError(f"{path}: added token {token['content']} has lstrip, rstrip or "
+                             f"single_word: not supported")
+
+
 def word_pattern(path: Path, pre_tokenizer: dict) -> str:
-    """One regular expression that cuts as the pre-tokenizers of a tokenizer.json do one after the other."""
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    kinds, first, last = [step["type"] for step in steps], steps[0], steps[-1]
+    """One regular expression that cuts as the pre-tokenizers of a tokenizer.json do one after the
+    other."""
+    steps = [pre_tokenizer]
+    if pre_tokenizer["type"] == "Sequence":
+        steps = pre_tokenizer["pretokenizers"]
+    kinds = [step["type"] for step in steps]
+    first, last = steps[0], steps[-1]
     if kinds[-1] == "ByteLevel" and not last["add_prefix_space"]:
-        use_regex = last.get("use_regex", True)
+        use_regex = last.get("use_regex", True)            # cuts as GPT-2 does, after the others
         if kinds == ["ByteLevel"] and use_regex:
             return GPT2_WORDS
         if kinds == ["Digits", "ByteLevel"] and use_regex:
             return DIGIT_WORDS.format("" if first["individual_digits"] else "+")
-        if kinds == ["Split", "ByteLevel"] and not use_regex and first["behavior"] == "Isolated" \
-                and not first["invert"] and "Regex" in first["pattern"]:
-            return first["pattern"]["Regex"]
-    raise ValueError(f"{path}: pre_tokenizer {json.dumps(pre_tokenizer)[:200]} is not supported")
+        if kinds == ["Split", "ByteLevel"] and not use_regex:
+            is_plain = first["behavior"] == "Isolated" and not first["invert"]
+            if is_plain and "Regex" in first["pattern"]:
+                return first["pattern"]["Regex"]
+    said = json.dumps(pre_tokenizer)[:200]
+    raise ValueError(f"{path}: pre_tokenizer {said} is not supported")
 
 
 def template_bos(path: Path, post_processor: dict | None) -> int | None:
     """The id that the post-processor of a tokenizer.json puts in front of a text, None for none."""
-    steps = (post_processor or {}).get("processors", [post_processor] if post_processor else [])
+    if not post_processor:
+        return None
     bos = None
-    for step in steps:
+    for step in post_processor.get("processors", [post_processor]):
         if step["type"] == "TemplateProcessing":
-            front = [part["SpecialToken"]["id"] for part in step["single"][:-1] if "SpecialToken" in part]
-            ids = [i for name in front for i in step["special_tokens"][name]["ids"]]
-            if len(ids) != len(step["single"]) - 1 or "Sequence" not in step["single"][-1] or len(ids) > 1:
-                raise ValueError(f"{path}: post_processor {json.dumps(step['single'])} is not `BOS, text` or `text`")
+            front, text = step["single"][:-1], step["single"][-1]
+            names = [part["SpecialToken"]["id"] for part in front if "SpecialToken" in part]
+            ids = [i for name in names for i in step["special_tokens"][name]["ids"]]
+            if len(ids) != len(front) or "Sequence" not in text or len(ids) > 1:
+                raise ValueError(f"{path}: post_processor {json.dumps(step['single'])} is not "
+                                 f"`BOS, text` or `text`")
             bos = ids[0] if ids else None
         elif step["type"] != "ByteLevel":
             raise ValueError(f"{path}: post_processor {step['type']} is not supported")
@@ -249,33 +318,51 @@ def template_bos(path: Path, post_processor: dict | None) -> int | None:
 
 
 # What is read of the settings, and of which types.
-SETTINGS = {"model_type": str, "add_bos_token": bool, "bos_token": str, "eos_token": str, "unk_token": str, "pad_token": str,
-            "bos_token_id": (int, list), "eos_token_id": (int, list)}
+SETTINGS = {
+    "model_type": str,
+    "add_bos_token": bool,
+    "bos_token": str,
+    "eos_token": str,
+    "unk_token": str,
+    "pad_token": str,
+    "bos_token_id": (int, list),
+    "eos_token_id": (int, list),
+}
 
 
 def settings(folder: Path) -> dict:
-    """What the tokenizer's and the model's files say, later ones first; each special token as its plain string."""
+    """What the tokenizer's and the model's files say, later ones first; each special token as its
+    plain string."""
     said = {}
     for name in ("special_tokens_map", "tokenizer_config", "config", "generation_config"):
         path = folder / f"{name}.json"
-        for key, value in read_json(path).items() if path.exists() else ():
+        if not path.exists():
+            continue
+        for key, value in read_json(path).items():
             if isinstance(value, dict) and "content" in value:
                 value = value["content"]
-            if value is None or value == "" or key not in SETTINGS:
+            if key not in SETTINGS or value is None or value == "":
                 continue
-            if not isinstance(value, SETTINGS[key]) or isinstance(value, bool) and SETTINGS[key] is not bool:
-                raise ValueError(f"{path}: {key} {str(repr(value))[:60]} is of the wrong kind; a damaged download?")
+            is_bool = isinstance(value, bool)              # which Python counts among the integers
+            wants_bool = SETTINGS[key] is bool
+            if not isinstance(value, SETTINGS[key]) or is_bool != wants_bool:
+                raise ValueError(f"{path}: {key} {str(repr(value))[:60]} is of the wrong kind; a "
+                                 f"damaged download?")
             said[key] = value
     return said
 
 
-def special_id(path: Path, names: dict, role: str, ids: dict[str, int], default: int | None) -> int | None:
-    """Id of "bos" or "eos": by its name in the tokenizer's files, else by its number in the model's, else default."""
+def special_id(path: Path, names: dict, role: str, ids: dict[str, int],
+               default: int | None) -> int | None:
+    """Id of "bos" or "eos": by its name in the tokenizer's files, else by its number in the
+    model's, else default."""
     token = names.get(f"{role}_token")
     if token is not None:
         if token not in ids:
-            raise ValueError(f"{path} does not hold {token[:60]!r}, which is {role}_token in the settings beside it: they are "
-                             f"not of one tokenizer")
+            raise ValueError(f"{path} does not hold {token[:60]!r}, which is {role}_token in the "
+                             f"settings beside it: they are not of one tokenizer")
         return ids[token]
     number = names.get(f"{role}_token_id", default)
-    return (number[0] if number else default) if isinstance(number, list) else number
+    if isinstance(number, list):                           # several ways to end: the first of them
+        return number[0] if number else default
+    return number

@@ -1,68 +1,102 @@
-"""Decoding on a CPU: sparse 4-bit weights as one or two dense int4 matrices for torch's own int4 x bf16 product.
+"""Decoding on a CPU: sparse 4-bit weights as one or two dense int4 matrices for torch's own int4 x
+bf16 product.
 
-torch's product knows w = scale * (q - 8) + shift, q in 0..15. A pruned weight must be exactly 0 in it, which a grid
-without a level on zero does not offer. Every grid splits into two integer matrices, both exact, with pruned entries
-at 0:
+torch's product knows w = scale * (q - 8) + shift, q in 0..15. A pruned weight must be exactly 0 in
+it, which a grid without a level on zero does not offer. Every grid splits into two matrices of
+whole numbers, both exact:
 
-    w = scale * (A + beta * T)      uniform   A = code - z    T = 1     beta = z - zero     z = zero rounded
-                                    offset    A = s * k       T = s     beta = zero         s = -1, +1
+    w = scale * (A - z + beta * T)      uniform   A = code, where pruned z    T = 1, where pruned 0
+                                                  z = zero rounded            beta = z - zero
+                                        offset    A = 8 + s k                 T = s
+                                                  z = 8                       beta = zero
+                                                  s = -1 or +1, where pruned 0
 
-    y = scale * (A x) + scale * beta * (T x)
+    y = scale * (A - z) x + scale * beta * T x
 
-When all beta are 0 (the plain GPTQ grid) T is dropped. Scales multiply the outputs in fp32, so that only the two
-integer products are rounded to bf16; grouped scales must go into the product and are rounded to bf16 like a bf16
-weight would be. Extra memory: 4 bits per weight and matrix. Speed against bf16 F.linear: bench/kernels.py.
+When all beta are 0 (the plain GPTQ grid) T is dropped. Scales multiply the outputs in fp32, so that
+only the two products of whole numbers are rounded to bf16; grouped scales must go into the product
+and are rounded to bf16 like a bf16 weight would be. Extra memory: 4 bits per weight and matrix.
+Speed against bf16 F.linear: bench/kernels.py.
 """
 import torch
 
-from kernels.packing import Packed
+from kernels.packing import Packed, groups_of
 from kernels.unpacking import unpack_codes
 
-MOST_TOKENS = 64                                            # above, unpacking and one bf16 product are faster
+MOST_TOKENS = 64                       # above, unpacking and one bf16 product are faster
+SIZES = (256, 128, 64, 32)             # columns that torch's product may give a scale of their own
 
 
 def fits(meta: dict) -> bool:
+    """Does torch's product take a weight of this shape and grid?"""
     (rows, cols), size = meta["shape"], meta["groupsize"]
-    groups = size == -1 or size in (32, 64, 128, 256) and cols % size == 0
-    return meta["bits"] <= 4 and rows % 16 == 0 and cols % 32 == 0 and groups
+    in_groups = size == -1 or size in SIZES and cols % size == 0
+    return meta["bits"] <= 4 and rows % 16 == 0 and cols % 32 == 0 and in_groups
+
+
+def split(packed: Packed, round_zero: bool, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """(A, T (out, in) in dtype, z, beta (out, groups) fp32), see above, of codes of 4 bits or less.
+    round_zero False: z is 8 on a uniform grid too."""
+    codes, mask = unpack_codes(packed)
+    codes = codes.to(dtype)
+    keep = torch.ones_like(codes) if mask is None else (~mask).to(dtype)
+    zero = packed.tensors["zero"].float()
+    eight = torch.full_like(zero, 8)
+    if packed.meta["grid"] == "offset":
+        top = 1 << (packed.meta["bits"] - 1)                        # the sign of a code
+        sign = torch.where(codes >= top, -keep, keep)
+        return 8 + sign * (codes & (top - 1)), sign, eight, zero
+    z = zero.round().clamp(0, 15) if round_zero else eight
+    z_of_column = z
+    if z.shape[1] > 1:
+        group = groups_of(codes.shape[1], packed.meta["groupsize"], packed.tensors.get("g_idx"))
+        z_of_column = z[:, torch.from_numpy(group)]
+    A = torch.where(keep.bool(), codes, z_of_column.to(dtype))
+    return A, keep, z, z - zero
 
 
 class Int4:
-    """words: A above T (or A alone) in torch's layout; grid: its (groups, rows, 2) scales and shifts; outer: fp32
-    factors."""
+    """A packed weight in the form that decodes; x (..., in) bf16 -> (..., out) bf16.
+
+    words: A above T (or A alone) in torch's layout
+    grid: its scales and shifts (groups, rows, 2) bf16
+    outer: fp32 factors (1 or 2, out) of the sums over A and T; None: they are in the grid
+    most_tokens: where unpacking becomes faster
+    """
     most_tokens = MOST_TOKENS
 
     def __init__(self, packed: Packed):
-        codes, mask = unpack_codes(packed)
-        codes, bits = codes.int(), packed.meta["bits"]
         self.rows, cols = packed.meta["shape"]
-        scale, zero = packed.tensors["scale"].float(), packed.tensors["zero"].float()
-        keep = torch.ones_like(codes) if mask is None else (~mask).int()
+        scale = packed.tensors["scale"].float()
         per_row = scale.shape[1] == 1
-        if packed.meta["grid"] == "offset":
-            top = 1 << (bits - 1)
-            sign = torch.where(codes >= top, -keep, keep)
-            A, T, z, beta = 8 + sign * (codes & (top - 1)), 8 + sign, torch.full_like(zero, 8), zero
-        else:
-            z = zero.round().clamp(0, 15) if per_row else torch.full_like(zero, 8)      # a rounded shift would miss 0
-            A, T, beta = torch.where(keep.bool(), codes, z.int() if per_row else 8), 8 + keep, z - zero
+        A, T, z, beta = split(packed, per_row, torch.int32)     # a z in bf16 groups would miss 0
         parts = 2 if bool((beta != 0).any()) else 1
-        factor, shift = torch.cat((scale, scale * beta)), torch.cat((8 - z, torch.zeros_like(z)))
-        self.outer = factor.view(2, self.rows)[:parts] if per_row else None
-        self.size = next(s for s in (256, 128, 64, 32) if cols % s == 0) if per_row else packed.meta["groupsize"]
-        grid = torch.stack((torch.ones_like(factor) if per_row else factor, shift), 2)[:parts * self.rows]
-        self.grid = grid.expand(-1, cols // self.size, 2).transpose(0, 1).bfloat16().contiguous()
-        codes = torch.cat((A, T))[:parts * self.rows].contiguous()
+        factor = torch.cat((scale, scale * beta))               # (A's rows and T's, groups)
+        shift = torch.cat((8 - z, torch.zeros_like(z)))         # torch's q - 8 is A - 8, and T
+        if per_row:
+            self.outer = factor.view(2, self.rows)[:parts]
+            self.size = next(size for size in SIZES if cols % size == 0)
+            factor = torch.ones_like(factor)
+        else:
+            self.outer = None
+            self.size = packed.meta["groupsize"]
+        grid = torch.stack((factor, shift), 2)[:parts * self.rows]
+        grid = grid.expand(-1, cols // self.size, 2)            # a row's grid in all its groups
+        self.grid = grid.transpose(0, 1).bfloat16().contiguous()
+        codes = torch.cat((A, 8 + T))[:parts * self.rows].contiguous()
         self.words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         self.most_tokens = MOST_TOKENS // parts
 
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.words, self.grid, self.outer) if t is not None)
+        held = (self.words, self.grid, self.outer)
+        return sum(t.nbytes for t in held if t is not None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.words, self.size, self.grid)
-        if y.shape[1] > self.rows or self.outer is not None:
-            y = y.view(len(y), -1, self.rows)                                           # (tokens, A and T, out)
-            y = (y if self.outer is None else y * self.outer).sum(1, dtype=torch.float32).to(x.dtype)
+        y = y.view(len(y), -1, self.rows)                       # (tokens, A and T, out)
+        if self.outer is not None:
+            y = y * self.outer
+        if self.outer is not None or y.shape[1] == 2:
+            y = y.sum(1, dtype=torch.float32).to(x.dtype)
         return y.view(*x.shape[:-1], self.rows)

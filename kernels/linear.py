@@ -33,7 +33,8 @@ class PackedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, layer: "PackedLinear",
                 transposed: bool = False) -> torch.Tensor:
-        ctx.layer, ctx.transposed = layer, transposed
+        ctx.layer = layer
+        ctx.transposed = transposed
         return layer.product(x, transposed)
 
     @staticmethod
@@ -69,6 +70,7 @@ def decode_form(packed: Packed, dtype: torch.dtype) -> type:
 
 
 def computed_in(x: torch.Tensor) -> torch.dtype:
+    """The dtype of a product with x: fp16 is slow on a CPU."""
     return torch.float32 if x.dtype == torch.float16 and not x.is_cuda else x.dtype
 
 
@@ -78,26 +80,32 @@ class PackedLinear(nn.Module):
 
     def __init__(self, packed: Packed, bias: torch.Tensor | None = None, fused: bool = True):
         super().__init__()
-        self.meta, self.fused, self.decode_cache = packed.meta, fused, True
+        self.meta = packed.meta
+        self.fused = fused
+        self.decode_cache = True
         self.out_features, self.in_features = packed.meta["shape"]
         self.names = list(packed.tensors)
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.decoder = None, None  # (form, what decodes in it), made at the first use
-        # on a GPU: are the buffers fragments; what is launched
-        self.reordered, self.plan = False, None
+        self.reordered = False     # on a GPU: are the buffers fragments?
+        self.plan = None           # on a GPU: what is launched
         self.in_triton = triton_reads(packed)
 
     def held(self) -> dict[str, torch.Tensor]:
+        """The buffers that the weight lies in."""
         return {name: getattr(self, name) for name in self.names}
 
     def hold(self, tensors: dict[str, torch.Tensor], reordered: bool) -> None:
+        """Let the weight lie in other buffers; reordered: they are fragments."""
         for name in self.names:
             delattr(self, name)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
-        self.names, self.reordered, self.plan = list(tensors), reordered, None
+        self.names = list(tensors)
+        self.reordered = reordered
+        self.plan = None
 
     def restore(self) -> None:
         """The buffers are the tensors of a file again, until the next product on a GPU."""
@@ -190,7 +198,8 @@ class PackedLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, exact in grid.items():
             setattr(self, name, exact.to(getattr(self, name).device))
-        self.decoder, self.plan = (None, None), None
+        self.decoder = None, None
+        self.plan = None
         return self
 
     def _save_to_state_dict(self, *args, **kwargs):
@@ -200,7 +209,8 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs):
         self.restore()
         super()._load_from_state_dict(*args, **kwargs)
-        self.decoder, self.in_triton = (None, None), triton_reads(self.packed)
+        self.decoder = None, None
+        self.in_triton = triton_reads(self.packed)
 
     def extra_repr(self) -> str:
         m = self.meta

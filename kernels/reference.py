@@ -1,60 +1,74 @@
-"""The packed formats in a few torch operations, on any device: what the kernels must equal, and what a
-GPU runs where they do not fit (`triton_reads` in linear.py).
+"""The packed formats in a few torch operations, on any device: what the kernels must equal, and
+what a GPU runs where they do not fit (`triton_reads` in linear.py).
 
-    weight = dequantize(packed, torch.float16)              # (out, in) where packed's tensors are
-    y = x @ weight.T;  dx = dy @ weight                     # what matmul.py computes without the weight in memory
+    weight = dequantize(packed, torch.float16)       # (out, in) where packed's tensors are
+    y = x @ weight.T;  dx = dy @ weight              # what matmul.py computes without the weight
 
 unpacking.py does the same several times faster on a CPU.
 """
 import torch
+import torch.nn.functional as F
 
+from kernels.bits import SHUFFLED
 from kernels.packing import Packed
 
 
 def bit_matrix(mask: torch.Tensor, cols: int) -> torch.Tensor:
     """Bitmap words (out, words) int32 -> (out, cols) bool, True where kept."""
-    bits = mask[:, :, None] >> torch.arange(32, device=mask.device, dtype=torch.int32) & 1
+    bit = torch.arange(32, device=mask.device, dtype=torch.int32)
+    bits = mask[:, :, None] >> bit & 1                          # (out, words, 32)
     return bits.flatten(1)[:, :cols].bool()
 
 
 def each_code(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 words or bytes (..., n) -> (..., codes) int64: eight codes in `bits` bytes, the first in the lowest bits."""
-    word = packed.view(torch.uint8).unflatten(-1, (-1, bits)).long()
-    word = (word << 8 * torch.arange(bits, device=word.device)).sum(-1)
-    return (word[..., None] >> bits * torch.arange(8, device=word.device) & (1 << bits) - 1).flatten(-2)
+    """int32 words or bytes (..., n) -> (..., codes) int64: eight codes in `bits` bytes, the first
+    in the lowest bits."""
+    device = packed.device
+    byte = packed.view(torch.uint8).unflatten(-1, (-1, bits)).long()
+    word = (byte << 8 * torch.arange(bits, device=device)).sum(-1)          # of eight codes
+    code = word[..., None] >> bits * torch.arange(8, device=device)
+    return (code & (1 << bits) - 1).flatten(-2)
 
 
 def ranks(packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, in) int64 ranks of the levels, 0 where pruned, and (out, in) bool kept, or None."""
-    t, (rows, cols), bits = packed.tensors, packed.meta["shape"], packed.meta["bits"]
-    stream = each_code(t["codes"], bits)
-    if packed.meta["format"] == "dense":
-        if bits == 4:                                       # nibble of column 0, 1, ...
-            places = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7], device=stream.device)
-            stream = stream.view(rows, -1, 8)[:, :, places].flatten(1)
-        return stream[:, :cols], None
+    t, meta = packed.tensors, packed.meta
+    rows, cols = meta["shape"]
+    codes = each_code(t["codes"], meta["bits"])
+    if meta["format"] == "dense":
+        if meta["bits"] == 4:
+            nibble = torch.tensor(SHUFFLED, device=codes.device).argsort()      # of column 0, 1 ...
+            codes = codes.view(rows, -1, 8)[:, :, nibble].flatten(1)
+        return codes[:, :cols], None
     keep = bit_matrix(t["mask"], cols)
-    column = torch.arange(cols, device=keep.device)
-    if packed.meta["format"] == "nm":
-        blocks = torch.nn.functional.pad(keep, (0, -cols % 16)).view(rows, -1, 16)
-        place = (blocks.long().cumsum(2) - 1).flatten(1)[:, :cols] + 8 * (column // 16)
-    else:
+    if meta["format"] == "nm":                                  # every 16 columns have 8 codes
+        sixteens = F.pad(keep, (0, -cols % 16)).view(rows, -1, 16)
+        before = (sixteens.long().cumsum(2) - 1).flatten(1)[:, :cols]
+        place = before + 8 * (torch.arange(cols, device=keep.device) // 16)
+    else:                                                       # one stream for all rows
         place = keep.long().cumsum(1) - 1 + 8 * t["row_start"].long()[:, None]
-        stream, place, keep = stream.view(1, -1), place.view(1, -1), keep.view(1, -1)
-    rank = torch.where(keep, stream.gather(1, place.clamp(0, stream.shape[1] - 1)), 0)
-    return rank.view(rows, cols), keep.view(rows, cols)
+        codes, place = codes.view(1, -1), place.view(1, -1)
+    place = place.clamp(0, codes.shape[1] - 1)                  # of pruned ones it may be anywhere
+    rank = codes.gather(1, place).view(rows, cols)
+    return torch.where(keep, rank, 0), keep
 
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """(out, in) in dtype, on the device of packed's tensors; computed in fp32, pruned weights +0."""
+    """(out, in) in dtype, on the device of packed's tensors; computed in fp32, pruned weights are
+    +0."""
+    t, meta = packed.tensors, packed.meta
     rank, keep = ranks(packed)
-    cols, size = packed.meta["shape"][1], packed.meta["groupsize"]
+    cols, size = meta["shape"][1], meta["groupsize"]
     group = torch.arange(cols, device=rank.device) // (size if size > 0 else cols)
-    group = packed.tensors.get("g_idx", group).long()
-    scale, zero = (packed.tensors[name].float()[:, group] for name in ("scale", "zero"))
-    if packed.meta["grid"] == "uniform":
+    group = t.get("g_idx", group).long()
+    scale = t["scale"].float()[:, group]
+    zero = t["zero"].float()[:, group]
+    if meta["grid"] == "uniform":
         weight = scale * (rank - zero)
-    else:                                                   # 4 bits: ranks 0 ... 7: -(7 + zero) ... -zero, 8 ... 15: zero ...
-        top = 1 << packed.meta["bits"] - 1
-        weight = torch.where(rank < top, -scale, scale) * (torch.where(rank < top, top - 1 - rank, rank - top) + zero)
-    return (weight if keep is None else weight.masked_fill(~keep, 0.0)).to(dtype)
+    else:                                   # 4 bits: -(7 + zero) ... -zero, +zero ... +(7 + zero)
+        top = 1 << meta["bits"] - 1
+        k = torch.where(rank < top, top - 1 - rank, rank - top)
+        weight = torch.where(rank < top, -scale, scale) * (k + zero)
+    if keep is not None:
+        weight = weight.masked_fill(~keep, 0.0)
+    return weight.to(dtype)

@@ -241,13 +241,19 @@ class Cache:
         return torch.zeros(1, length, dtype=dtype, device=later.device).masked_fill_(later, -math.inf)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:                     # there, normal_ would import a compiler first
+            super().reset_parameters()
+
+
 class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.d_embed)
+        self.embed_tokens = Embedding(c.vocab_size, c.d_embed)
         learned = c.family == "opt"                     # positions; LLaMA's are rotary
-        self.embed_positions = nn.Embedding(c.max_positions + 2, c.d_model) if learned else None
+        self.embed_positions = Embedding(c.max_positions + 2, c.d_model) if learned else None
         wide = c.d_embed != c.d_model
         self.project_in = nn.Linear(c.d_embed, c.d_model, bias=False) if wide else None
         self.project_out = nn.Linear(c.d_model, c.d_embed, bias=False) if wide else None

@@ -130,7 +130,7 @@ def resume(folder: Path, *more: str) -> dict:
     os.chdir(folder)                                            # a run knows its model by the path that was given
     try:
         words = ("--model m --data a.txt --calib a.txt --seqlen 16 --max-tokens 32 --nsamples 2 --batch-size 2 --steps 8 --lr 0.1 "
-                 "--train-data a.txt --prompt-tokens 3 --val-windows 1 --device cpu --dtype float32 --out out").split()
+                 "--train-data a.txt --prompt-tokens 3 --val-windows 1 --heal 2 --device cpu --dtype float32 --out out").split()
         with contextlib.redirect_stdout(io.StringIO()):
             train.main(train.flags().parse_args([*words, *more]))
     finally:

@@ -96,15 +96,25 @@ def test_errors_on_held_out_windows(family, sequential):
             assert found[names[0]]["error_heldout"] != found[names[0]]["error"]
 
 
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Two texts that need nothing from outside: this repository's own sources, in two halves."""
+    paths, folder = sorted(ROOT.glob("*.py")), tmp_path_factory.mktemp("sources")
+    for name, half in (("calib.txt", paths[::2]), ("test.txt", paths[1::2])):
+        (folder / name).write_text("\n\n".join(path.read_text() for path in half))
+    return folder
+
+
 @needs_tiny
-@pytest.mark.parametrize("fraction,bits", [(0, 4), (0, 3), (0.5, None), (0.5, 4)])
-def test_plain_recipe_is_as_good_as_the_published_one_over_transformers(fraction, bits):
+@pytest.mark.parametrize("fraction,bits,rel", [(0, 3, 0.04), (0.5, None, 0.02), (0.5, 4, 0.02)])     # 3 bits move most with a seed
+def test_plain_recipe_is_as_good_as_the_published_one_over_transformers(fraction, bits, rel, sources):
     pytest.importorskip("transformers")
     from bench.published import both
     tokenizer = load_tokenizer(SHIPPED["tiny-opt"])
-    windows, test = calibration(tokenizer, "code", "train", 16, 128, 0), eval_tokens(tokenizer, "code", "test", 128, 4096)
+    windows = calibration(tokenizer, str(sources / "calib.txt"), "train", 16, 128, 0)
+    test = eval_tokens(tokenizer, str(sources / "test.txt"), "test", 128, 4096)
     published, ours, *_ = both(SHIPPED["tiny-opt"], windows, test, fraction, bits)
-    assert ours == pytest.approx(published, rel=0.02)
+    assert ours == pytest.approx(published, rel=rel)
 
 
 def moments_of(*pairs) -> Moments:
@@ -243,7 +253,7 @@ class Counted(TorchDispatchMode):
 def test_the_device_holds_a_block_a_batch_and_the_solver(settings, nsamples, seqlen, tmp_path):
     """Counted: beside the streams, which lie in CPU memory, a block takes what `plan` says, each as much as the other, and
     no more for more windows."""
-    config = Config("llama", 64, 192, 2, 4, 512, 2)
+    config = Config("llama", 64, 128, 2, 4, 320, 2)
     torch.manual_seed(0)
     save_model(Transformer(config), tmp_path)
     checkpoint = open_checkpoint(tmp_path)
@@ -306,27 +316,33 @@ from compress import compress_model, make_solver, Settings
 from data import parallel
 from eval import perplexity
 from prompt import learn, initial_prompt
-parallel.start("cpu")
-torch.manual_seed(0)
-model = tiny()
-stats = compress_model(model, TOKENS[:96].view(6, 16), make_solver(4, 0.5), Settings(), batch_size=1, exact=True)
-model = tiny()
-ppl = perplexity(model, TOKENS, 16, batch_size=1)
-got = learn(model, initial_prompt(model, 4, tokens=TOKENS), TOKENS[:96].view(6, 16), TOKENS[:32].view(2, 16), 6, 2, 1e-2)
-if parallel.rank() == 0:
-    with open(sys.argv[1], "w") as f:
-        json.dump([[s["error"] for s in stats], ppl, got.losses], f)
-parallel.stop()
-parallel.end()
+
+def numbers():
+    torch.manual_seed(0)
+    model = tiny()
+    stats = compress_model(model, TOKENS[:96].view(6, 16), make_solver(4, 0.5), Settings(), batch_size=1, exact=True)
+    model = tiny()
+    ppl = perplexity(model, TOKENS, 16, batch_size=1)
+    got = learn(model, initial_prompt(model, 4, tokens=TOKENS), TOKENS[:96].view(6, 16), TOKENS[:32].view(2, 16), 6, 2, 1e-2)
+    return [s["error"] for s in stats], ppl, got.losses
+
+if __name__ == "__main__":
+    parallel.start("cpu")
+    found = numbers()
+    if parallel.rank() == 0:
+        with open(sys.argv[1], "w") as f:
+            json.dump(found, f)
+    parallel.stop()
+    parallel.end()
 """
-    (tmp_path / "job.py").write_text(code)
-    found = []
-    for n in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), tmp_path / "job.py", tmp_path / f"{n}.json"]
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads((tmp_path / f"{n}.json").read_text()))
-    one, two = found
+    job, out = tmp_path / "job.py", tmp_path / "two.json"
+    job.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, job, out]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two, names = json.loads(out.read_text()), {"__name__": "job"}
+    exec(code, names)
+    one = names["numbers"]()
     assert two[0][:4] == pytest.approx(one[0][:4], rel=1e-3)    # later a tie that falls the other way spreads
     assert two[1][1] == one[1][1] == 90 and two[1][0] == pytest.approx(one[1][0], rel=1e-5)
     assert two[2] == pytest.approx(one[2], rel=1e-4)

@@ -185,7 +185,7 @@ EVAL = {
     "force": (f"{TEXT} --prompt P/q.safetensors", "--force", "error"),
     "hard_prompt": (TEXT, "--hard-prompt hell", "numbers"),
     "device": (TEXT, "--device nowhere", "error"),
-    "dtype": (TEXT, "--dtype bfloat16", "numbers"),
+    "dtype": (f"{TEXT} --dtype float32", "--dtype bfloat16", "numbers"),
     "fused": ("P/run", "--fused off", "packed products"),
     "batch_size": (TEXT, "--batch-size 1", "batches"),
     "json": (TEXT, "--json", "printed"),

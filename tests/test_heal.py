@@ -17,7 +17,7 @@ from kernels.packing import pack
 from kernels.unpacking import unpack
 from model import Transformer, load_model, open_checkpoint, save_model
 from prompt import mean_loss, teacher_states
-from test_train import needs_tiny, run, same_files, text
+from test_train import here, needs_tiny, same_files, text
 
 
 def packed_linear(grid="offset", bits=4, groupsize=-1, share=0.5, rows=6, cols=48, bias=False, order=False, seed=0):
@@ -196,9 +196,9 @@ def test_a_healed_folder_is_the_model_in_the_same_shards(tmp_path):
 
 @needs_tiny
 def test_a_run_killed_while_the_healed_model_takes_its_place_goes_on(text, tmp_path):
-    args = ["train.py", "--nsamples", 4, "--seqlen", 64, "--calib", text, "--data", text, "--max-tokens", 512, "--heal", 2,
+    args = ["--nsamples", 4, "--seqlen", 64, "--calib", text, "--data", text, "--max-tokens", 512, "--heal", 2,
             "--steps", 0, "--device", "cpu", "--dtype", "float32"]
-    run(*args, "--out", tmp_path / "a")
+    here(*args, "--out", tmp_path / "a")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [".lock", "compressed", "report.json", "seconds.json"]
     for name, half_removed in (("b", True), ("c", False)):        # before the new folder has its name, and after
         shutil.copytree(tmp_path / "a", tmp_path / name)
@@ -210,5 +210,5 @@ def test_a_run_killed_while_the_healed_model_takes_its_place_goes_on(text, tmp_p
             (tmp_path / name / "compressed").rename(tmp_path / name / "healed")
             (tmp_path / name / "compressed").mkdir()
             (tmp_path / name / "compressed/model-00001-of-00007.safetensors").write_bytes(b"")
-        run(*args, "--out", tmp_path / name, "--resume")
+        here(*args, "--out", tmp_path / name, "--resume")
         assert same_files(tmp_path / "a", tmp_path / name) == []

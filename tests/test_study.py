@@ -21,7 +21,7 @@ from prompt import load_prompt
 from study import corrupted, made_items, mcnemar, ppl, spread
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--seqlen", "32", "--max-tokens", "1024", "--steps", "4", "--prompt-tokens", "6", "--batch-size", "4",
+SMALL = ["--seqlen", "32", "--max-tokens", "768", "--steps", "4", "--prompt-tokens", "6", "--batch-size", "4",
          "--val-windows", "2", "--device", "cpu", "--dtype", "float32", "--fused", "off"]
 FILES = ("md", "json", "svg")
 
@@ -152,7 +152,7 @@ def test_a_killed_study_goes_on(place, monkeypatch):
 
     def dies(*args):
         calls.append(1)
-        if len(calls) == 40:
+        if len(calls) == 30:
             raise KeyboardInterrupt
         return real(*args)
     with monkeypatch.context() as m:
@@ -162,9 +162,9 @@ def test_a_killed_study_goes_on(place, monkeypatch):
     done = len(list((place / "killed/cache").glob("losses-*")))
     calls.clear()
     monkeypatch.setattr(study, "text_nll", lambda *args: calls.append(1) or real(*args))
-    assert run(place, "robust", place / "a", out="killed")["json"] == want["json"] and done == 4      # 8 batches each
+    assert run(place, "robust", place / "a", out="killed")["json"] == want["json"] and done == 4      # 6 batches each
     files = (place / "killed/cache").glob("losses-*")
-    assert len(calls) == sum(-(-len(read_json(f)["made"]) // 4) for f in files) - 8 * done
+    assert len(calls) == sum(-(-len(read_json(f)["made"]) // 4) for f in files) - 6 * done
 
 
 @pytest.mark.parametrize("words, message", [

@@ -232,7 +232,7 @@ def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.content, server.ranges, server.stop_after, server.asked = CONTENT, True, None, []
         server.url = f"http://127.0.0.1:{server.server_port}/file.bin"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=[0.02], daemon=True)   # else it ends half a second later
         thread.start()
         yield server
         server.shutdown()

@@ -38,13 +38,13 @@ needs_shared = needs(SHARED)
 
 @functools.cache
 def real_texts() -> list[str]:
-    """Strings of every file of the text and task sets, about 250 kB of each: long ones from WikiText, PTB and C4."""
-    texts = [path.read_bytes()[:250_000].decode(errors="ignore") for path in sorted(SHARED.glob("*/*.raw"))]
-    texts += [path.read_bytes()[:250_000].decode(errors="ignore") for path in sorted(SHARED.glob("ptb/*.txt"))]
+    """Strings of every file of the text and task sets, about 100 kB of each: long ones from WikiText, PTB and C4."""
+    texts = [path.read_bytes()[:100_000].decode(errors="ignore") for path in sorted(SHARED.glob("*/*.raw"))]
+    texts += [path.read_bytes()[:100_000].decode(errors="ignore") for path in sorted(SHARED.glob("ptb/*.txt"))]
     for path in sorted(SHARED.glob("*/*.jsonl")):
         size = 0
         for line in path.read_text("utf-8").split("\n"):
-            strings = strings_in(json.loads(line)) if line and size < 250_000 else []
+            strings = strings_in(json.loads(line)) if line and size < 100_000 else []
             size += sum(map(len, strings))
             texts += strings
     return texts

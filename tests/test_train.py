@@ -3,7 +3,6 @@
     python -m pytest -q tests/test_train.py
 """
 import json
-import random
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval as evaluation
 import train
 from data.config import SHIPPED
 from data.report import Report
@@ -24,9 +24,22 @@ needs_tiny = pytest.mark.skipif(not all((p / "tokenizer.model").exists() or (p /
 
 
 def run(*args, ok=True):
+    """A program in a process of its own."""
     done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode == 0) == ok, done.stderr + done.stdout
     return done
+
+
+def here(*args) -> dict[str, dict]:
+    """train.py without a process of its own, which would take seconds to begin: {name: row} of its table."""
+    return {row["name"]: row for row in train.main(train.flags().parse_args(list(map(str, args))))["rows"]}
+
+
+def refused(*args) -> str:
+    """What `run_program` prints behind "error: "."""
+    with pytest.raises((ValueError, OSError)) as raised:
+        here(*args)
+    return str(raised.value)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +50,20 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """More of them."""
+    path = tmp_path_factory.mktemp("text") / "other.txt"
+    path.write_text("\n\n".join(p.read_text() for p in sorted(ROOT.glob("data/*.py"))))
+    return path
+
+
 @needs_tiny
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
-def test_main_job_end_to_end(model, text, tmp_path):
+def test_main_job_end_to_end(model, text, other, tmp_path, capsys):
     args = ["train.py", "--model", model, "--bits", 4, "--sparsity", 0.5, "--nsamples", 16, "--seqlen", 128, "--calib", text, "--data", text,
-            "--max-tokens", 2048, "--heal", 8, "--steps", 16, "--prompt-tokens", 16, "--val-windows", 4, "--train-data", "code", "--device", "cpu", "--dtype", "float32"]
+            "--max-tokens", 2048, "--heal", 8, "--steps", 16, "--prompt-tokens", 16, "--batch-size", 2, "--val-windows", 4, "--train-data", other,
+            "--device", "cpu", "--dtype", "float32"]
     done = run(*args, "--out", tmp_path / "a")
     report = json.loads((tmp_path / "a/report.json").read_text())
     rows = {r["name"]: r for r in report["rows"]}
@@ -68,47 +90,54 @@ def test_main_job_end_to_end(model, text, tmp_path):
         for names in (("attn.q", "attn.k", "attn.v"), ("attn.o",), ("mlp.up",) if block.mlp.gate is None else ("mlp.gate", "mlp.up"), ("mlp.down",)):
             weights = torch.cat([block.get_submodule(n).weight for n in names])
             assert int((weights == 0).sum()) >= weights.numel() // 2 > 0.99 * int((weights == 0).sum()), names
-    done = run("eval.py", tmp_path / "a/compressed", "--data", text, "--seqlen", 128, "--max-tokens", 2048, "--prompt",
-               tmp_path / "a/prompt.safetensors", "--json", "--device", "cpu")
-    last = json.loads(done.stdout.strip().split("\n")[-1])
+
+    def measured(*words) -> str:
+        evaluation.main(evaluation.flags().parse_args([*map(str, words), "--device", "cpu"]))
+        return capsys.readouterr().out
+    data = ["--data", text, "--seqlen", 128]
+    last = json.loads(measured(tmp_path / "a/compressed", *data, "--max-tokens", 2048, "--prompt", tmp_path / "a/prompt.safetensors", "--json")
+                      .strip().split("\n")[-1])
     assert last["perplexity"] == pytest.approx(rows["compressed + learned prompt"]["perplexity"], rel=1e-4)
     assert (last["tokens"], last["seqlen"], last["prompt_tokens"]) == (16 * 127, 128, 16) and last["data"] == str(text)
-
-    run("eval.py", tmp_path / "a/compressed", "--data", text, "--seqlen", 128, "--max-tokens", 1024, "--hard-prompt", "Weights have errors.")
-    words = run("eval.py", model, "--generate", "Return the", "--max-new", 10, "--device", "cpu").stdout
+    assert "perplexity" in measured(tmp_path / "a/compressed", *data, "--max-tokens", 1024, "--hard-prompt", "Weights have errors.")
+    words = measured(model, "--generate", "Return the", "--max-new", 10)
     assert words.startswith("Return the") and len(words) > 15
 
-    if model == "tiny-opt":
-        return                                                    # what follows is the same for both
-    kill_and_resume([*args, "--out", tmp_path / "b"], kills=1)
-    assert same_files(tmp_path / "a", tmp_path / "b") == []       # killed, gone on, and the same to the last byte
 
-    refused = run(*args, "--out", tmp_path / "a", ok=False).stderr                        # a folder belongs to one run
-    assert "--resume" in refused and "--overwrite" in refused
-    other = run(*args, "--out", tmp_path / "a", "--resume", "--seed", 1, ok=False).stderr
-    assert "seed was 0, now 1" in other
-    inside = run("train.py", "--model", tmp_path / "a/compressed", "--out", tmp_path / "a", "--overwrite", "--device", "cpu", ok=False).stderr
-    assert "lies inside --out" in inside and same_files(tmp_path / "a", tmp_path / "b") == []
-
-    again = run("train.py", "--model", tmp_path / "a/compressed", "--bits", 3, "--out", tmp_path / "c", ok=False).stderr
-    assert "compressed already" in again and "--bits" in again    # a packed model: a prompt only
-    short = ["--seqlen", 128, "--data", text, "--train-data", text, "--max-tokens", 1024, "--prompt-tokens", 8, "--steps", 2,
-             "--device", "cpu"]
-    run("train.py", "--model", tmp_path / "a/compressed", "--dense", model, "--out", tmp_path / "c", *short)
-    names = [r["name"] for r in json.loads((tmp_path / "c/report.json").read_text())["rows"]]
-    assert names == ["dense", "compressed", "compressed + initial prompt", "compressed + learned prompt"]
+SMALL = ["--seqlen", 64, "--max-tokens", 512, "--prompt-tokens", 4, "--batch-size", 2, "--val-windows", 2, "--device", "cpu",
+         "--dtype", "float32"]
 
 
-def kill_and_resume(args, kills: int) -> None:
-    """SIGKILL at moments drawn by a fixed seed, each followed by --resume; the last one is left to end."""
-    moments = random.Random(0)
-    for _ in range(kills):
-        process = subprocess.Popen([sys.executable, *map(str, args), "--resume"], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        time.sleep(moments.uniform(4, 12))
-        process.kill()
-        process.wait()
-    run(*args, "--resume")
+@needs_tiny
+def test_killed_twice_and_gone_on_to_the_same_bytes(text, other, tmp_path):
+    args = [*SMALL, "--nsamples", 4, "--calib", text, "--data", text, "--train-data", other, "--heal", 2, "--steps", 6]
+    run("train.py", *args, "--out", tmp_path / "a")
+    for moment in ("compressed/model-00003-of-*", "prompt.state"):
+        kill_when("train.py", *args, "--out", tmp_path / "b", "--resume", there=lambda: list((tmp_path / "b").glob(moment)))
+    assert not (tmp_path / "b/prompt.safetensors").exists()
+    run("train.py", *args, "--out", tmp_path / "b", "--resume")
+    assert same_files(tmp_path / "a", tmp_path / "b") == []
+
+    said = refused(*args, "--out", tmp_path / "a")                # a folder belongs to one run
+    assert "--resume" in said and "--overwrite" in said
+    assert "seed was 0, now 1" in refused(*args, "--out", tmp_path / "a", "--resume", "--seed", 1)
+    packed = ["--model", tmp_path / "a/compressed", *SMALL, "--data", text, "--train-data", other, "--steps", 2]
+    assert "lies inside --out" in refused(*packed, "--out", tmp_path / "a", "--overwrite")
+    assert same_files(tmp_path / "a", tmp_path / "b") == []
+    said = refused(*packed, "--bits", 3, "--out", tmp_path / "c")
+    assert "compressed already" in said and "--bits" in said      # a packed model: a prompt only
+    assert list(here(*packed, "--dense", "tiny-llama", "--out", tmp_path / "c")) == [
+        "dense", "compressed", "compressed + initial prompt", "compressed + learned prompt"]
+
+
+def kill_when(*args, there) -> None:
+    """SIGKILL as soon as there() finds something."""
+    process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not there():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
 
 
 def same_files(one: Path, other: Path) -> list[str]:
@@ -134,16 +163,15 @@ def test_two_processes_make_a_table_and_resume_it(text, tmp_path):
 
 
 @needs_tiny
-def test_weights_that_cannot_be_stored_are_found_before_any_work(text, tmp_path):
+def test_weights_that_cannot_be_stored_are_found_before_any_work(text, tmp_path, capsys):
     model = load_model("tiny-opt")
     model.blocks[1].mlp.up.weight.data[3, 5] = 1e6
     save_model(model, tmp_path / "m", torch.float32)
     copy_tokenizer(SHIPPED["tiny-opt"], tmp_path / "m")
-    done = run("train.py", "--model", tmp_path / "m", "--nsamples", 2, "--seqlen", 64, "--calib", text, "--data", text, "--steps", 0,
-               "--device", "cpu", "--out", tmp_path / "o", ok=False)
-    last = done.stderr.strip().split("\n")[-1]
-    assert last.startswith("error: ") and "blocks.1.mlp.up.weight holds 1e+06, beyond float16" in last
-    assert "measuring" not in done.stderr
+    said = refused("--model", tmp_path / "m", "--nsamples", 2, "--seqlen", 64, "--calib", text, "--data", text, "--steps", 0,
+                   "--device", "cpu", "--out", tmp_path / "o")
+    assert "blocks.1.mlp.up.weight holds 1e+06, beyond float16" in said
+    assert "measuring" not in capsys.readouterr().err
 
 
 def test_a_second_run_in_one_folder_is_refused(tmp_path):
@@ -157,11 +185,12 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path):
 @needs_tiny
 def test_near_the_defaults_compression_hurts_and_the_prompt_helps(tmp_path):
     """With fewer steps and less text, to be quick."""
-    run("train.py", "--nsamples", 32, "--max-tokens", 4096, "--steps", 30, "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
-    rows = {r["name"]: r["perplexity"] for r in json.loads((tmp_path / "report.json").read_text())["rows"]}
-    assert rows["compressed"] > 1.04 * rows["dense"]
-    assert rows["compressed + learned prompt"] < 0.95 * min(rows["compressed"], rows["compressed + initial prompt"])
-    assert rows["dense + learned prompt"] < rows["compressed + learned prompt"]
+    rows = here("--nsamples", 16, "--max-tokens", 4096, "--steps", 12, "--batch-size", 4, "--val-windows", 4, "--device", "cpu",
+                "--dtype", "float32", "--out", tmp_path)
+    made = {name: row["perplexity"] for name, row in rows.items()}
+    assert made["compressed"] > 1.04 * made["dense"]
+    assert made["compressed + learned prompt"] < 0.95 * min(made["compressed"], made["compressed + initial prompt"])
+    assert made["dense + learned prompt"] < made["compressed + learned prompt"]
 
 
 @needs_tiny
@@ -174,10 +203,9 @@ def test_other_settings_without_a_prompt(options, text, tmp_path):
     nothing = options == ["--sparsity", "0", "--bits", "16"]
     calibration = [] if nothing else ["--nsamples", 4, "--calib", text]
     healed = [] if "16" in options else ["--heal", 2]
-    run("train.py", "--model", "tiny-llama", *options, *calibration, *healed, "--seqlen", 64, "--data", text, "--max-tokens", 512,
-        "--steps", 0, "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
-    names = [r["name"] for r in json.loads((tmp_path / "report.json").read_text())["rows"]]
-    assert names == ["dense", *([] if nothing else ["compressed"]), *(["compressed + healed"] if healed else [])]
+    rows = here("--model", "tiny-llama", *options, *calibration, *healed, "--seqlen", 64, "--data", text, "--max-tokens", 512,
+                "--steps", 0, "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
+    assert list(rows) == ["dense", *([] if nothing else ["compressed"]), *(["compressed + healed"] if healed else [])]
     assert not (tmp_path / "prompt.safetensors").exists()
 
 

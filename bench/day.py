@@ -20,7 +20,6 @@ disk.
 """
 import contextlib
 import csv
-import functools
 import io
 import itertools
 import multiprocessing
@@ -28,6 +27,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -192,7 +192,7 @@ def bandwidth(record: Record, device: torch.device) -> None:
                2 * a.nbytes / median_time([lambda: b.copy_(a)], device, 20))
 
 
-@functools.lru_cache(maxsize=KEPT)
+@lru_cache(maxsize=KEPT)
 def forms_of(shape: tuple[int, int], format: str, grid: str, device: torch.device):
     from bench.kernels import beside
     return beside(shape, format, grid, -1, torch.float16, device)
@@ -209,10 +209,11 @@ def time_product(case: Case, record: Record, device: torch.device, repeats: int 
     record.add("product", case, *times)
 
 
-def whole_model(record: Record, device: torch.device) -> None:
-    """Decoding and one prompt step of 1024 tokens at LLaMA-7B's shape, random weights."""
+def whole_model(record: Record, device: torch.device, format: str, grid: str) -> None:
+    """Decoding, and one prompt step of 1024 tokens, at LLaMA-7B's shape, random weights."""
     from bench import models
-    pair = list(models.pair("random-llama-7b", "nm", "uniform", torch.float16, device))
+    record.add("model", "LLaMA-7B's shape", f"{format} {grid}")
+    pair = list(models.pair("random-llama-7b", format, grid, torch.float16, device))
     for what in (lambda: models.generate(pair, 64, 20, device),
                  lambda: models.tune(pair, 1, 924, 100, 3, device)):
         said = io.StringIO()
@@ -234,5 +235,6 @@ def main(minutes: float, out: str) -> None:
     check_all(record, device)
     todo = [(case, lambda case=case: time_product(case, record, device)) for case in cases()]
     until(deadline, [("copy", lambda: bandwidth(record, device)), *todo[:12],
-                     ("LLaMA-7B's shape", lambda: whole_model(record, device)),
+                     *[(f"LLaMA-7B's shape, {how}", partial(whole_model, record, device, *how))
+                       for how in (("nm", "uniform"), ("unstructured", "offset"))],
                      *todo[12:], ("tests", lambda: run_tests(record))], record)

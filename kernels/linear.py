@@ -135,8 +135,7 @@ class PackedLinear(nn.Module):
     def weight_dequantized(self, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         """(out, in) on the layer's device."""
         if self.reordered and self.codes.is_cuda:
-            from kernels.matmul import unpack_on_gpu
-            return unpack_on_gpu(self.launches(), dtype)
+            return self.launches().unpack(dtype, (0, self.out_features), (0, self.in_features))
         made_by = unpack if self.codes.device.type == "cpu" else dequantize
         return made_by(self.packed, dtype)
 

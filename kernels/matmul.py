@@ -77,8 +77,7 @@ def launch(meta: dict, tokens: int) -> tuple[tuple[int], dict]:
 
 
 class Plan:
-    """A weight on its GPU and what is launched for it, by number of tokens; made at the first call
-    and kept."""
+    """A weight on its GPU and what is launched for it; made at the first call and kept."""
 
     def __init__(self, fragments: Fragments):
         self.meta, t = fragments.meta, fragments.tensors
@@ -89,23 +88,45 @@ class Plan:
         whole = size == -1 or size % 128 == 0
         self.most = 0 if not whole else 64 if in_fp16(fragments) else 8
         self.most = min(self.most, fused_tokens(none.device))
-        self.ready = {}                                     # by bucket and dtype: a launch and its constants
+        self.chosen = {}                                    # by bucket: what `launch` says
+        self.compiled = {}                                  # by key: a kernel and its constants
 
     def multiply(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y (M, N) = x (M, K) W^T for up to self.most tokens, fp16 or bf16, both contiguous. Triton
-        looks at every argument of a call; a kernel that is compiled is launched without that."""
+        """y (M, N) = x (M, K) W^T for up to self.most tokens, fp16 or bf16, both contiguous."""
         M = len(x)
         bucket = max(8, 1 << (M - 1).bit_length())          # 8, 16, 32, 64
-        ready = self.ready.get((bucket, x.dtype))
-        if ready is not None:
-            run, constants = ready
-            run(x, y, *self.pointers, M, *constants)
+        if bucket not in self.chosen:
+            self.chosen[bucket] = launch(self.meta, bucket)
+        grid, constants = self.chosen[bucket]
+        self.run((bucket, x.dtype), product_kernel, grid, (x, y, *self.pointers, M), constants)
+
+    def unpack(self, dtype: torch.dtype, rows: tuple[int, int],
+               columns: tuple[int, int]) -> torch.Tensor:
+        """W[rows, columns]; both begin at whole tiles."""
+        meta = self.meta
+        width = columns[1] - columns[0]
+        out = torch.empty(rows[1] - rows[0], width, dtype=dtype, device=self.pointers[0].device)
+        grid = (-(-out.shape[0] // 16), -(-width // 512))
+        eights = dtype.itemsize == 2 and width % 8 == 0
+        constants = dict(N=meta["shape"][0], K=meta["shape"][1], GROUP=max(meta["groupsize"], 0),
+                         FORMAT=meta["format"], OFFSET=meta["grid"] == "offset", EIGHTS=eights,
+                         WARPS=4, num_warps=4)
+        self.run((dtype, eights, width % 16), slab_kernel, grid,
+                 (out, *self.pointers, rows[0] // 16, columns[0] // 128, width), constants)
+        return out
+
+    def run(self, key: tuple, kernel, grid: tuple[int, ...], args: tuple, constants: dict) -> None:
+        """kernel[grid](*args, **constants). Triton looks at every argument of such a call, which
+        takes longer than many a product; what was compiled for this key is launched directly. A key
+        tells all apart that Triton compiles for, but for addresses: they are multiples of 16."""
+        if key in self.compiled:
+            compiled, values = self.compiled[key]
+            compiled[(*grid, 1, 1)[:3]](*args, *values)
             return
-        grid, constants = launch(self.meta, bucket)
-        compiled = product_kernel[grid](x, y, *self.pointers, M, **constants)
+        compiled = kernel[grid](*args, **constants)
         if compiled is not None:                            # the interpreter compiles nothing
-            values = [constants[name] for name in product_kernel.arg_names if name in constants]
-            self.ready[bucket, x.dtype] = compiled[(*grid, 1, 1)], values
+            values = [constants[name] for name in kernel.arg_names if name in constants]
+            self.compiled[key] = compiled, values
 
 
 def matmul(x: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -120,7 +141,7 @@ def matmul(x: torch.Tensor, plan: Plan) -> torch.Tensor:
         plan.multiply(flat, y)
     elif M:
         for a, b in slabs(N, K, x.dtype, 16):
-            weight = unpack_slab(plan, x.dtype, (a, b), (0, K))
+            weight = plan.unpack(x.dtype, (a, b), (0, K))
             torch.mm(flat, weight.T, out=y[:, a:b])
             del weight                                      # the next slab takes its place
     return y.view(*x.shape[:-1], N)
@@ -133,7 +154,7 @@ def matmul_transposed(dy: torch.Tensor, plan: Plan) -> torch.Tensor:
     dx = torch.empty(len(flat), K, dtype=dy.dtype, device=dy.device)
     if len(flat):
         for a, b in slabs(K, N, dy.dtype, 128):
-            weight = unpack_slab(plan, dy.dtype, (0, N), (a, b))
+            weight = plan.unpack(dy.dtype, (0, N), (a, b))
             torch.mm(flat, weight, out=dx[:, a:b])
             del weight
     return dx.view(*dy.shape[:-1], K)
@@ -147,22 +168,3 @@ def slabs(length: int, other: int, dtype: torch.dtype, unit: int) -> Iterator[tu
     step = -(-length // parts // unit) * unit
     for a in range(0, length, step):
         yield a, min(a + step, length)
-
-
-def unpack_slab(plan: Plan, dtype: torch.dtype, rows: tuple[int, int],
-                columns: tuple[int, int]) -> torch.Tensor:
-    """W[rows, columns]; both begin at whole tiles."""
-    meta, width = plan.meta, columns[1] - columns[0]
-    out = torch.empty(rows[1] - rows[0], width, dtype=dtype, device=plan.pointers[0].device)
-    grid = (-(-out.shape[0] // 16), -(-width // 512))
-    eights = dtype.itemsize == 2 and width % 8 == 0
-    slab_kernel[grid](out, *plan.pointers, rows[0] // 16, columns[0] // 128, width, *meta["shape"],
-                      max(meta["groupsize"], 0), meta["format"], meta["grid"] == "offset", eights,
-                      4, num_warps=4)
-    return out
-
-
-def unpack_on_gpu(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
-    """(out, in), all of it."""
-    N, K = plan.meta["shape"]
-    return unpack_slab(plan, dtype, (0, N), (0, K))

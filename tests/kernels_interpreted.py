@@ -16,7 +16,7 @@ import kernels.matmul as host
 import ptx
 from kernels.fragments import from_fragments, to_fragments
 from kernels.linear import PackedLinear, PackedMatmul
-from kernels.matmul import Plan, matmul, matmul_transposed, unpack_on_gpu, unpack_slab
+from kernels.matmul import Plan, matmul, matmul_transposed
 from kernels.packing import pack
 from kernels.reference import dequantize
 from kernels.unpacking import unpack
@@ -85,11 +85,11 @@ def slabs() -> None:
         packed = pack(*example(shape, 4, grid, groupsize, format), 4, grid, groupsize, format)
         plan = Plan(to_fragments(packed))
         dtype = torch.float32 if grid == "offset" else torch.float16    # the interpreter cuts bf16 off, a GPU rounds
-        exact, whole = unpack(packed, dtype), unpack_on_gpu(plan, dtype)
+        exact, whole = unpack(packed, dtype), plan.unpack(dtype, (0, shape[0]), (0, shape[1]))
         assert torch.equal(whole, exact) and not (torch.signbit(whole) & (whole == 0)).any()
         if grid == "uniform":
             continue
-        assert torch.equal(unpack_slab(plan, dtype, (16, shape[0]), (128, shape[1])), exact[16:, 128:])
+        assert torch.equal(plan.unpack(dtype, (16, shape[0]), (128, shape[1])), exact[16:, 128:])
         host.SLAB_BYTES, usual = 4 * 16 * max(shape), host.SLAB_BYTES
         x, dy = torch.randn(9, shape[1]), torch.randn(9, shape[0])
         check("fp32", matmul(x, plan), x.double() @ exact.double().T)

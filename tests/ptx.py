@@ -1,5 +1,5 @@
-"""Inline PTX under Triton's interpreter: a numpy emulator of the few instructions that kernels/decode.py and planes.py
-use, mma.sync among them.
+"""Inline PTX under Triton's interpreter: a numpy emulator of the few instructions that
+kernels/decode.py and planes.py use, mma.sync among them.
 
     TRITON_INTERPRET=1 in the environment, then `ptx.install()` before a kernel is called.
 """
@@ -36,7 +36,8 @@ def lop3(a, b, c, table):
 
 def numbers(word, dtype):
     """(...,) uint32 -> (..., 2) float64 of the halves."""
-    return torch.from_numpy(np.ascontiguousarray(word)[..., None].view(np.int16)).view(dtype).double().numpy()
+    halves = torch.from_numpy(np.ascontiguousarray(word)[..., None].view(np.int16))
+    return halves.view(dtype).double().numpy()
 
 
 def fma_halves(dtype):
@@ -53,32 +54,40 @@ def shifted(a, n, by):
 
 
 def funnel(left: bool):
-    """Both words as one of 64 bits, shifted by at most 32; the lower or (left) the upper word of that."""
+    """Both words as one of 64 bits, shifted by at most 32; the lower or (left) the upper word of
+    that."""
     def operation(lo, hi, n):
-        pair, n = lo.astype(U64) | hi.astype(U64) << U64(32), np.minimum(n, U32(32)).astype(U64)
+        pair = lo.astype(U64) | hi.astype(U64) << U64(32)
+        n = np.minimum(n, U32(32)).astype(U64)
         return ((pair << n >> U64(32)) if left else (pair >> n)).astype(U32)
     return operation
 
 
 def mma(kind, A, B, C):
-    """D = A B + C of m16n8k16, registers as the PTX manual draws them; C and D fp32, the sum in fp32 as well."""
+    """D = A B + C of m16n8k16, registers as the PTX manual draws them; C and D fp32, the sum in
+    fp32 as well."""
     dtype = torch.bfloat16 if ".bf16." in kind else torch.float16
-    warps, g, q = A[0].size // 32, LANE // 4, LANE % 4
+    warps = A[0].size // 32
+    g = LANE // 4
+    q = LANE % 4
     a, b = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
     for i, word in enumerate(A):
         for e in range(2):
-            a[:, g + 8 * (i % 2), 2 * q + e + 8 * (i // 2)] = numbers(word.reshape(warps, 32), dtype)[:, :, e]
+            row, column = g + 8 * (i % 2), 2 * q + e + 8 * (i // 2)
+            a[:, row, column] = numbers(word.reshape(warps, 32), dtype)[:, :, e]
     for i, word in enumerate(B):
         for e in range(2):
             b[:, 2 * q + e + 8 * i, g] = numbers(word.reshape(warps, 32), dtype)[:, :, e]
     product = a @ b
     places = [product[:, g + 8 * (i // 2), 2 * q + i % 2] for i in range(4)]
-    return [(c.view(np.float32).reshape(warps, 32) + p).astype(np.float32).reshape(-1).view(U32) for c, p in zip(C, places)]
+    return [(c.view(np.float32).reshape(warps, 32) + p).astype(np.float32).reshape(-1).view(U32)
+            for c, p in zip(C, places)]
 
 
 OPERATIONS = {
     "mov.b32": lambda a: a, "and.b32": np.bitwise_and, "prmt.b32": prmt, "lop3.b32": lop3,
-    "shr.u32": lambda a, n: shifted(a, n, np.right_shift), "shl.b32": lambda a, n: shifted(a, n, np.left_shift),
+    "shr.u32": lambda a, n: shifted(a, n, np.right_shift),
+    "shl.b32": lambda a, n: shifted(a, n, np.left_shift),
     "shf.r.clamp.b32": funnel(False), "shf.l.clamp.b32": funnel(True),
     "mad.lo.u32": lambda a, b, c: a * b + c, "popc.b32": lambda a: np.bitwise_count(a).astype(U32),
     "fma.rn.f16x2": fma_halves(torch.float16), "fma.rn.bf16x2": fma_halves(torch.bfloat16),
@@ -89,13 +98,15 @@ def run(asm: str, registers: dict[str, np.ndarray], lanes: int) -> None:
     """Executes asm on 32-bit registers, one lane per element."""
     def value(name):
         return registers[name] if name in registers else np.full(lanes, int(name, 0), U32)
-    for line in re.sub(r"\.reg[^;]*;", "", asm.strip().removeprefix("{").removesuffix("}")).split(";"):
+    body = asm.strip().removeprefix("{").removesuffix("}")
+    for line in re.sub(r"\.reg[^;]*;", "", body).split(";"):
         line = line.strip()
         if not line:
             continue
         name, operands = line.split(None, 1)
         if name.startswith("mma.sync"):
-            D, A, B, C = ([r.strip() for r in group.split(",")] for group in re.findall(r"\{([^}]*)\}", operands))
+            D, A, B, C = ([r.strip() for r in group.split(",")]
+                          for group in re.findall(r"\{([^}]*)\}", operands))
             results = mma(name, *([value(r) for r in group] for group in (A, B, C)))
             registers.update(zip(D, results))
         else:
@@ -115,10 +126,12 @@ def create_inline_asm(builder, asm, constraints, values, types, pure, pack):
     for i, kind in enumerate(types):
         element = getattr(kind, "element_ty", kind)
         stored = {tl.float32: np.float32, tl.int32: np.int32}[element]
-        results.append(interpreter.TensorHandle(registers[f"${i}"].view(stored).reshape(shape).copy(), element))
+        value = registers[f"${i}"].view(stored).reshape(shape).copy()
+        results.append(interpreter.TensorHandle(value, element))
     return type("Results", (), {"get_result": lambda self, i: results[i]})()
 
 
 def install() -> None:
-    tl.tuple.__radd__ = lambda self, other: tl.tuple([*other, *self])           # the compiler takes () + results as well
+    # the compiler takes () + results as well
+    tl.tuple.__radd__ = lambda self, other: tl.tuple([*other, *self])
     interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm

@@ -23,7 +23,8 @@ from kernels.reference import dequantize
 from kernels.unpacking import unpack
 from test_packing import example
 
-FORMATS, GRIDS = ("dense", "nm", "unstructured"), ("uniform", "offset")
+FORMATS = ("dense", "nm", "unstructured")
+GRIDS = ("uniform", "offset")
 # of the largest output
 TOLERANCE = {torch.float16: 2 ** -10, torch.bfloat16: 2 ** -6, torch.float32: 2 ** -20}
 HALVES = (torch.float16, torch.bfloat16)
@@ -95,7 +96,8 @@ def slabs() -> None:
         plan = Plan(to_fragments(packed))
         # the interpreter cuts bf16 off, a GPU rounds
         dtype = torch.float32 if grid == "offset" else torch.float16
-        exact, whole = unpack(packed, dtype), unpack_on_gpu(plan, dtype)
+        exact = unpack(packed, dtype)
+        whole = unpack_on_gpu(plan, dtype)
         assert torch.equal(whole, exact)
         assert not (torch.signbit(whole) & (whole == 0)).any()
         if grid == "uniform":
@@ -103,7 +105,8 @@ def slabs() -> None:
         assert torch.equal(unpack_slab(plan, dtype, (16, shape[0]), (128, shape[1])),
                            exact[16:, 128:])
         host.SLAB_BYTES, usual = 4 * 16 * max(shape), host.SLAB_BYTES
-        x, dy = torch.randn(9, shape[1]), torch.randn(9, shape[0])
+        x = torch.randn(9, shape[1])
+        dy = torch.randn(9, shape[0])
         check("fp32", matmul(x, plan), x.double() @ exact.double().T)
         check("fp32, backward", matmul_transposed(dy, plan), dy.double() @ exact.double())
         host.SLAB_BYTES = usual
@@ -125,7 +128,8 @@ def layers() -> None:
         layer.product = product
         x = torch.randn(2, 3, 160).half().requires_grad_()
         y = layer(x)
-        assert layer.reordered and layer.launches() is layer.launches()
+        assert layer.reordered
+        assert layer.launches() is layer.launches()
         dy = torch.randn_like(y)
         y.backward(dy)
         exact = x.detach().double().requires_grad_()

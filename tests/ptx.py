@@ -27,6 +27,7 @@ def prmt(a, b, selector):
 
 
 def lop3(a, b, c, table):
+    """Any function of three bits: bit 4 a + 2 b + c of the table."""
     out = np.zeros_like(a)
     for i in range(8):
         if int(table[0]) >> i & 1:
@@ -43,8 +44,9 @@ def numbers(word, dtype):
 def fma_halves(dtype):
     """a * b + c on both 16-bit halves, in float64 (exact here), rounded once."""
     def operation(*words):
-        a, b, c = (numbers(w, dtype) for w in words)
-        return torch.from_numpy(a * b + c).to(dtype).view(torch.int16).numpy().view(U32)[..., 0]
+        a, b, c = (numbers(word, dtype) for word in words)
+        rounded = torch.from_numpy(a * b + c).to(dtype)
+        return rounded.view(torch.int16).numpy().view(U32)[..., 0]
     return operation
 
 
@@ -59,7 +61,8 @@ def funnel(left: bool):
     def operation(lo, hi, n):
         pair = lo.astype(U64) | hi.astype(U64) << U64(32)
         n = np.minimum(n, U32(32)).astype(U64)
-        return ((pair << n >> U64(32)) if left else (pair >> n)).astype(U32)
+        moved = pair << n >> U64(32) if left else pair >> n
+        return moved.astype(U32)
     return operation
 
 
@@ -70,27 +73,38 @@ def mma(kind, A, B, C):
     warps = A[0].size // 32
     g = LANE // 4
     q = LANE % 4
-    a, b = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
+    a = np.zeros((warps, 16, 16))
+    b = np.zeros((warps, 16, 8))
     for i, word in enumerate(A):
         for e in range(2):
-            row, column = g + 8 * (i % 2), 2 * q + e + 8 * (i // 2)
+            row = g + 8 * (i % 2)
+            column = 2 * q + e + 8 * (i // 2)
             a[:, row, column] = numbers(word.reshape(warps, 32), dtype)[:, :, e]
     for i, word in enumerate(B):
         for e in range(2):
             b[:, 2 * q + e + 8 * i, g] = numbers(word.reshape(warps, 32), dtype)[:, :, e]
     product = a @ b
     places = [product[:, g + 8 * (i // 2), 2 * q + i % 2] for i in range(4)]
-    return [(c.view(np.float32).reshape(warps, 32) + p).astype(np.float32).reshape(-1).view(U32)
-            for c, p in zip(C, places)]
+    sums = []
+    for c, place in zip(C, places):
+        total = c.view(np.float32).reshape(warps, 32) + place
+        sums.append(total.astype(np.float32).reshape(-1).view(U32))
+    return sums
 
 
 OPERATIONS = {
-    "mov.b32": lambda a: a, "and.b32": np.bitwise_and, "prmt.b32": prmt, "lop3.b32": lop3,
+    "mov.b32": lambda a: a,
+    "and.b32": np.bitwise_and,
+    "prmt.b32": prmt,
+    "lop3.b32": lop3,
     "shr.u32": lambda a, n: shifted(a, n, np.right_shift),
     "shl.b32": lambda a, n: shifted(a, n, np.left_shift),
-    "shf.r.clamp.b32": funnel(False), "shf.l.clamp.b32": funnel(True),
-    "mad.lo.u32": lambda a, b, c: a * b + c, "popc.b32": lambda a: np.bitwise_count(a).astype(U32),
-    "fma.rn.f16x2": fma_halves(torch.float16), "fma.rn.bf16x2": fma_halves(torch.bfloat16),
+    "shf.r.clamp.b32": funnel(False),
+    "shf.l.clamp.b32": funnel(True),
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "popc.b32": lambda a: np.bitwise_count(a).astype(U32),
+    "fma.rn.f16x2": fma_halves(torch.float16),
+    "fma.rn.bf16x2": fma_halves(torch.bfloat16),
 }
 
 
@@ -117,7 +131,8 @@ def run(asm: str, registers: dict[str, np.ndarray], lanes: int) -> None:
 def create_inline_asm(builder, asm, constraints, values, types, pure, pack):
     assert pack == 1 and all(v.data.dtype.itemsize == 4 for v in values), "32 bits per register"
     outputs = [c for c in constraints.split(",") if c.startswith("=")]
-    shape, registers = values[0].data.shape, {}
+    shape = values[0].data.shape
+    registers = {}
     for i, v in enumerate(values):
         registers[f"${len(outputs) + i}"] = np.ascontiguousarray(v.data).reshape(-1).view(U32)
     with np.errstate(over="ignore"):

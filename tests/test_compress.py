@@ -134,11 +134,13 @@ def moments_of(*pairs) -> Moments:
 
 
 def test_moments_are_means_over_all_tokens():
-    x, e = torch.randn(3, 50, 1030).bfloat16(), torch.randn(3, 50, 7)
+    x = torch.randn(3, 50, 1030).bfloat16()
+    e = torch.randn(3, 50, 7)
     m = moments_of((x[:2], e[:2]), (x[2:], e[2:]))
     flat = x.reshape(-1, 1030).double()
     errors = e.reshape(-1, 7).double()
-    assert torch.allclose(m.H, hessian(x), atol=1e-4) and torch.equal(m.H, m.H.T)
+    assert torch.allclose(m.H, hessian(x), atol=1e-4)
+    assert torch.equal(m.H, m.H.T)
     assert torch.allclose(m.E.double(), errors.T @ flat / 150, atol=1e-5)
     assert torch.allclose(m.x.double(), flat.mean(0), atol=1e-5)
     assert torch.allclose(m.e.double(), errors.mean(0), atol=1e-5)
@@ -187,7 +189,8 @@ def test_a_constant_input_belongs_to_the_bias():
     x[..., 3:9] = torch.tensor([0.1, 0.3, 0.7, 1.1, 3.3, 7.7])
     H = aim(torch.randn(5, 12, generator=g), moments_of((x, torch.zeros_like(x))), True, 0.5,
             False).H
-    assert (H.diagonal()[3:9] == 0).all() and (H.diagonal()[:3] > 0).all()
+    assert (H.diagonal()[3:9] == 0).all()
+    assert (H.diagonal()[:3] > 0).all()
     out = prune_and_round(torch.randn(5, 12, generator=g), H, 0.5, 4)
     assert torch.isfinite(out.weight).all()
 
@@ -196,7 +199,8 @@ def test_a_constant_input_belongs_to_the_bias():
 @pytest.mark.parametrize("settings", [Settings(), Settings(True, 0.0), Settings(False, 0.0)])
 def test_a_folder_holds_what_memory_holds_and_a_killed_walk_ends_in_the_same_bytes(
         family, settings, tmp_path):
-    windows, solver = TOKENS[:96].view(6, 16), make_solver(4, 0.5)
+    windows = TOKENS[:96].view(6, 16)
+    solver = make_solver(4, 0.5)
     save_model(tiny(family), tmp_path / "dense", torch.float32)
     checkpoint = open_checkpoint(tmp_path / "dense")
     stats = compress(checkpoint, tmp_path / "a", windows, solver, settings)
@@ -220,7 +224,8 @@ def test_a_folder_holds_what_memory_holds_and_a_killed_walk_ends_in_the_same_byt
 
 def test_streams_are_halves_and_large_ones_keep_their_range():
     stream = Stream(torch.float32, "cpu")
-    small, large = torch.randn(2, 3, 4), 1e6 * torch.randn(2, 3, 4)
+    small = torch.randn(2, 3, 4)
+    large = 1e6 * torch.randn(2, 3, 4)
     stream.append(small)
     stream.append(large)
     assert [p.dtype for p in stream.parked] == [torch.float16, torch.bfloat16]
@@ -284,7 +289,8 @@ def test_the_device_holds_a_block_a_batch_and_the_solver(settings, nsamples, seq
     torch.manual_seed(0)
     save_model(Transformer(config), tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    windows, batch = torch.randint(0, 64, (nsamples, seqlen)), 4
+    windows = torch.randint(0, 64, (nsamples, seqlen))
+    batch = 4
     walk = Walk(checkpoint.ends(torch.float32), windows, bool(settings.correct), batch,
                 torch.float32, "cpu")
     streams = nsamples * seqlen * config.d_model * 2 * (2 if settings.correct else 1)

@@ -59,7 +59,8 @@ def test_a_prompt_that_changes_nothing_leaves_the_perplexity():
         block.attn.v.weight.zero_()
     plain, scored = evaluation.perplexity(model, TOKENS, 16)
     behind, scored2 = evaluation.perplexity(model, TOKENS, 16, torch.randn(7, 32))
-    assert scored == scored2 and math.isclose(plain, behind, rel_tol=1e-5)
+    assert scored == scored2
+    assert math.isclose(plain, behind, rel_tol=1e-5)
     flawed = plain ** ((16 - 1) / (16 - 1 + 7))  # what the released code would print
     assert abs(flawed - behind) > 0.5
 
@@ -154,7 +155,8 @@ def test_a_batch_gives_what_single_texts_give(family, temperature):
     alone = [continued(model, text, 9, temperature=temperature, top_p=0.9, seed=5 + i,
                        prompt=prompt)
              for i, text in enumerate(texts)]
-    assert made == alone and (made[0] == made[4]) == (temperature == 0)
+    assert made == alone
+    assert (made[0] == made[4]) == (temperature == 0)
 
 
 def test_generation_ends_at_the_end_of_text_token():
@@ -174,7 +176,8 @@ def test_characters_are_shown_whole(monkeypatch):
     pieces = [piece for _, piece in evaluation.stream(None, tokenizer, [ids[:1]])]
     assert "".join(pieces) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:1])):]
     assert pieces[-1] == ""
-    assert len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > 5
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_texts_are_printed_in_order(capsys):
@@ -242,7 +245,8 @@ def last(text):
 @pytest.mark.parametrize("where", ["", "compressed"])
 def test_settings_of_the_run_are_taken(where, run_folder, monkeypatch, capsys):
     status, out, err = run_program(monkeypatch, capsys, run_folder / where, "--json")
-    assert status == 0 and f"seqlen 32 ({run_folder / 'report.json'})" in err
+    assert status == 0
+    assert f"seqlen 32 ({run_folder / 'report.json'})" in err
     got = last(out)
     assert got["data"] == str(run_folder / "a.txt")
     assert (got["seqlen"], got["tokens"], got["dtype"]) == (32, 124, "float32")
@@ -306,7 +310,8 @@ def test_program_prints_numbers_and_text(monkeypatch, capsys, tmp_path):
     status, out, _ = run_program(monkeypatch, capsys, "tiny-llama", "--generate", "The name of the",
                                  "--max-new", 4, "--json")
     [made] = last(out)["generations"]
-    assert status == 0 and out.startswith(made["text"] + made["generated"])
+    assert status == 0
+    assert out.startswith(made["text"] + made["generated"])
     assert re.match(r"The name of the \w", out)  # sentencepiece alone would leave out the space
 
 
@@ -316,7 +321,8 @@ def test_a_prompt_of_another_family_is_refused_unless_forced(monkeypatch, capsys
     asked = ("tiny-llama", "--prompt", tmp_path / "p.safetensors", "--generate", "def f(",
              "--max-new", 3)
     status, _, err = run_program(monkeypatch, capsys, *asked)
-    assert status == BAD_INPUT and "another family" in err
+    assert status == BAD_INPUT
+    assert "another family" in err
     assert run_program(monkeypatch, capsys, *asked, "--force")[0] == 0
 
 
@@ -331,7 +337,8 @@ def test_texts_from_files_and_stdin(monkeypatch, capsys, tmp_path):
                  ["--generate-from", "-"]):
         asked = ("tiny-llama", *more, "--max-new", 5, "--json")
         results.append(last(run_program(monkeypatch, capsys, *asked)[1]))
-    assert len(results[0]["generations"]) == 2 and all(r == results[0] for r in results)
+    assert len(results[0]["generations"]) == 2
+    assert all(r == results[0] for r in results)
 
 
 def test_chat_without_a_template_continues_lines(monkeypatch, capsys, tmp_path):
@@ -391,7 +398,8 @@ def test_program_fails_in_one_line(arguments, message, monkeypatch, capsys, tmp_
                                    *[str(a).replace("TMP", str(tmp_path)) for a in arguments])
     lines = [line for line in err.splitlines() if not line.startswith("device ")]  # what was chosen
     assert status == BAD_INPUT and out == "" and len(lines) == 1, err
-    assert lines[0].startswith("error: ") and message in lines[0]
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
 
 
 def test_help_needs_no_torch_and_every_flag_is_explained():
@@ -456,7 +464,8 @@ def test_titles_are_whole_and_lines_fit(monkeypatch):
     screen = Terminal(True)
     list(Progress([1, 2, 3], title, screen))
     lines = screen.written.replace("\n", "\r").split("\r")
-    assert all(len(line) in (0, 49) for line in lines) and screen.written.endswith("\n")
+    assert all(len(line) in (0, 49) for line in lines)
+    assert screen.written.endswith("\n")
 
 
 def test_durations_are_readable():

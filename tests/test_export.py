@@ -100,7 +100,8 @@ def test_every_byte_has_a_checksum_and_every_file_its_place(tmp_path, capsys):
     run(tmp_path / "a", "--verify")
     assert "as they were written" in capsys.readouterr().out
     path = tmp_path / "a/model.safetensors"
-    whole, count = path.read_bytes(), len(load_file(path))
+    whole = path.read_bytes()
+    count = len(load_file(path))
     assert verify(tmp_path / "a") == {path.name: count}
     begin = 8 + int.from_bytes(whole[:8], "little")
     for at in range(begin, len(whole), len(whole) // 50):
@@ -117,7 +118,8 @@ def test_every_byte_has_a_checksum_and_every_file_its_place(tmp_path, capsys):
     config = json.loads((tmp_path / "a/config.json").read_text())
     tensors = load_file(path)
     q = config["quantization_config"]
-    assert q["version"] == 2 and q["files"] == file_sums(tmp_path / "a")
+    assert q["version"] == 2
+    assert q["files"] == file_sums(tmp_path / "a")
     names = [n for n in tensors if n.endswith("g_idx")]
     swapped = {**tensors, names[0]: tensors[names[1]], names[1]: tensors[names[0]]}
     lacking = {n: t for n, t in tensors.items() if n != names[0]}
@@ -339,7 +341,8 @@ def test_a_prompt_goes_to_peft_and_back(family, tmp_path):
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     want = behind(model, prompt)
     got = logits(theirs, input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
-    assert got.shape == want.shape and (got - want).abs().max() < 1e-5
+    assert got.shape == want.shape
+    assert (got - want).abs().max() < 1e-5
 
     # a prompt that peft trained
     base = CLASSES[family].from_pretrained(tmp_path / "hf", dtype=torch.float32)
@@ -354,7 +357,8 @@ def test_a_prompt_goes_to_peft_and_back(family, tmp_path):
         tmp_path / "trained")
     back = load_prompt(tmp_path / "back.safetensors", model)[0]
     got = logits(tuned.eval(), input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
-    assert back.shape == (4, 64) and (got - behind(model, back)).abs().max() < 1e-5
+    assert back.shape == (4, 64)
+    assert (got - behind(model, back)).abs().max() < 1e-5
     config = json.loads((tmp_path / "trained/adapter_config.json").read_text())
     for key, value, message in (("peft_type", "LORA", "peft_type LORA"),
                                 ("num_virtual_tokens", 5, "of 5 tokens")):
@@ -369,7 +373,8 @@ def test_the_program_refuses_what_it_cannot_do(tmp_path):
     peer("llama", tmp_path / "model")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("")
-    model, new = tmp_path / "model", tmp_path / "new"
+    model = tmp_path / "model"
+    new = tmp_path / "new"
     for args, message in (((), "say what to write"), (("--to", "hf"), "say what to write"),
                           (("--to", "hf", tmp_path / "full"), "not empty"),
                           (("--to", "hf", model), "not empty"),

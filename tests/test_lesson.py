@@ -4,7 +4,8 @@ print.
     python -m pytest -q tests/test_lesson.py
 
 Everything is float64 and written the long way: by solving the linear systems that the equations
-solve in closed form. """
+solve in closed form.
+"""
 import math
 
 import pytest
@@ -55,7 +56,8 @@ def test_the_update_by_the_inverse_hessian_is_the_cheapest_repair():
 
 def test_one_factor_holds_the_inverses_of_all_smaller_hessians():
     U = inverse_factor(H, percdamp=0.0)
-    assert torch.allclose(U.T @ U, torch.linalg.inv(H)) and torch.equal(U, U.triu())
+    assert torch.allclose(U.T @ U, torch.linalg.inv(H))
+    assert torch.equal(U, U.triu())
     for j in range(6):
         rest = torch.linalg.inv(H[j:, j:])
         assert torch.allclose(U[j:, j:].T @ U[j:, j:], rest)
@@ -90,14 +92,16 @@ def test_the_first_weights_to_go_are_those_whose_removal_costs_least():
     U = inverse_factor(H, percdamp=0.0)
     score = (W / U.diagonal()) ** 2
     gone = sparsegpt(W, H, 0.5, percdamp=0.0, blocksize=6).mask
-    assert score[gone].max() <= score[~gone].min() and gone.sum() == 9
+    assert score[gone].max() <= score[~gone].min()
+    assert gone.sum() == 9
 
 
 def test_refitted_weights_have_no_gradient_left():
     mask = (torch.arange(18).view(3, 6) % 2).bool()
     V = refit(W, H, mask, iterations=100, percdamp=0.0)
     gradient = 2 * (V - W) @ H
-    assert gradient[~mask].abs().max() < 1e-9 and (V[mask] == 0).all()
+    assert gradient[~mask].abs().max() < 1e-9
+    assert (V[mask] == 0).all()
 
 
 def test_the_packed_row_that_is_drawn():
@@ -119,7 +123,8 @@ def test_the_packed_row_that_is_drawn():
 def test_a_prompts_positions_are_not_counted():
     """The mean over text tokens is the loss; the code released with the paper divides by L - 1 +
     n."""
-    model, windows = tiny(), TOKENS[:32].view(2, 16)
+    model = tiny()
+    windows = TOKENS[:32].view(2, 16)
     prompt = 0.1 * torch.randn(5, model.config.d_embed, generator=torch.Generator().manual_seed(1))
     losses = text_nll(model, prompt, windows)
     assert losses.shape == (2 * 15,)

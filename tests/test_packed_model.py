@@ -105,7 +105,8 @@ def test_logits_from_the_packed_folder(family, grid, format, tmp_path):
     for (name, a), (_, b), (_, c) in zip(back.linears(), ordinary.linears(), dense.linears()):
         assert torch.equal(b.weight, c.weight), name
         assert torch.equal(a.weight_dequantized(torch.float32), c.weight), name
-    assert torch.equal(ordinary(TOKENS), want) and torch.equal(back(TOKENS), want)
+    assert torch.equal(ordinary(TOKENS), want)
+    assert torch.equal(back(TOKENS), want)
     # also the products of decoding
     for dtype, tolerance in ((torch.float16, 0.01), (torch.bfloat16, 0.08)):
         a = load_model(tmp_path, dtype)
@@ -169,7 +170,8 @@ def test_storage_counts_what_the_file_takes(folder):
     dense = storage(load_model(folder, packed=False))
     assert dense["linear_bits_per_weight"] == 16
     assert dense["nominal"] == pytest.approx(2, rel=0.01)
-    assert dense["megabytes"] > 2 * got["megabytes"] and dense["bits_per_weight"] == 16
+    assert dense["megabytes"] > 2 * got["megabytes"]
+    assert dense["bits_per_weight"] == 16
 
 
 def test_a_prompt_learns_through_packed_weights(folder):
@@ -217,7 +219,8 @@ def test_damaged_tensors_are_one_line(tensor, new, message, folder, tmp_path):
             tensors[f"{NAME}.{tensor}"] = new(old).contiguous()
     with pytest.raises(ValueError, match=message) as e:
         load_model(broken(folder, tmp_path / "b", change))
-    assert "\n" not in str(e.value) and NAME in str(e.value)
+    assert "\n" not in str(e.value)
+    assert NAME in str(e.value)
 
 
 @pytest.mark.parametrize("key,value,message", [
@@ -231,7 +234,8 @@ def test_meta_that_does_not_fit_is_one_line(key, value, message, folder, tmp_pat
         j["quantization_config"]["layers"][NAME][key] = value
     with pytest.raises(ValueError, match=message) as e:
         load_model(broken(folder, tmp_path / "b", config=config))
-    assert "\n" not in str(e.value) and NAME in str(e.value)
+    assert "\n" not in str(e.value)
+    assert NAME in str(e.value)
 
 
 def test_foreign_and_truncated_folders(folder, tmp_path):
@@ -270,7 +274,8 @@ def test_peak_memory_is_the_models_own(monkeypatch):
     both = bench_model.pair("random-tiny", "nm", "uniform", torch.float16, torch.device("cpu"))
     assert both[0].embed_tokens.weight.data_ptr() == both[1].embed_tokens.weight.data_ptr()
     sizes = [storage(m)["megabytes"] * 1e6 for m in both]
-    assert [bench_model.held(m) for m in both] == sizes and sizes[1] < sizes[0]
+    assert [bench_model.held(m) for m in both] == sizes
+    assert sizes[1] < sizes[0]
     for name, value in (("reset_peak_memory_stats", None), ("memory_allocated", 50e6),
                         ("max_memory_allocated", 57e6)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)

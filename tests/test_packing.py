@@ -18,12 +18,14 @@ SHAPES = [(32, 576), (5, 4100), (1, 1), (3, 8), (33, 130)]
 
 def dequantize(codes, mask, scale, zero, bits, grid, group):
     """The solver's weight, straight from the definition of the two grids."""
-    s, z = scale[:, group], zero[:, group]
+    s = scale[:, group]
+    z = zero[:, group]
     if grid == "uniform":
         w = s * (codes.float() - z)
     else:
         top = 1 << (bits - 1)
-        w = torch.where(codes >= top, -1.0, 1.0) * s * ((codes % top).float() + z)
+        sign = torch.where(codes >= top, -1.0, 1.0)
+        w = sign * s * ((codes % top).float() + z)
     return w if mask is None else w.masked_fill(mask, 0.0)
 
 
@@ -35,8 +37,8 @@ def example(shape, bits, grid, groupsize, format, seed=0, groups=None):
     groups = groups or (-(-cols // groupsize) if groupsize > 0 else 1)
     codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=g)
     scale = (torch.rand(rows, groups, generator=g) * 0.1 + 0.01).half().float()
-    zero = (torch.rand(rows, groups, generator=g) * (1 << bits if grid == "uniform"
-                                                     else 1)).half().float()
+    most = 1 << bits if grid == "uniform" else 1
+    zero = (torch.rand(rows, groups, generator=g) * most).half().float()
     mask = None
     if format == "nm":
         order = torch.rand(rows, -(-cols // 16), 16, generator=g).argsort(-1)
@@ -74,7 +76,8 @@ def test_round_trip(bits, grid, format):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_many_blocks_on_two_threads_equal_one(bits, format, monkeypatch):
     packed = pack(*example((33, 130), bits, "offset", 32, format), bits, "offset", 32, format)
-    whole, codes = unpack(packed), unpack_codes(packed)[0]
+    whole = unpack(packed)
+    codes = unpack_codes(packed)[0]
     monkeypatch.setattr(unpacking, "BLOCK", 400)                              # 3 rows at a time
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert torch.equal(unpack(packed), whole)
@@ -111,9 +114,11 @@ def test_bits_per_weight_at_half_sparsity(format, shape, limit):
     g = torch.Generator().manual_seed(0)
     mask = torch.rand(shape[0], shape[1] // 16, 16, generator=g).argsort(-1) < 8
     mask = mask.view(shape)
-    scale, zero = torch.ones(shape[0], 1), torch.zeros(shape[0], 1)
-    assert bits_per_weight(pack(torch.zeros(shape, dtype=torch.uint8), mask, scale, zero, 4,
-                                format=format)) <= limit
+    scale = torch.ones(shape[0], 1)
+    zero = torch.zeros(shape[0], 1)
+    codes = torch.zeros(shape, dtype=torch.uint8)
+    packed = pack(codes, mask, scale, zero, 4, format=format)
+    assert bits_per_weight(packed) <= limit
 
 
 def test_clear_errors():

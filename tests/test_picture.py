@@ -55,7 +55,8 @@ def test_all_bars_have_one_scale_and_stay_inside():
     drawn = Drawn(report(), report({"dense": 80.0, "compressed": 100.0}, model="other"),
                   report({"dense": 9.0}, model="third"))
     scales = [width / drawn.value((x, y, width, c)) for x, y, width, c in drawn.bars]
-    assert len(drawn.bars) == 9 and max(scales) == pytest.approx(min(scales), rel=2e-3)
+    assert len(drawn.bars) == 9
+    assert max(scales) == pytest.approx(min(scales), rel=2e-3)
     assert all(x + width + 30 < WIDTH for x, _, width, _ in drawn.bars)
     columns = sorted({x for x, *_ in drawn.bars})
     assert all(x + width + 30 < columns[1] for x, _, width, _ in drawn.bars if x == columns[0])
@@ -66,7 +67,8 @@ def test_the_control_stands_beside_the_claim():
     of = {drawn.value(bar): bar for bar in drawn.bars}
     assert set(of) == set(ROWS.values())
     for claim, control in ((48.0, 30.0), (50.0, 29.0), (32.5, 22.0)):
-        assert of[claim][1] == of[control][1] and of[claim][0] < of[control][0]
+        assert of[claim][1] == of[control][1]
+        assert of[claim][0] < of[control][0]
     assert [of[v][3] for v in (48.0, 50.0, 32.5, 30.0, 29.0,
                                22.0)] == [HURT, HURT, HEALED, DENSE, DENSE, HEALED]
 

@@ -55,7 +55,8 @@ class Letters:
 def test_files_say_valid_json_and_hold_finite_numbers(tmp_path):
     """NaN among the settings is null; a prompt with NaN, or one that wants gradients, does not come
     in."""
-    path, prompt = tmp_path / "p.safetensors", torch.randn(4, 8)
+    path = tmp_path / "p.safetensors"
+    prompt = torch.randn(4, 8)
     save_prompt(path, prompt, {"val_loss": float("nan"), "lr": 0.1})
     assert load_prompt(path)[1] == {"val_loss": None, "lr": 0.1}
     torch.save({"soft_prompt": torch.nn.Parameter(prompt)}, tmp_path / "p.pt")
@@ -87,7 +88,8 @@ def test_learning_lowers_the_loss_and_touches_only_the_prompt():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     start = initial_prompt(model, 6, "text", TOKENS)
     got = learn(model, start, windows[:5], windows[5:], steps=40, batch_size=2, lr=0.05)
-    assert got.prompt.dtype == torch.float32 and got.prompt.shape == (6, 32)
+    assert got.prompt.dtype == torch.float32
+    assert got.prompt.shape == (6, 32)
     assert mean_loss(model, got.prompt, windows[:5]) < mean_loss(model, start, windows[:5]) - 0.05
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert len(got.losses) == 40
@@ -155,7 +157,8 @@ def test_fit_resumes_to_the_same_bits(die_at, tmp_path):
     state = tmp_path / "state.pt"
     assert bowl(state=state, die_at=die_at)[1] is None
     again, resumed, more = bowl(state=state)
-    assert torch.equal(again, want) and resumed == result
+    assert torch.equal(again, want)
+    assert resumed == result
     assert more == calls[(die_at - 1) // 3 * 3:]  # from the last validation on, nothing twice
     finished = bowl(state=state)
     assert torch.equal(finished[0], want)
@@ -240,7 +243,8 @@ def test_learning_resumes_to_the_same_prompt(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(8, state=state)
     got = run(state=state)
-    assert torch.equal(got.prompt, want.prompt) and got[1:] == want[1:]
+    assert torch.equal(got.prompt, want.prompt)
+    assert got[1:] == want[1:]
     with pytest.raises(ValueError, match="text was [0-9a-f]{16}, is"):
         learn(model, start, windows[:4], windows[5:], 12, 2, 0.05, val_every=5, state=state)
     with pytest.raises(ValueError, match="prompt was"):
@@ -257,9 +261,11 @@ def test_loss_is_on_text_only_and_fp32_prompt_on_bf16_model():
     model = tiny().bfloat16()
     p = torch.zeros(4, 32, requires_grad=True)
     nll = text_nll(model, p, TOKENS[:32].view(2, 16))
-    assert nll.shape == (30,) and nll.dtype == torch.float32
+    assert nll.shape == (30,)
+    assert nll.dtype == torch.float32
     nll.mean().backward()
-    assert p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0
+    assert p.grad.dtype == torch.float32
+    assert p.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("how", ["text", "vocab", "random"])
@@ -280,7 +286,8 @@ def test_save_load_and_stitch(tmp_path):
     model, p = tiny(), torch.randn(5, 32)
     save_prompt(tmp_path / "p.safetensors", p, {"lr": 0.001, "note": "x"})
     got, settings = load_prompt(tmp_path / "p.safetensors", model)
-    assert torch.equal(got, p) and settings == {"lr": 0.001, "note": "x"}
+    assert torch.equal(got, p)
+    assert settings == {"lr": 0.001, "note": "x"}
     assert torch.equal(load_file(tmp_path / "p.safetensors")["soft_prompt"], p)
     torch.save({"soft_prompt": p, "lr": 1}, tmp_path / "p.pt")
     assert torch.equal(load_prompt(tmp_path / "p.pt")[0], p)
@@ -318,7 +325,8 @@ def behind(model, prompt, tokens):
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_both_kinds_equal_one_sequence_of_prompt_and_text_and_so_do_gradients(family):
-    model, tokens = grouped(family), TOKENS[:48].view(3, 16)
+    model = grouped(family)
+    tokens = TOKENS[:48].view(3, 16)
     prompt = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     want = behind(model, prompt, tokens)
     slope, = torch.autograd.grad(want.square().mean(), prompt)
@@ -399,7 +407,8 @@ def test_a_prompt_learned_by_kl_approaches_the_dense_model_on_unseen_text(kind, 
                 teacher=(states, val_states))
     before, after = (mean_loss(model, p, unseen, teacher=unseen_states)
                      for p in (start, got.prompt))
-    assert after < 0.9 * before and got.prompt.shape == start.shape
+    assert after < 0.9 * before
+    assert got.prompt.shape == start.shape
     assert math.isclose(got.val_loss, mean_loss(model, got.prompt, val, teacher=val_states),
                         rel_tol=1e-5)
     # the first position of a prefix is frozen
@@ -521,7 +530,8 @@ def test_kinds_and_objectives_of_a_run_and_its_resuming(kind, objective, job, mo
     assert (killed / "teacher").exists() == (objective == "kl")
     assert (killed / "prompt.state").exists()
     job(*options, "--resume", out=killed.name)
-    assert held(killed) == held(folder) and not (killed / "teacher").exists()
+    assert held(killed) == held(folder)
+    assert not (killed / "teacher").exists()
 
 
 def test_a_prefix_and_a_teacher_come_from_the_dense_model_block_by_block_too(monkeypatch):

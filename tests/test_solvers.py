@@ -60,7 +60,8 @@ def test_gptq_equals_naive(bits, kind):
     V, _, C = naive(W, H, 0, bits, groupsize=ours.get("groupsize", -1), sym=ours.get("sym", False),
                     order=order)
     if order is not None:
-        V, C = V[:, order.argsort()], C[:, order.argsort()]
+        V = V[:, order.argsort()]
+        C = C[:, order.argsort()]
     assert torch.equal(out.codes.double(), C)
     assert torch.allclose(out.weight, V, atol=1e-10)
 
@@ -139,7 +140,8 @@ def test_joint_pass_beats_magnitude_and_rounding(seed, sparsity, bits):
     g = torch.Generator().manual_seed(seed)
     decay = torch.diag(torch.logspace(0, -1.5, 256))
     X = torch.randn(1000, 256, generator=g) @ decay @ torch.randn(256, 256, generator=g)
-    W, H = torch.randn(64, 256, generator=g), hessian(X)
+    W = torch.randn(64, 256, generator=g)
+    H = hessian(X)
     fraction, n, m = parse_sparsity(sparsity)
     if m:
         cut = W.abs().view(64, -1, m).argsort(-1)[..., :m - n]
@@ -155,7 +157,8 @@ def test_dead_inputs_are_pruned_first_and_harmless():
     W, H = layer()
     H[:, :30], H[:30] = 0, 0
     out = sparsegpt(W, H, 0.5, 4, blocksize=96)
-    assert out.mask[:, :30].all() and torch.isfinite(out.weight).all()
+    assert out.mask[:, :30].all()
+    assert torch.isfinite(out.weight).all()
     assert torch.isfinite(gptq(W, H, 4).weight).all()
     assert torch.isfinite(gptq(W, torch.zeros_like(H), 4).weight).all()
 
@@ -243,9 +246,11 @@ def test_refit_finds_the_least_squares_of_every_row():
     for r in range(len(W)):
         s = ~mask[r]
         exact[r, s] = torch.linalg.solve(H[s][:, s], (H @ W[r])[s])
-    assert (V[mask] == 0).all() and torch.allclose(V, exact, atol=1e-5)
+    assert (V[mask] == 0).all()
+    assert torch.allclose(V, exact, atol=1e-5)
     few = [error(W, refit(W, H, mask, iterations=k, percdamp=0.0), H) for k in (1, 3, 10, 30)]
-    assert few == sorted(few, reverse=True) and few[-1] >= error(W, exact, H) - 1e-9
+    assert few == sorted(few, reverse=True)
+    assert few[-1] >= error(W, exact, H) - 1e-9
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.625, "2:4", "8:16", "1:3"])
@@ -254,7 +259,8 @@ def test_admm_masks_are_exact_and_beat_sparsegpts(sparsity):
     W, H = W.float(), H.float()
     mask, start = admm(W, H, sparsity)
     fraction, n, m = parse_sparsity(sparsity)
-    assert (start[mask] == 0).all() and torch.isfinite(start).all()
+    assert (start[mask] == 0).all()
+    assert torch.isfinite(start).all()
     if m:
         assert ((~mask).view(24, -1, m).sum(-1) == n).all()
     else:
@@ -316,7 +322,8 @@ def test_admm_equals_naive_on_wide_layers_with_columns_of_unlike_size(shape):
     alone."""
     W, H = layer(*shape)
     W[:, ::4] *= 4
-    ours, exact = admm(W, H, 0.5)[0], naive_admm(W, H, 0.5)
+    ours = admm(W, H, 0.5)[0]
+    exact = naive_admm(W, H, 0.5)
     assert (ours == exact).float().mean() > 0.97  # half precision on some processors
     loss = [error(W, refit(W, H, mask, iterations=20), H) for mask in (ours, exact)]
     assert loss[0] < 1.01 * loss[1]
@@ -344,7 +351,8 @@ def test_searched_grids(grid, bits):
     elif bits in (3, 4):  # no level on zero: two more levels for the kept
         assert cost(found).sum() < cost(plain).sum()
     codes = quantize(W, scale, zero, bits, grid)
-    assert int(codes.max()) < 2 ** bits and int(codes.min()) >= 0
+    assert int(codes.max()) < 2 ** bits
+    assert int(codes.min()) >= 0
 
 
 def naive_descent(V, W, H, keep, scale, zero, bits, grid, percdamp):
@@ -391,7 +399,8 @@ def test_whole_stack(settings, sparsity, bits):
     assert out.error == pytest.approx(relative_error(W, out.weight, H), rel=1e-4)
     assert int(out.mask.sum()) == round(parse_sparsity(sparsity)[0] * W.numel())
     if bits:
-        scale, zero = out.scale[:, out.g_idx], out.zero[:, out.g_idx]
+        scale = out.scale[:, out.g_idx]
+        zero = out.zero[:, out.g_idx]
         if out.grid == "offset":
             top = 2 ** (bits - 1)
             rebuilt = torch.where(out.codes >= top, -scale, scale) * (out.codes % top + zero)

@@ -66,7 +66,8 @@ def test_texts_of_every_form(task, rows, contexts, continuations, gold):
     contexts = [contexts] * len(continuations) if isinstance(contexts, str) else contexts
     for row in rows:
         item = TASKS[task].read(row)
-        assert item.pairs == list(zip(contexts, continuations)) and item.gold == gold
+        assert item.pairs == list(zip(contexts, continuations))
+        assert item.gold == gold
         if task != "winogrande":
             assert item.lengths == [len(text) - 1 for text in continuations]
 

@@ -202,8 +202,8 @@ def whole_model(record: Record, device: torch.device) -> None:
     """Decoding and one prompt step of 1024 tokens at LLaMA-7B's shape, random weights."""
     from bench import models
     pair = list(models.pair("random-llama-7b", "nm", "uniform", torch.float16, device))
-    for what in (lambda: models.generate(pair, 64, 20, device),
-                 lambda: models.tune(pair, 1, 924, 100, 3, device)):
+    for what in (lambda: models.time_decoding(pair, 64, 20, device),
+                 lambda: models.time_tuning(pair, 1, 924, 100, 3, device)):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             what()

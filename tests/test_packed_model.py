@@ -289,8 +289,8 @@ def test_bench_of_whole_models(folder, tmp_path, capsys):
     name are refused."""
     cpu = torch.device("cpu")
     models = list(bench_model.pair(str(folder), "unstructured", "offset", torch.float32, cpu))
-    bench_model.generate(models, 8, 2, cpu)
-    bench_model.tune(models, 2, 16, 4, 1, cpu)
+    bench_model.time_decoding(models, 8, 2, cpu)
+    bench_model.time_tuning(models, 2, 16, 4, 1, cpu)
     out = capsys.readouterr().out
     for what in ("largest difference of a logit", "difference of the prompt's gradient"):
         assert float(out.partition(what)[2].partition(": ")[2].split()[0]) < 1e-4

@@ -68,7 +68,6 @@ from kernels.unpacking import unpack
 from model import HF, META, Checkpoint, open_checkpoint, published_name, skeleton_of
 from prompt import load_prompt, save_prompt
 
-DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 SHARD = 2_000_000_000                       # bytes of a shard, unless one tensor is larger
 Make = Callable[[], dict[str, torch.Tensor]]    # makes some tensors of a file in their turn
 
@@ -466,7 +465,8 @@ def main(args) -> None:
         raise ValueError(f"--to {args.to} {'needs' if needs_prompt else 'takes no'} --prompt")
     if args.dtype and args.to not in ("hf", "meta"):
         raise ValueError(f"--dtype does nothing with --to {args.to}: leave it out")
-    source, dtype = open_checkpoint(folder), DTYPES.get(args.dtype)
+    source = open_checkpoint(folder)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
 
     def check_width(prompt: torch.Tensor) -> None:
         width = source.config.d_embed

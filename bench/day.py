@@ -214,8 +214,8 @@ def whole_model(record: Record, device: torch.device, format: str, grid: str) ->
     from bench import models
     record.add("model", "LLaMA-7B's shape", f"{format} {grid}")
     pair = list(models.pair("random-llama-7b", format, grid, torch.float16, device))
-    for what in (lambda: models.generate(pair, 64, 20, device),
-                 lambda: models.tune(pair, 1, 924, 100, 3, device)):
+    for what in (lambda: models.time_decoding(pair, 64, 20, device),
+                 lambda: models.time_tuning(pair, 1, 924, 100, 3, device)):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             what()

@@ -148,7 +148,7 @@ def peaks(calls: list, models: list[Transformer], device) -> list[str]:
 
 
 @torch.no_grad()
-def generate(models: list[Transformer], context: int, repeats: int, device) -> None:
+def time_decoding(models: list[Transformer], context: int, repeats: int, device) -> None:
     """Greedy decoding behind `context` random tokens, as eval.py does it: on a GPU from a CUDA
     graph, and there also the same step launched from Python."""
     text = torch.randint(0, models[0].config.vocab_size, (1, context), device=device)
@@ -185,8 +185,8 @@ def successor(step, token: torch.Tensor) -> None:
     token.copy_(step(token).argmax(-1, keepdim=True))
 
 
-def tune(models: list[Transformer], batch: int, tokens: int, prompt_tokens: int, repeats: int,
-         device) -> None:
+def time_tuning(models: list[Transformer], batch: int, tokens: int, prompt_tokens: int,
+                repeats: int, device) -> None:
     """One step, forward and backward, of learning a prompt in front of `batch` windows of random
     tokens."""
     text = torch.randint(0, models[0].config.vocab_size, (batch, tokens), device=device)
@@ -235,8 +235,8 @@ def main(args, dtype, device) -> None:
         machine = torch.cuda.get_device_name(device)
     print(f"{path}, {machine}, {dtype}")
     if args.generate:
-        generate(models, args.context, args.repeats, device)
+        time_decoding(models, args.context, args.repeats, device)
     else:
         for model in models:
             model.checkpointing = args.checkpointing
-        tune(models, args.batch, args.tokens, args.prompt_tokens, args.repeats, device)
+        time_tuning(models, args.batch, args.tokens, args.prompt_tokens, args.repeats, device)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from data.flags import PRECISIONS
+
 ROOT = Path(__file__).resolve().parents[1]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def ours(args, windows: torch.Tensor):
@@ -27,7 +28,7 @@ def ours(args, windows: torch.Tensor):
     of every step and its loss."""
     from model import load_model
     from prompt import initial_prompt, learn
-    model = load_model(args.model, DTYPES[args.dtype], args.device)
+    model = load_model(args.model, getattr(torch, args.dtype), args.device)
     model.checkpointing = args.checkpointing
     start = initial_prompt(model, args.prompt_tokens, "text", windows[0, :args.prompt_tokens])
 
@@ -41,7 +42,7 @@ def peft(args, windows: torch.Tensor):
     """The same with PEFT over transformers."""
     from peft import PromptTuningConfig, TaskType, get_peft_model
     from transformers import AutoModelForCausalLM
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype])
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     base = base.to(args.device)
     start = base.get_input_embeddings()(windows[0, :args.prompt_tokens].to(args.device)).detach()
     if args.checkpointing:
@@ -156,7 +157,7 @@ if __name__ == "__main__":
     a("--steps", type=int, default=2)
     a("--repeats", type=int, default=1, help="runs of each side, in turn; the fastest counts")
     a("--lr", type=float, default=1e-3)
-    a("--dtype", default="float32", choices=DTYPES)
+    a("--dtype", default="float32", choices=PRECISIONS)
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a("--checkpointing", action="store_true", help="both sides recompute activations")
     a("--side", choices=["ours", "peft"], help=argparse.SUPPRESS)

@@ -28,9 +28,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
+# Types by their names in a safetensors header.
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+         "U8": torch.uint8, "BOOL": torch.bool}
 MOST_HEADER = 100_000_000     # bytes; the safetensors package's own limit
 MOST_ELEMENTS = 1 << 48       # of a tensor, empty dimensions aside: what torch can index
 WEIGHTS = ("weight", "bias", "soft_prompt")    # floating-point tensors by the ends of their names
@@ -293,15 +294,15 @@ def entry_of(name: str, said) -> Entry:
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(map(is_size, numbers)):
             raise ValueError(f"{key} of {name[:200]} is no list of whole numbers from 0 on")
-    if not isinstance(kind, str) or kind not in DTYPES:
-        raise ValueError(f"{name[:200]} has type {str(kind)[:50]}; known are {', '.join(DTYPES)}")
-    size = math.prod(shape) * DTYPES[kind].itemsize
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise ValueError(f"{name[:200]} has type {str(kind)[:50]}; known are {', '.join(TYPES)}")
+    size = math.prod(shape) * TYPES[kind].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != size:
         raise ValueError(f"{name[:200]} of shape {str(shape)[:80]} in {kind} cannot fill bytes "
                          f"{str(offsets)[:80]}")
     if len(shape) > 8 or math.prod(max(i, 1) for i in shape) > MOST_ELEMENTS:
         raise ValueError(f"{name[:200]} has a shape that no model has: {str(shape)[:80]}")
-    return Entry(name, *offsets, DTYPES[kind], shape)
+    return Entry(name, *offsets, TYPES[kind], shape)
 
 
 def is_size(number) -> bool:
@@ -363,7 +364,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor],
     a temporary name; read that back and compare; rename."""
     wide_first = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     tensors = dict(wide_first)                           # so that all of them are aligned
-    names_of_types = {dtype: name for name, dtype in DTYPES.items()}
+    names_of_types = {dtype: name for name, dtype in TYPES.items()}
     entries = {}
     at = 0
     for name, t in tensors.items():

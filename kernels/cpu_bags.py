@@ -25,7 +25,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from kernels.cpu_int4 import split
+from kernels.cpu_int4 import whole_numbers
 from kernels.packing import Packed, groups_of
 
 WIDTH = 192                            # outputs of a strip: 96 to 256 are equally fast
@@ -77,7 +77,7 @@ class Bags:
     def __init__(self, packed: Packed):
         self.rows, self.cols = packed.meta["shape"]
         self.width = min(WIDTH, -(-self.rows // 8) * 8)
-        A, T, z, beta = split(packed, True, torch.int8)
+        A, T, z, beta = whole_numbers(packed, True, torch.int8)
         start = 0                                               # of T's values
         if packed.meta["grid"] == "offset":                     # -1 to 1 there
             T = T + 1

@@ -34,7 +34,8 @@ def fits(meta: dict) -> bool:
     return meta["bits"] <= 4 and rows % 16 == 0 and cols % 32 == 0 and in_groups
 
 
-def split(packed: Packed, round_zero: bool, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def whole_numbers(packed: Packed, round_zero: bool,
+                  dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """(A, T (out, in) in dtype, z, beta (out, groups) fp32), see above, of codes of 4 bits or less.
     round_zero False: z is 8 on a uniform grid too."""
     codes, mask = unpack_codes(packed)
@@ -69,7 +70,8 @@ class Int4:
         self.rows, cols = packed.meta["shape"]
         scale = packed.tensors["scale"].float()
         per_row = scale.shape[1] == 1
-        A, T, z, beta = split(packed, per_row, torch.int32)     # a z in bf16 groups would miss 0
+        # a z that is not 8 makes a shift, and in bf16 groups that would miss 0
+        A, T, z, beta = whole_numbers(packed, per_row, torch.int32)
         parts = 2 if bool((beta != 0).any()) else 1
         factor = torch.cat((scale, scale * beta))               # (A's rows and T's, groups)
         shift = torch.cat((8 - z, torch.zeros_like(z)))         # torch's q - 8 is A - 8, and T

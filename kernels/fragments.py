@@ -52,19 +52,21 @@ A nibble's way from the file to a register, row 5, column 83, "nm":
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from kernels.bits import from_rank
+from kernels.bits import SHUFFLED, from_rank
 from kernels.packing import Packed, pack
 from kernels.reference import ranks
 
-AT_ONCE = 1 << 22                                           # weights reordered at a time
-PAD = 4  # words around a stream: a lane reads four both ways
+AT_ONCE = 1 << 22                      # weights reordered at a time
+PAD = 4                                # words around a stream: a lane reads four both ways
+STEP = AT_ONCE // 2048                 # tiles of a stream at a time
 
 
 @dataclass
 class Fragments:
-    tensors: dict[str, torch.Tensor]                        # codes, scale, zero; mask; start, at
-    meta: dict                                              # as in Packed
+    tensors: dict[str, torch.Tensor]   # codes, scale, zero; mask; start, at
+    meta: dict                         # as in Packed
 
 
 def tiles_of(meta: dict) -> tuple[int, int]:
@@ -75,20 +77,25 @@ def tiles_of(meta: dict) -> tuple[int, int]:
 
 def by_lane(t: torch.Tensor) -> torch.Tensor:
     """(rows, columns), whole tiles -> (tiles, 32 lanes, 2 rows, 4 bytes, 8)."""
-    R, K = t.shape[0] // 16, t.shape[1] // 128
-    t = t.view(R, 2, 8, K, 2, 4, 2, 8)  # strip, half, g, tile, block, q, byte of the block, j
-    return t.permute(0, 3, 2, 5, 1, 4, 6, 7).reshape(R * K, 32, 2, 4, 8)
+    strips, tiles = t.shape[0] // 16, t.shape[1] // 128
+    t = t.view(strips, 2, 8, tiles, 2, 4, 2, 8)
+    # strip 0, half 1, g 2, tile 3, block 4, q 5, byte of the block 6, j 7
+    t = t.permute(0, 3, 2, 5, 1, 4, 6, 7)
+    return t.reshape(strips * tiles, 32, 2, 4, 8)
 
 
 def by_row(t: torch.Tensor, strips: int) -> torch.Tensor:
     """The inverse of by_lane."""
-    t = t.view(strips, -1, 8, 4, 2, 2, 2, 8)  # strip, tile, g, q, half, block, byte of the block, j
-    return t.permute(0, 4, 2, 1, 5, 3, 6, 7).reshape(16 * strips, -1)
+    t = t.view(strips, -1, 8, 4, 2, 2, 2, 8)
+    # strip 0, tile 1, g 2, q 3, half 4, block 5, byte of the block 6, j 7
+    t = t.permute(0, 4, 2, 1, 5, 3, 6, 7)
+    return t.reshape(16 * strips, -1)
 
 
 def to_words(t: torch.Tensor) -> torch.Tensor:
     """(..., 8) nibbles -> (...,) int32, the first in the lowest bits."""
-    return (t.long() << 4 * torch.arange(8, device=t.device)).sum(-1).to(torch.int32)
+    shifted = t.long() << 4 * torch.arange(8, device=t.device)
+    return shifted.sum(-1).to(torch.int32)
 
 
 def to_nibbles(word: torch.Tensor) -> torch.Tensor:
@@ -99,20 +106,25 @@ def to_nibbles(word: torch.Tensor) -> torch.Tensor:
 def rows_of(packed: Packed, a: int, b: int) -> Packed:
     """Rows a ... b - 1 alone."""
     t = {name: v if v.dim() == 1 else v[a:b] for name, v in packed.tensors.items()}
-    if "row_start" in t:
+    if "row_start" in t:                            # one stream for all rows
         start = t["row_start"]
         end = int(start[b]) if b < len(start) else len(t["codes"])
-        t["codes"], t["row_start"] = t["codes"][int(start[a]):end], start[a:b] - start[a]
-    return Packed(t, {**packed.meta, "shape": [b - a, packed.meta["shape"][1]]})
+        t["codes"] = t["codes"][int(start[a]):end]
+        t["row_start"] = start[a:b] - start[a]
+    cols = packed.meta["shape"][1]
+    return Packed(t, {**packed.meta, "shape": [b - a, cols]})
 
 
 def to_fragments(packed: Packed) -> Fragments:
     """4-bit codes, without g_idx, of any format, grid and grouping."""
-    (rows, cols), format = packed.meta["shape"], packed.meta["format"]
-    step = max(16, AT_ONCE // max(cols, 1) // 16 * 16)
-    parts = [reorder(rows_of(packed, a, min(a + step, rows)), format) for a in range(0, rows, step)]
-    t = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-    t.update({name: packed.tensors[name] for name in ("scale", "zero")})
+    rows, cols = packed.meta["shape"]
+    format = packed.meta["format"]
+    step = max(16, AT_ONCE // max(cols, 1) // 16 * 16)          # whole strips
+    parts = [reorder(rows_of(packed, first, min(first + step, rows)), format)
+             for first in range(0, rows, step)]
+    t = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    t["scale"] = packed.tensors["scale"]
+    t["zero"] = packed.tensors["zero"]
     if format == "unstructured":
         t["codes"], t["start"], t["at"] = stream(t.pop("kept"), t.pop("rank"), t.pop("keep"))
     return Fragments(t, packed.meta)
@@ -120,7 +132,9 @@ def to_fragments(packed: Packed) -> Fragments:
 
 def bit_of_column(device: torch.device) -> torch.Tensor:
     """(4, 8) int64: the bit of a mask that stands for column j of byte b."""
-    return 4 * torch.arange(8, device=device) + torch.arange(4, device=device)[:, None]
+    byte = torch.arange(4, device=device)
+    j = torch.arange(8, device=device)
+    return byte[:, None] + 4 * j
 
 
 def nm_place(keep: torch.Tensor) -> torch.Tensor:
@@ -134,53 +148,58 @@ def reorder(packed: Packed, format: str) -> dict[str, torch.Tensor]:
     """Some strips' tensors; of "unstructured" counts, ranks and mask, which become a stream when
     all are known."""
     rank, keep = ranks(packed)
-    pad = (0, -rank.shape[1] % 128, 0, -rank.shape[0] % 16)
-    rank = by_lane(torch.nn.functional.pad(rank.to(torch.uint8), pad))
+    rows, cols = rank.shape
+    pad = (0, -cols % 128, 0, -rows % 16)
+    rank = by_lane(F.pad(rank.to(torch.uint8), pad))
     if keep is None:
-        words = to_words(rank[..., [0, 2, 4, 6, 1, 3, 5, 7]])
-        return {"codes": words.permute(0, 2, 1, 3).contiguous()}  # rows outermost
-    keep = by_lane(torch.nn.functional.pad(keep, pad))
-    mask = (keep.long() << bit_of_column(keep.device)).sum((-1, -2)).to(torch.int32)
+        words = to_words(rank[..., SHUFFLED])
+        return {"codes": words.permute(0, 2, 1, 3).contiguous()}            # rows outermost
+    keep = by_lane(F.pad(keep, pad))
+    bits = keep.long() << bit_of_column(keep.device)
+    mask = bits.sum((-1, -2)).to(torch.int32)
     if format == "unstructured":
         return {"mask": mask, "kept": keep.sum((-1, -2)), "rank": rank, "keep": keep}
-    rank, keep = (t.unflatten(-2, (2, 2)) for t in (rank, keep))  # blocks of two bytes
+    rank = rank.unflatten(-2, (2, 2))                           # blocks of two bytes
+    keep = keep.unflatten(-2, (2, 2))
     place = nm_place(keep)
     nibble = torch.where(place < 4, 2 * place, 2 * place - 7)
     shifted = rank.long() << 4 * nibble.clamp(0, 7)
     codes = torch.where(keep, shifted, 0).sum((-1, -2)).to(torch.int32)
-    return {"mask": mask, "codes": codes.flatten(-2)}  # row 0: 2 words, row 1: 2
+    return {"mask": mask, "codes": codes.flatten(-2)}           # row 0: 2 words, row 1: 2
 
 
 def lanes_places(kept: torch.Tensor) -> torch.Tensor:
     """(tiles, 32, 2) counts of kept codes -> (tiles, 32) int64, the word of each lane's place."""
     upper, lower = kept.flatten(0, 1).unbind(1)
-    gap = lower.clone()
-    gap[1:] += upper[:-1]  # between a lane's place and the one before
-    return PAD + ((gap + 7) // 8).cumsum(0).view(kept.shape[:2])
+    gap = lower.clone()                             # between a lane's place and the one before
+    gap[1:] += upper[:-1]
+    words = (gap + 7) // 8
+    return PAD + words.cumsum(0).view(kept.shape[:2])
 
 
 def nibble_index(place: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """(tiles, 32) places, (tiles, 32, 2, 4, 8) kept -> the nibble of every kept code in the stream;
     anything where pruned."""
-    k = keep.flatten(-2).long().cumsum(-1) - 1
+    before = keep.flatten(-2).long().cumsum(-1) - 1             # kept before it in its row
     first = 8 * place[..., None]
-    return torch.stack((first + k[:, :, 0], first - 1 - k[:, :, 1]), 2).view(keep.shape)
+    upper = first + before[:, :, 0]
+    lower = first - 1 - before[:, :, 1]
+    return torch.stack((upper, lower), 2).view(keep.shape)
 
 
 def stream(kept: torch.Tensor, rank: torch.Tensor,
            keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> codes, start, at."""
+    """Counts (tiles, 32, 2), ranks and mask (tiles, 32, 2, 4, 8) -> codes, start, at."""
     place = lanes_places(kept)
-    words = int(place[-1, -1]) + 4 + PAD
+    words = int(place[-1, -1]) + 4 + PAD            # a lane's upper row has 32 codes, 4 words
     if words >= 1 << 31:
         raise ValueError(f"{words} words of kept codes: a GPU's kernels count to {1 << 31}; split "
                          f"the layer")
     codes = torch.zeros(words, dtype=torch.int32, device=rank.device)
-    step = max(1, AT_ONCE // 2048)
-    for i in range(0, len(rank), step):
-        here = keep[i:i + step]
-        index = nibble_index(place[i:i + step], here)[here]
-        shifted = rank[i:i + step][here].long() << 4 * (index & 7)
+    for i in range(0, len(rank), STEP):
+        here = keep[i:i + STEP]
+        index = nibble_index(place[i:i + STEP], here)[here]
+        shifted = rank[i:i + STEP][here].long() << 4 * (index & 7)
         codes.index_add_(0, index >> 3, shifted.to(torch.int32))
     start = place[:, 0].to(torch.int32)
     return codes, start, (place - place[:, :1]).to(torch.uint8)
@@ -189,14 +208,17 @@ def stream(kept: torch.Tensor, rank: torch.Tensor,
 def fragment_ranks(fragments: Fragments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, in) uint8 ranks, 0 where pruned, and (out, in) bool kept, or None: what the kernels
     must decode."""
-    t, (rows, cols), format = fragments.tensors, fragments.meta["shape"], fragments.meta["format"]
-    strips, _ = tiles_of(fragments.meta)
-    if format == "dense":
-        rank = to_nibbles(t["codes"].permute(0, 2, 1, 3))[..., [0, 4, 1, 5, 2, 6, 3, 7]]
-        return by_row(rank.to(torch.uint8).contiguous(), strips)[:rows, :cols], None
+    t, meta = fragments.tensors, fragments.meta
+    rows, cols = meta["shape"]
+    strips, _ = tiles_of(meta)
+    if meta["format"] == "dense":
+        nibbles = to_nibbles(t["codes"].permute(0, 2, 1, 3))
+        rank = torch.empty_like(nibbles)
+        rank[..., SHUFFLED] = nibbles
+        return by_row(rank.to(torch.uint8), strips)[:rows, :cols], None
     mask = t["mask"][..., None, None]
     keep = (mask >> bit_of_column(mask.device) & 1).bool()
-    if format == "nm":
+    if meta["format"] == "nm":
         positions = to_nibbles(t["codes"].unflatten(-1, (2, 2)))[..., [0, 2, 4, 6, 1, 3, 5, 7]]
         words = positions[..., None, :]                     # (tiles, 32, 2, 2, 1, 8)
         place = nm_place(keep.unflatten(-2, (2, 2)))
@@ -212,9 +234,13 @@ def fragment_ranks(fragments: Fragments) -> tuple[torch.Tensor, torch.Tensor | N
 def from_fragments(fragments: Fragments) -> Packed:
     """What was packed, on the CPU. Slow: for saving."""
     meta, t = fragments.meta, fragments.tensors
-    rank, keep = fragment_ranks(Fragments({name: v.cpu() for name, v in t.items()}, meta))
-    codes = torch.from_numpy(from_rank(rank.numpy(), 4)) if meta["grid"] == "offset" else rank
-    codes = codes if keep is None else codes * keep
-    grid = (t[name].float().cpu() for name in ("scale", "zero"))
-    return pack(codes, None if keep is None else ~keep, *grid, 4, meta["grid"], meta["groupsize"],
-                meta["format"])
+    codes, keep = fragment_ranks(Fragments({name: v.cpu() for name, v in t.items()}, meta))
+    if meta["grid"] == "offset":
+        codes = torch.from_numpy(from_rank(codes.numpy(), 4))
+    mask = None
+    if keep is not None:
+        codes = codes * keep
+        mask = ~keep
+    scale = t["scale"].float().cpu()
+    zero = t["zero"].float().cpu()
+    return pack(codes, mask, scale, zero, 4, meta["grid"], meta["groupsize"], meta["format"])

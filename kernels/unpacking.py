@@ -27,7 +27,7 @@ ALL_ROWS = slice(None)
 
 
 # --------------------------------------------------------------------------------------------------
-# 4-bit ranks at their columns
+# Ranks of 4 bits at their columns
 
 @cache
 def move_masks() -> dict[int, np.ndarray]:
@@ -111,8 +111,9 @@ def kept(packed: Packed, rows: slice = ALL_ROWS) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 # Ranks of any width
 
-def ranks(packed: Packed, rows: slice) -> np.ndarray:
-    """(rows, columns and padding) uint8: the rank of every weight; anything where pruned."""
+def block_ranks(packed: Packed, rows: slice) -> np.ndarray:
+    """(rows, columns and padding) uint8: the rank of every weight of some rows; anything where
+    pruned."""
     bits, format = packed.meta["bits"], packed.meta["format"]
     if bits == 4:
         words = natural_words(packed, rows).view(np.uint8)
@@ -198,7 +199,7 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float16) -> torch.Tensor:
             index = natural_words(packed, part).view(np.uint8)
         else:
             table = levels[part].reshape(-1, levels[0].size)
-            index = ranks(packed, part)[:, :cols] + (group << bits)
+            index = block_ranks(packed, part)[:, :cols] + (group << bits)
         count, width = table.shape
         index = index + width * np.arange(count)[:, None]       # into all rows of the table
         block = np.take(table, index).view(INT[item])[:, :cols]
@@ -216,7 +217,7 @@ def unpack_codes(packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What pack was given: codes (out, in) uint8, 0 where pruned; mask (out, in) bool, True where
     pruned, or None."""
     cols = packed.meta["shape"][1]
-    n = np.concatenate(each_block(packed, lambda part: ranks(packed, part)[:, :cols]))
+    n = np.concatenate(each_block(packed, lambda part: block_ranks(packed, part)[:, :cols]))
     if packed.meta["grid"] == "offset":
         n = from_rank(n, packed.meta["bits"])
     codes = torch.from_numpy(n)

@@ -41,7 +41,9 @@ def published(task: str, row: dict) -> dict:
                 "option2": b[shared:], "answer": str(row["gold"] + 1)}
     if "query" not in row:
         return row
-    query, choices, gold = row["query"], row["choices"], row["gold"]
+    query = row["query"]
+    choices = row["choices"]
+    gold = row["gold"]
     if task == "piqa":
         goal = query.removeprefix("Question: ").removesuffix("\n")
         return {"goal": goal, "sol1": choices[0], "sol2": choices[1], "label": gold}
@@ -67,9 +69,14 @@ def harness(model, tokenizer, tasks: dict[str, Path], limit: int | None,
             data = Path(folder) / f"{task}.jsonl"
             data.write_text("".join(json.dumps(published(task, row)) + "\n" for row in rows))
             (Path(folder) / f"{task}.yaml").write_text(
-                f"include: {definitions / DEFINITIONS[task]}.yaml\ntask: local_{task}\ndataset_path: json\n"
-                f"dataset_name: null\ndataset_kwargs:\n  data_files:\n    test: {data}\ntraining_split: null\n"
-                f"validation_split: null\ntest_split: test\n")
+                f"include: {definitions / DEFINITIONS[task]}.yaml\n"
+                f"task: local_{task}\n"
+                f"dataset_path: json\n"
+                f"dataset_name: null\n"
+                f"dataset_kwargs:\n  data_files:\n    test: {data}\n"
+                f"training_split: null\n"
+                f"validation_split: null\n"
+                f"test_split: test\n")
         peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         manager = TaskManager(include_path=folder)
         names = [f"local_{task}" for task in tasks]
@@ -105,7 +112,8 @@ def main(args) -> None:
     del peer
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     for task, path in files.items():
-        ours = zero_shot(model, tokenizer, load_items(f"{task}={path}", limit=args.limit), title=task)
+        ours = zero_shot(model, tokenizer, load_items(f"{task}={path}", limit=args.limit),
+                         title=task)
         print(task, compare(task, ours, theirs[task]), flush=True)
 
 

@@ -1,7 +1,8 @@
 """Run by test_kernels.py in a process of its own: compiling fails in a process that interprets.
 
-Fragments back to what was packed; every format, grid and grouping with odd shapes and 1 to 64 tokens, forward and backward,
-against float64 products with the unpacked weight; slabs bit for bit."""
+Fragments back to what was packed; every format, grid and grouping with odd shapes and 1 to 64
+tokens, forward and backward, against float64 products with the unpacked weight; slabs bit for
+bit."""
 import itertools
 import os
 import sys
@@ -22,23 +23,30 @@ from kernels.reference import dequantize
 from kernels.unpacking import unpack
 from test_packing import example
 
-FORMATS, GRIDS = ("dense", "nm", "unstructured"), ("uniform", "offset")
-TOLERANCE = {torch.float16: 2 ** -10, torch.bfloat16: 2 ** -6, torch.float32: 2 ** -20}      # of the largest output
+FORMATS = ("dense", "nm", "unstructured")
+GRIDS = ("uniform", "offset")
+# of the largest output
+TOLERANCE = {torch.float16: 2 ** -10, torch.bfloat16: 2 ** -6, torch.float32: 2 ** -20}
 HALVES = (torch.float16, torch.bfloat16)
-# shape, tokens, groupsize, dtypes, grids: rows and columns that fill no tile, one strip too few for a pair
-CASES = [((20, 552), 5, -1, HALVES, GRIDS), ((16, 576), 8, 128, HALVES[:1], GRIDS), ((20, 304), 12, -1, HALVES, GRIDS),
+# shape, tokens, groupsize, dtypes, grids: rows and columns that fill no tile, one strip too few for
+# a pair
+CASES = [((20, 552), 5, -1, HALVES, GRIDS), ((16, 576), 8, 128, HALVES[:1], GRIDS),
+         ((20, 304), 12, -1, HALVES, GRIDS),
          ((18, 384), 30, 256, HALVES[:1], GRIDS[1:]), ((33, 130), 5, -1, HALVES[1:], GRIDS[1:]),
          ((40, 200), 9, -1, HALVES[:1], GRIDS[:1])]
 
 
 def check(name: str, value: torch.Tensor, exact: torch.Tensor) -> None:
     error = float((value.double() - exact).abs().max() / exact.abs().max())
-    assert error < TOLERANCE[value.dtype] and value.shape == exact.shape, f"{name}: error {error:.1e}"
+    assert value.shape == exact.shape, name
+    assert error < TOLERANCE[value.dtype], f"{name}: error {error:.1e}"
 
 
 def same(packed, other) -> bool:
     a, b = packed.tensors, other.tensors
-    return packed.meta == other.meta and a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    if packed.meta != other.meta or a.keys() != b.keys():
+        return False
+    return all(torch.equal(a[n], b[n]) for n in a)
 
 
 def product(shape, tokens, groupsize, format, grid, dtype) -> None:
@@ -73,25 +81,32 @@ def large_zeros() -> None:
         weight = unpack(packed, torch.float64)
         for tokens in (2, 10):
             x = torch.randn(tokens, 256).half()
-            check(f"{grid} zero {zero} tokens {tokens}", matmul(x, Plan(to_fragments(packed))), x.double() @ weight.T)
+            check(f"{grid} zero {zero} tokens {tokens}", matmul(x, Plan(to_fragments(packed))),
+                  x.double() @ weight.T)
     print("large zeros agree")
 
 
 def slabs() -> None:
-    """The unpacked weight bit for bit, +0 where pruned, whole or in parts; products over several parts; fp32."""
+    """The unpacked weight bit for bit, +0 where pruned, whole or in parts; products over several
+    parts; fp32."""
     for format, grid in itertools.product(FORMATS, GRIDS):
         odd = format == "unstructured"                      # groups that end within 8 columns
         shape, groupsize = ((20, 140), 20) if odd else ((33, 130), 32)
         packed = pack(*example(shape, 4, grid, groupsize, format), 4, grid, groupsize, format)
         plan = Plan(to_fragments(packed))
-        dtype = torch.float32 if grid == "offset" else torch.float16    # the interpreter cuts bf16 off, a GPU rounds
-        exact, whole = unpack(packed, dtype), plan.unpack(dtype, (0, shape[0]), (0, shape[1]))
-        assert torch.equal(whole, exact) and not (torch.signbit(whole) & (whole == 0)).any()
+        # the interpreter cuts bf16 off, a GPU rounds
+        dtype = torch.float32 if grid == "offset" else torch.float16
+        exact = unpack(packed, dtype)
+        whole = plan.unpack(dtype, (0, shape[0]), (0, shape[1]))
+        assert torch.equal(whole, exact)
+        assert not (torch.signbit(whole) & (whole == 0)).any()
         if grid == "uniform":
             continue
-        assert torch.equal(plan.unpack(dtype, (16, shape[0]), (128, shape[1])), exact[16:, 128:])
+        assert torch.equal(plan.unpack(dtype, (16, shape[0]), (128, shape[1])),
+                           exact[16:, 128:])
         host.SLAB_BYTES, usual = 4 * 16 * max(shape), host.SLAB_BYTES
-        x, dy = torch.randn(9, shape[1]), torch.randn(9, shape[0])
+        x = torch.randn(9, shape[1])
+        dy = torch.randn(9, shape[0])
         check("fp32", matmul(x, plan), x.double() @ exact.double().T)
         check("fp32, backward", matmul_transposed(dy, plan), dy.double() @ exact.double())
         host.SLAB_BYTES = usual
@@ -99,34 +114,45 @@ def slabs() -> None:
 
 
 def layers() -> None:
-    """A layer in the order of a GPU: gradients of any order, its file's tensors again, loading, moving."""
+    """A layer in the order of a GPU: gradients of any order, its file's tensors again, loading,
+    moving."""
     for format in FORMATS:
         packed = pack(*example((24, 160), 4, "offset", -1, format), 4, "offset", -1, format)
         exact_weight = unpack(packed, torch.float64)
         assert torch.equal(dequantize(packed), unpack(packed))
         layer = PackedLinear(packed)
-        layer.product = lambda x, transposed=False: (matmul_transposed if transposed else matmul)(x, layer.launches())
+
+        def product(x, transposed=False):
+            multiply = matmul_transposed if transposed else matmul
+            return multiply(x, layer.launches())
+        layer.product = product
         x = torch.randn(2, 3, 160).half().requires_grad_()
         y = layer(x)
-        assert layer.reordered and layer.launches() is layer.launches()
+        assert layer.reordered
+        assert layer.launches() is layer.launches()
         dy = torch.randn_like(y)
         y.backward(dy)
         exact = x.detach().double().requires_grad_()
         (exact @ exact_weight.T).backward(dy.double())
         check(f"gradient {format}", x.grad, exact.grad)
-        dy.requires_grad_()                                 # the gradient is linear in dy: its own gradient is y again
+        dy.requires_grad_()  # the gradient is linear in dy: its own gradient is y again
         dx, = torch.autograd.grad(PackedMatmul.apply(x, layer), x, dy, create_graph=True)
         again, = torch.autograd.grad(dx, dy, x.detach())
         check(f"gradient of the gradient {format}", again, exact.detach() @ exact_weight.T)
         held = {n for n, _ in layer.named_buffers()}
-        assert ("row_start" not in held) and same(layer.packed, packed) and not layer.reordered
+        assert "row_start" not in held
+        assert same(layer.packed, packed)
+        assert not layer.reordered
         layer.launches()
-        assert layer.state_dict().keys() == packed.tensors.keys() and not layer.reordered
-        other = PackedLinear(pack(*example((24, 160), 4, "offset", -1, format, seed=1), 4, "offset", -1, format))
+        assert layer.state_dict().keys() == packed.tensors.keys()
+        assert not layer.reordered
+        other = PackedLinear(pack(*example((24, 160), 4, "offset", -1, format, seed=1), 4, "offset",
+                                  -1, format))
         if format != "unstructured":                        # its streams differ in length
             layer.launches()
             layer.load_state_dict(other.state_dict())
-            check("loaded", matmul(x.detach(), layer.launches()), x.detach().double() @ unpack(other.packed, torch.float64).T)
+            check("loaded", matmul(x.detach(), layer.launches()),
+                  x.detach().double() @ unpack(other.packed, torch.float64).T)
     print("layers agree")
 
 

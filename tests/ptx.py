@@ -1,5 +1,5 @@
-"""Inline PTX under Triton's interpreter: a numpy emulator of the few instructions that kernels/decode.py and planes.py
-use, mma.sync among them.
+"""Inline PTX under Triton's interpreter: a numpy emulator of the few instructions that
+kernels/decode.py and planes.py use, mma.sync among them.
 
     TRITON_INTERPRET=1 in the environment, then `ptx.install()` before a kernel is called.
 """
@@ -27,6 +27,7 @@ def prmt(a, b, selector):
 
 
 def lop3(a, b, c, table):
+    """Any function of three bits: bit 4 a + 2 b + c of the table."""
     out = np.zeros_like(a)
     for i in range(8):
         if int(table[0]) >> i & 1:
@@ -36,14 +37,16 @@ def lop3(a, b, c, table):
 
 def numbers(word, dtype):
     """(...,) uint32 -> (..., 2) float64 of the halves."""
-    return torch.from_numpy(np.ascontiguousarray(word)[..., None].view(np.int16)).view(dtype).double().numpy()
+    halves = torch.from_numpy(np.ascontiguousarray(word)[..., None].view(np.int16))
+    return halves.view(dtype).double().numpy()
 
 
 def fma_halves(dtype):
     """a * b + c on both 16-bit halves, in float64 (exact here), rounded once."""
     def operation(*words):
-        a, b, c = (numbers(w, dtype) for w in words)
-        return torch.from_numpy(a * b + c).to(dtype).view(torch.int16).numpy().view(U32)[..., 0]
+        a, b, c = (numbers(word, dtype) for word in words)
+        rounded = torch.from_numpy(a * b + c).to(dtype)
+        return rounded.view(torch.int16).numpy().view(U32)[..., 0]
     return operation
 
 
@@ -61,27 +64,40 @@ def shifted(a, n, by):
 
 
 def funnel(left: bool):
-    """Both words as one of 64 bits, shifted by at most 32; the lower or (left) the upper word of that."""
+    """Both words as one of 64 bits, shifted by at most 32; the lower or (left) the upper word of
+    that."""
     def operation(lo, hi, n):
-        pair, n = lo.astype(U64) | hi.astype(U64) << U64(32), np.minimum(n, U32(32)).astype(U64)
-        return ((pair << n >> U64(32)) if left else (pair >> n)).astype(U32)
+        pair = lo.astype(U64) | hi.astype(U64) << U64(32)
+        n = np.minimum(n, U32(32)).astype(U64)
+        moved = pair << n >> U64(32) if left else pair >> n
+        return moved.astype(U32)
     return operation
 
 
 def mma(kind, A, B, C):
-    """D = A B + C of m16n8k16, registers as the PTX manual draws them; C and D fp32, the sum in fp32 as well."""
+    """D = A B + C of m16n8k16, registers as the PTX manual draws them; C and D fp32, the sum in
+    fp32 as well."""
     dtype = torch.bfloat16 if ".bf16." in kind else torch.float16
-    warps, g, q = A[0].size // 32, LANE // 4, LANE % 4
-    a, b = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
+    warps = A[0].size // 32
+    g = LANE // 4
+    q = LANE % 4
+    a = np.zeros((warps, 16, 16))
+    b = np.zeros((warps, 16, 8))
     for i, word in enumerate(A):
         for e in range(2):
-            a[:, g + 8 * (i % 2), 2 * q + e + 8 * (i // 2)] = numbers(word.reshape(warps, 32), dtype)[:, :, e]
+            row = g + 8 * (i % 2)
+            column = 2 * q + e + 8 * (i // 2)
+            a[:, row, column] = numbers(word.reshape(warps, 32), dtype)[:, :, e]
     for i, word in enumerate(B):
         for e in range(2):
             b[:, 2 * q + e + 8 * i, g] = numbers(word.reshape(warps, 32), dtype)[:, :, e]
     product = a @ b
     places = [product[:, g + 8 * (i // 2), 2 * q + i % 2] for i in range(4)]
-    return [(c.view(np.float32).reshape(warps, 32) + p).astype(np.float32).reshape(-1).view(U32) for c, p in zip(C, places)]
+    sums = []
+    for c, place in zip(C, places):
+        total = c.view(np.float32).reshape(warps, 32) + place
+        sums.append(total.astype(np.float32).reshape(-1).view(U32))
+    return sums
 
 
 def shuffle(a, lane, clamp, member):
@@ -91,13 +107,21 @@ def shuffle(a, lane, clamp, member):
 
 
 OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "and.b32": np.bitwise_and,
+    "prmt.b32": prmt,
+    "lop3.b32": lop3,
+    "shr.u32": lambda a, n: shifted(a, n, np.right_shift),
+    "shl.b32": lambda a, n: shifted(a, n, np.left_shift),
+    "shf.r.clamp.b32": funnel(False),
+    "shf.l.clamp.b32": funnel(True),
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "popc.b32": lambda a: np.bitwise_count(a).astype(U32),
     "shfl.sync.bfly.b32": shuffle,
-    "mov.b32": lambda a: a, "and.b32": np.bitwise_and, "prmt.b32": prmt, "lop3.b32": lop3,
-    "shr.u32": lambda a, n: shifted(a, n, np.right_shift), "shl.b32": lambda a, n: shifted(a, n, np.left_shift),
-    "shf.r.clamp.b32": funnel(False), "shf.l.clamp.b32": funnel(True),
-    "mad.lo.u32": lambda a, b, c: a * b + c, "popc.b32": lambda a: np.bitwise_count(a).astype(U32),
-    "cvt.rn.f16x2.f32": both_halves(torch.float16), "cvt.rn.bf16x2.f32": both_halves(torch.bfloat16),
-    "fma.rn.f16x2": fma_halves(torch.float16), "fma.rn.bf16x2": fma_halves(torch.bfloat16),
+    "cvt.rn.f16x2.f32": both_halves(torch.float16),
+    "cvt.rn.bf16x2.f32": both_halves(torch.bfloat16),
+    "fma.rn.f16x2": fma_halves(torch.float16),
+    "fma.rn.bf16x2": fma_halves(torch.bfloat16),
 }
 
 
@@ -105,13 +129,15 @@ def run(asm: str, registers: dict[str, np.ndarray], lanes: int) -> None:
     """Executes asm on 32-bit registers, one lane per element."""
     def value(name):
         return registers[name] if name in registers else np.full(lanes, int(name, 0), U32)
-    for line in re.sub(r"\.reg[^;]*;", "", asm.strip().removeprefix("{").removesuffix("}")).split(";"):
+    body = asm.strip().removeprefix("{").removesuffix("}")
+    for line in re.sub(r"\.reg[^;]*;", "", body).split(";"):
         line = line.strip()
         if not line:
             continue
         name, operands = line.split(None, 1)
         if name.startswith("mma.sync"):
-            D, A, B, C = ([r.strip() for r in group.split(",")] for group in re.findall(r"\{([^}]*)\}", operands))
+            D, A, B, C = ([r.strip() for r in group.split(",")]
+                          for group in re.findall(r"\{([^}]*)\}", operands))
             results = mma(name, *([value(r) for r in group] for group in (A, B, C)))
             registers.update(zip(D, results))
         else:
@@ -122,7 +148,8 @@ def run(asm: str, registers: dict[str, np.ndarray], lanes: int) -> None:
 def create_inline_asm(builder, asm, constraints, values, types, pure, pack):
     assert pack == 1 and all(v.data.dtype.itemsize == 4 for v in values), "32 bits per register"
     outputs = [c for c in constraints.split(",") if c.startswith("=")]
-    shape, registers = values[0].data.shape, {}
+    shape = values[0].data.shape
+    registers = {}
     for i, v in enumerate(values):
         registers[f"${len(outputs) + i}"] = np.ascontiguousarray(v.data).reshape(-1).view(U32)
     with np.errstate(over="ignore"):
@@ -131,10 +158,12 @@ def create_inline_asm(builder, asm, constraints, values, types, pure, pack):
     for i, kind in enumerate(types):
         element = getattr(kind, "element_ty", kind)
         stored = {tl.float32: np.float32, tl.int32: np.int32}[element]
-        results.append(interpreter.TensorHandle(registers[f"${i}"].view(stored).reshape(shape).copy(), element))
+        value = registers[f"${i}"].view(stored).reshape(shape).copy()
+        results.append(interpreter.TensorHandle(value, element))
     return type("Results", (), {"get_result": lambda self, i: results[i]})()
 
 
 def install() -> None:
-    tl.tuple.__radd__ = lambda self, other: tl.tuple([*other, *self])           # the compiler takes () + results as well
+    # the compiler takes () + results as well
+    tl.tuple.__radd__ = lambda self, other: tl.tuple([*other, *self])
     interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm

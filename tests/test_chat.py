@@ -15,23 +15,32 @@ from data.tokenizer import load_tokenizer
 from test_eval import Letters
 from test_prompt import tiny
 
-CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-          "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
-          "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-LLAMA2 = ("{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-          "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
-          "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
-          "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
-          "{% endif %}{% if loop.index0 == 0 and system_message != false %}"
-          "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-          "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
-          "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-          "{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
-LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}"
-          "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + "
-          "'<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-          "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt else '' }}")
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}"
+    "{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}"
+    "{% endif %}{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' "
+    "if add_generation_prompt else '' }}")
 ZEPHYR = """{% for message in messages %}
 {% if message['role'] == 'user' %}
 {{ '<|user|>\n' + message['content'] + eos_token }}
@@ -64,18 +73,24 @@ default('nothing') }}
 {{- messages[-1]['content'][:2] ~ (messages | length) }}{{ missing }}{{ ['a', 'b'] | join('+') }} {{
 'even' if (messages | length) % 2 == 0 else 'odd' }} {{ 'x' in 'xyz' and not ns.seen or 'either' }}
 """.replace("        {% set x, = 1 %}\n", "")
-TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "zephyr": ZEPHYR, "dashes": DASHES}
+TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "zephyr": ZEPHYR,
+             "dashes": DASHES}
 ONE = [{"role": "user", "content": " Hi there\n"}]
 SYSTEM = [{"role": "system", "content": "Be kind."}, *ONE]
-LONG = [*ONE, {"role": "assistant", "content": "Hello! "}, {"role": "user", "content": "{{ 7 * 7 }} {% if %}"}]
+LONG = [*ONE, {"role": "assistant", "content": "Hello! "},
+        {"role": "user", "content": "{{ 7 * 7 }} {% if %}"}]
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 def peer(source, messages, add):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = lambda message: (_ for _ in ()).throw(ValueError(message))
-    return environment.from_string(source).render(messages=messages, add_generation_prompt=add, **NAMES)
+
+    def raise_exception(message):
+        raise ValueError(message)
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(source).render(messages=messages, add_generation_prompt=add,
+                                                  **NAMES)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -88,13 +103,17 @@ def test_templates_render_as_in_jinja(name, add, messages):
 
 
 @pytest.mark.parametrize("source, message", [
-    ("{% macro f() %}{% endmacro %}", "{% macro %} is not supported"), ("{% for x in messages %}", "endfor is missing"),
+    ("{% macro f() %}{% endmacro %}", "{% macro %} is not supported"),
+    ("{% for x in messages %}", "endfor is missing"),
     ("{% if true %}", "endif is missing"), ("{{ messages.__class__ }}", "is not supported"),
     ("{{ ''.join.__globals__ }}", "is not supported"), ("{{ open('x') }}", "is not supported"),
-    ("{{ lambda: 1 }}", "is not supported"), ("{{ messages | tojson }}", "the filter `tojson` is not supported"),
-    ("{{ 1 is even }}", "the test `is even` is not supported"), ("{{ 'a' * 9999999999 }}", "is not supported"),
+    ("{{ lambda: 1 }}", "is not supported"),
+    ("{{ messages | tojson }}", "the filter `tojson` is not supported"),
+    ("{{ 1 is even }}", "the test `is even` is not supported"),
+    ("{{ 'a' * 9999999999 }}", "is not supported"),
     ("{{ 1 + }}", "invalid syntax"), ("{{ raise_exception('no system role') }}", "no system role"),
-    ("{{ messages[5].role }}", "index out of range"), ("{% endif %}", "{% endif %} is not supported"),
+    ("{{ messages[5].role }}", "index out of range"),
+    ("{% endif %}", "{% endif %} is not supported"),
     ("{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "cannot be used")])
 def test_what_is_not_understood_is_one_clear_error(source, message):
     with pytest.raises(ValueError, match="my.json: this chat template cannot be used") as e:
@@ -105,9 +124,11 @@ def test_what_is_not_understood_is_one_clear_error(source, message):
 def test_where_templates_come_from(tmp_path):
     assert ChatTemplate.of(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": None, "chat_template": "{{ bos_token }}1"}))
+    config.write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": None,
+                                  "chat_template": "{{ bos_token }}1"}))
     assert ChatTemplate.of(tmp_path).render(ONE) == "<s>1"
-    config.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}))
+    config.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": "t"},
+                                                    {"name": "default", "template": "d"}]}))
     assert ChatTemplate.of(tmp_path).render(ONE) == "d"
     (tmp_path / "chat_template.jinja").write_text("file {{ messages[0].role }}\n")
     assert ChatTemplate.of(tmp_path).render(ONE) == "file user"
@@ -123,22 +144,28 @@ def test_special_tokens_become_ids():
     tokenizer = load_tokenizer(SHIPPED["tiny-llama"])
     ids = ChatTemplate(LLAMA2, names=NAMES).encode(tokenizer, LONG)
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    assert ids.count(bos) == 2 and ids.count(eos) == 1 and ids[0] == bos
+    assert ids.count(bos) == 2
+    assert ids.count(eos) == 1
+    assert ids[0] == bos
     second = ids.index(bos, 1)
-    assert ids[second - 1] == eos and ids[1:second - 1] == tokenizer.encode("[INST] Hi there [/INST] Hello! ", bos=False)
+    assert ids[second - 1] == eos
+    assert ids[1:second - 1] == tokenizer.encode("[INST] Hi there [/INST] Hello! ", bos=False)
 
 
 def test_the_end_of_a_turn_stops_an_answer():
     letters = [bytes([i]) for i in range(256)]
     added = {"<|im_start|>": 256, "<|im_end|>": 257}
-    tokenizer = ByteLevelBPE(r"[\s\S]", letters, {b: i for i, b in enumerate(letters)}, added, {256, 257}, None, 0)
+    tokenizer = ByteLevelBPE(r"[\s\S]", letters, {b: i for i, b in enumerate(letters)}, added,
+                             {256, 257}, None, 0)
     assert ChatTemplate(CHATML).stops(tokenizer) == {257}
     assert ChatTemplate("{{ messages[-1].content }} plain").stops(tokenizer) == frozenset()
 
 
-def test_a_conversation_is_read_from_its_beginning(monkeypatch, capsys):
+def test_a_conversation_is_read_from_its_beginning(capsys):
     """Each answer is what the model generates behind the rendered conversation so far."""
-    model, tokenizer, template = tiny(), Letters(), ChatTemplate("{% for m in messages %}{{ m.role[0] ~ m.content }}{% endfor %}a")
+    model = tiny()
+    tokenizer = Letters()
+    template = ChatTemplate("{% for m in messages %}{{ m.role[0] ~ m.content }}{% endfor %}a")
     evaluation.talk(model, tokenizer, template, iter(["hi\n", "\n", "and\n"]), max_new=4)
     first, second = capsys.readouterr().out.splitlines()
     expect = lambda text: "".join(p for _, p in evaluation.generate(model, tokenizer, [text], 4))

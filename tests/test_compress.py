@@ -1,4 +1,5 @@
-"""compress.py: the walk against one written by hand, what it keeps alive, what it writes, and how it goes on.
+"""compress.py: the walk against one written by hand, what it keeps alive, what it writes, and how
+it goes on.
 
     python -m pytest -q tests/test_compress.py
 """
@@ -17,7 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from compress import Moments, Settings, Stream, Walk, aim, compress, compress_block, compress_model, make_solver, plan
+from compress import (Moments, Settings, Stream, Walk, aim, compress, compress_block,
+                      compress_model, make_solver, plan)
 from data.config import PUBLISHED, SHIPPED, Config
 from data.text import calibration, eval_tokens
 from data.tokenizer import load_tokenizer
@@ -28,8 +30,9 @@ from sparsegpt import prune_and_round, sparsegpt
 from test_prompt import TOKENS, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-needs_tiny = pytest.mark.skipif(not all((p / "tokenizer.model").exists() or (p / "vocab.json").exists() for p in SHIPPED.values()),
-                                reason="data/tiny holds no trained checkpoints")
+has_tiny = all((folder / "tokenizer.model").exists() or (folder / "vocab.json").exists()
+               for folder in SHIPPED.values())
+needs_tiny = pytest.mark.skipif(not has_tiny, reason="data/tiny holds no trained checkpoints")
 
 
 def solve(W, H, parts):
@@ -39,43 +42,56 @@ def solve(W, H, parts):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize("sequential", [False, True])
 def test_walk_equals_one_written_by_hand(family, sequential):
-    """Inputs of every Linear caught with hooks, one full forward pass of the half-compressed model for every group."""
+    """Inputs of every Linear caught with hooks, one full forward pass of the half-compressed model
+    for every group."""
     windows = TOKENS[:96].view(6, 16)
     ours, hand = tiny(family), tiny(family)
-    stats, errors = compress_model(ours, windows, solve, Settings(sequential, 0.0), 6, exact=True), {}
+    stats = compress_model(ours, windows, solve, Settings(sequential, 0.0), 6, exact=True)
+    errors = {}
     for i, block in enumerate(hand.blocks):
-        groups = [["attn.q", "attn.k", "attn.v"], ["attn.o"], ["mlp.gate", "mlp.up"] if family == "llama" else ["mlp.up"], ["mlp.down"]]
+        groups = [["attn.q", "attn.k", "attn.v"], ["attn.o"],
+                  ["mlp.gate", "mlp.up"] if family == "llama" else ["mlp.up"], ["mlp.down"]]
         for part in groups if sequential else [sum(groups, [])]:
             caught = {}
-            handles = [block.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: caught.update({n: a[0]})) for n in part]
+            handles = []
+            for n in part:
+                note = lambda m, a, o, n=n: caught.update({n: a[0]})
+                handles.append(block.get_submodule(n).register_forward_hook(note))
             hand(windows)
             for h in handles:
                 h.remove()
-            for group in groups:                                  # the error reported is that of a group
+            for group in groups:  # the error reported is that of a group
                 old = [block.get_submodule(n).weight.data for n in group if n in part]
                 for n in set(group) & set(part):
                     linear = block.get_submodule(n)
-                    linear.weight.data = sparsegpt(linear.weight, hessian(caught[n]), 0.5, 4).weight.half().float()
+                    solved = sparsegpt(linear.weight, hessian(caught[n]), 0.5, 4)
+                    linear.weight.data = solved.weight.half().float()
                 if old:
                     new = [block.get_submodule(n).weight.data for n in group]
-                    error = relative_error(torch.cat(old), torch.cat(new), hessian(caught[group[0]]))
+                    error = relative_error(torch.cat(old), torch.cat(new),
+                                           hessian(caught[group[0]]))
                     errors.update({f"blocks.{i}.{n}": error for n in group})
     assert [s["name"] for s in stats] == [n for n, _ in hand.linears()]
     assert [s["error"] for s in stats] == pytest.approx([errors[s["name"]] for s in stats], rel=0.1)
     for (name, a), (_, b) in zip(ours.linears(), hand.linears()):
         a.weight = a.weight_dequantized(torch.float32)
         assert int((a.weight == 0).sum()) >= a.weight.numel() // 2
-        if name.startswith("blocks.0.attn"):                      # later a tie that falls the other way spreads
+        if name.startswith("blocks.0.attn"):  # later a tie that falls the other way spreads
             assert ((a.weight - b.weight).abs() > 1e-3).float().mean() < 0.02, name
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize("sequential", [False, True])
 def test_errors_on_held_out_windows(family, sequential):
-    """Against hooks: on windows that the solver has not seen, relative to the dense weights; and nothing else changes."""
-    windows, held = TOKENS[:96].view(6, 16), TOKENS.flip(0)[:80].view(5, 16)
-    model, dense, alone = tiny(family), tiny(family), tiny(family)
-    stats = compress_model(model, windows, solve, Settings(sequential, 0.0), 2, exact=True, held=held)
+    """Against hooks: on windows that the solver has not seen, relative to the dense weights; and
+    nothing else changes."""
+    windows = TOKENS[:96].view(6, 16)
+    held = TOKENS.flip(0)[:80].view(5, 16)
+    model = tiny(family)
+    dense = tiny(family)
+    alone = tiny(family)
+    stats = compress_model(model, windows, solve, Settings(sequential, 0.0), 2, exact=True,
+                           held=held)
     compress_model(alone, windows, solve, Settings(sequential, 0.0), 2, exact=True)
     assert torch.equal(model(held), alone(held))
     seen = copy.deepcopy(model)                                   # its inputs are those of the walk
@@ -87,11 +103,13 @@ def test_errors_on_held_out_windows(family, sequential):
     seen(held)
     new = {n: m.weight_dequantized(torch.float32) for n, m in model.linears()}
     old = {n: m.weight.data for n, m in dense.linears()}
-    groups = [["attn.q", "attn.k", "attn.v"], ["attn.o"], ["mlp.gate", "mlp.up"] if family == "llama" else ["mlp.up"], ["mlp.down"]]
+    groups = [["attn.q", "attn.k", "attn.v"], ["attn.o"],
+              ["mlp.gate", "mlp.up"] if family == "llama" else ["mlp.up"], ["mlp.down"]]
     found = {s["name"]: s for s in stats}
     for i in range(1 if not sequential else 2):
         for names in ([f"blocks.{i}.{n}" for n in group] for group in groups):
-            want = relative_error(torch.cat([old[n] for n in names]), torch.cat([new[n] for n in names]), hessian(caught[names[0]]))
+            want = relative_error(torch.cat([old[n] for n in names]),
+                                  torch.cat([new[n] for n in names]), hessian(caught[names[0]]))
             assert all(found[n]["error_heldout"] == pytest.approx(want, rel=1e-3) for n in names)
             assert found[names[0]]["error_heldout"] != found[names[0]]["error"]
 
@@ -125,17 +143,22 @@ def moments_of(*pairs) -> Moments:
 
 
 def test_moments_are_means_over_all_tokens():
-    x, e = torch.randn(3, 50, 1030).bfloat16(), torch.randn(3, 50, 7)
+    x = torch.randn(3, 50, 1030).bfloat16()
+    e = torch.randn(3, 50, 7)
     m = moments_of((x[:2], e[:2]), (x[2:], e[2:]))
-    flat, errors = x.reshape(-1, 1030).double(), e.reshape(-1, 7).double()
-    assert torch.allclose(m.H, hessian(x), atol=1e-4) and torch.equal(m.H, m.H.T)
+    flat = x.reshape(-1, 1030).double()
+    errors = e.reshape(-1, 7).double()
+    assert torch.allclose(m.H, hessian(x), atol=1e-4)
+    assert torch.equal(m.H, m.H.T)
     assert torch.allclose(m.E.double(), errors.T @ flat / 150, atol=1e-5)
-    assert torch.allclose(m.x.double(), flat.mean(0), atol=1e-5) and torch.allclose(m.e.double(), errors.mean(0), atol=1e-5)
+    assert torch.allclose(m.x.double(), flat.mean(0), atol=1e-5)
+    assert torch.allclose(m.e.double(), errors.mean(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fast_products_lose_nothing(dtype):
-    """Factors in bf16 only where the numbers are bf16, sums in fp32 always, and the setting is put back."""
+    """Factors in bf16 only where the numbers are bf16, sums in fp32 always, and the setting is put
+    back."""
     before = torch.backends.mkldnn.matmul.fp32_precision
     x = torch.randn(4000, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = x.double().T @ x.double() / len(x)
@@ -146,45 +169,55 @@ def test_fast_products_lose_nothing(dtype):
 @pytest.mark.parametrize("of_outputs", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_aimed_weights_fit_the_dense_outputs(biased, of_outputs):
-    """Undamped, they are the least squares solution, bias and residual stream included; without drift nothing changes."""
+    """Undamped, they are the least squares solution, bias and residual stream included; without
+    drift nothing changes."""
     g = torch.Generator().manual_seed(0)
-    x, W = torch.randn(2, 100, 12, generator=g) + 0.5, torch.randn(5, 12, generator=g)
+    x = torch.randn(2, 100, 12, generator=g) + 0.5
+    W = torch.randn(5, 12, generator=g)
     b = torch.randn(5, generator=g) if biased else None
     dense_x = x + 0.3 * torch.randn(x.shape, generator=g) + 0.2
     drift = 0.3 * x[..., :5] + 0.1 if of_outputs else torch.zeros(2, 100, 5)         # r' - r
     errors = (dense_x - x) @ W.T + drift if of_outputs else dense_x - x
-    target = aim(W, moments_of((x[:1], errors[:1]), (x[1:], errors[1:])), biased, 1.0, of_outputs, damp=0.0)
+    target = aim(W, moments_of((x[:1], errors[:1]), (x[1:], errors[1:])), biased, 1.0, of_outputs,
+                 damp=0.0)
     wanted = (dense_x @ W.T + (0 if b is None else b) + drift).reshape(-1, 5)
     A = x.reshape(-1, 12) if b is None else torch.cat([x.reshape(-1, 12), torch.ones(200, 1)], 1)
     exact = torch.linalg.lstsq(A, wanted).solution.T
     assert torch.allclose(target.W, exact[:, :12], atol=2e-3)
     assert b is None or torch.allclose(b + target.bias_gain(target.W), exact[:, 12], atol=2e-3)
     same = aim(W, moments_of((x, torch.zeros_like(errors))), biased, 1.0, of_outputs)
-    assert torch.equal(same.W, W) and (b is None or same.bias_gain(W).abs().max() < 1e-5)
+    assert torch.equal(same.W, W)
+    assert b is None or same.bias_gain(W).abs().max() < 1e-5
 
 
 def test_a_constant_input_belongs_to_the_bias():
-    """Its variance is 0 but for rounding, which may leave it below: the solvers must not see that."""
+    """Its variance is 0 but for rounding, which may leave it below: the solvers must not see
+    that."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1, 400, 12, generator=g)
     x[..., 3:9] = torch.tensor([0.1, 0.3, 0.7, 1.1, 3.3, 7.7])
-    H = aim(torch.randn(5, 12, generator=g), moments_of((x, torch.zeros_like(x))), True, 0.5, False).H
-    assert (H.diagonal()[3:9] == 0).all() and (H.diagonal()[:3] > 0).all()
+    H = aim(torch.randn(5, 12, generator=g), moments_of((x, torch.zeros_like(x))), True, 0.5,
+            False).H
+    assert (H.diagonal()[3:9] == 0).all()
+    assert (H.diagonal()[:3] > 0).all()
     out = prune_and_round(torch.randn(5, 12, generator=g), H, 0.5, 4)
     assert torch.isfinite(out.weight).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize("settings", [Settings(), Settings(True, 0.0), Settings(False, 0.0)])
-def test_a_folder_holds_what_memory_holds_and_a_killed_walk_ends_in_the_same_bytes(family, settings, tmp_path):
-    windows, solver = TOKENS[:96].view(6, 16), make_solver(4, 0.5)
+def test_a_folder_holds_what_memory_holds_and_a_killed_walk_ends_in_the_same_bytes(
+        family, settings, tmp_path):
+    windows = TOKENS[:96].view(6, 16)
+    solver = make_solver(4, 0.5)
     save_model(tiny(family), tmp_path / "dense", torch.float32)
     checkpoint = open_checkpoint(tmp_path / "dense")
     stats = compress(checkpoint, tmp_path / "a", windows, solver, settings)
     model = tiny(family)
     assert compress_model(model, windows, solver, settings) == stats
     for (name, x), (_, y) in zip(model.linears(), load_model(tmp_path / "a").linears()):
-        assert torch.equal(x.weight_dequantized(torch.float32), y.weight_dequantized(torch.float32)), name
+        assert torch.equal(x.weight_dequantized(torch.float32),
+                           y.weight_dequantized(torch.float32)), name
 
     def kill(i):
         raise KeyboardInterrupt
@@ -200,33 +233,40 @@ def test_a_folder_holds_what_memory_holds_and_a_killed_walk_ends_in_the_same_byt
 
 def test_streams_are_halves_and_large_ones_keep_their_range():
     stream = Stream(torch.float32, "cpu")
-    small, large = torch.randn(2, 3, 4), 1e6 * torch.randn(2, 3, 4)
+    small = torch.randn(2, 3, 4)
+    large = 1e6 * torch.randn(2, 3, 4)
     stream.append(small)
     stream.append(large)
     assert [p.dtype for p in stream.parked] == [torch.float16, torch.bfloat16]
-    assert torch.equal(stream[0], small.half().float()) and torch.equal(stream[1], large.bfloat16().float())
+    assert torch.equal(stream[0], small.half().float())
+    assert torch.equal(stream[1], large.bfloat16().float())
     exact = Stream(torch.float32, "cpu", exact=True)
     exact.append(small)
     assert torch.equal(exact[0], small)
 
 
-@pytest.mark.parametrize("settings,streams", [(Settings(), 2), (Settings(True, 0.0), 1), (Settings(False, 0.0), 1)])
+@pytest.mark.parametrize("settings,streams",
+                         [(Settings(), 2), (Settings(True, 0.0), 1), (Settings(False, 0.0), 1)])
 def test_between_blocks_only_the_streams_live(settings, streams):
     """Counted: every tensor of a window's length that is alive after a block."""
     import gc
-    model, windows, seen = tiny(), TOKENS[:90].view(6, 15), []
+    model = tiny()
+    windows = TOKENS[:90].view(6, 15)
+    seen = []
     walk = Walk(model, windows, bool(settings.correct), 2, torch.float32, "cpu")
     for i, block in enumerate(model.blocks):
         compress_block(i, block, walk, make_solver(4, 0.5), settings)
         gc.collect()
-        alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects()
+        alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                 for t in gc.get_objects()
                  if isinstance(t, torch.Tensor) and t.dim() == 3 and t.shape[1] == 15}
         seen.append(sum(alive.values()))
     assert seen == [streams * 6 * 15 * 32 * 2] * 2
 
 
 class Counted(TorchDispatchMode):
-    """Inside, counts the bytes of all storages that operations make: those alive now, and the most there were."""
+    """Inside, counts the bytes of all storages that operations make: those alive now, and the most
+    there were."""
 
     def __init__(self):
         super().__init__()
@@ -248,19 +288,23 @@ class Counted(TorchDispatchMode):
         return tree_map_only(torch.Tensor, self.note, func(*args, **(kwargs or {})))
 
 
-@pytest.mark.parametrize("settings,nsamples,seqlen", [(Settings(), 8, 64), (Settings(), 24, 64), (Settings(), 8, 256),
+@pytest.mark.parametrize("settings,nsamples,seqlen",
+                         [(Settings(), 8, 64), (Settings(), 24, 64), (Settings(), 8, 256),
                                                       (Settings(False, 0.0), 8, 256)])
 def test_the_device_holds_a_block_a_batch_and_the_solver(settings, nsamples, seqlen, tmp_path):
-    """Counted: beside the streams, which lie in CPU memory, a block takes what `plan` says, each as much as the other, and
-    no more for more windows."""
+    """Counted: beside the streams, which lie in CPU memory, a block takes what `plan` says, each as
+    much as the other, and no more for more windows."""
     config = Config("llama", 64, 128, 2, 4, 320, 2)
     torch.manual_seed(0)
     save_model(Transformer(config), tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    windows, batch = torch.randint(0, 64, (nsamples, seqlen)), 4
-    walk = Walk(checkpoint.ends(torch.float32), windows, bool(settings.correct), batch, torch.float32, "cpu")
+    windows = torch.randint(0, 64, (nsamples, seqlen))
+    batch = 4
+    walk = Walk(checkpoint.ends(torch.float32), windows, bool(settings.correct), batch,
+                torch.float32, "cpu")
     streams = nsamples * seqlen * config.d_model * 2 * (2 if settings.correct else 1)
-    planned = plan(checkpoint, windows.numel(), batch * seqlen, torch.float32, settings, 4, 0.5).device
+    planned = plan(checkpoint, windows.numel(), batch * seqlen, torch.float32, settings, 4,
+                   0.5).device
     peaks = []
     for i in range(2):
         with Counted() as counted:
@@ -270,7 +314,7 @@ def test_the_device_holds_a_block_a_batch_and_the_solver(settings, nsamples, seq
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
-def test_a_7b_block_is_planned_under_8_gb_and_a_70b_block_under_24(tmp_path):
+def test_a_7b_block_is_planned_under_8_gb_and_a_70b_block_under_24():
     """What README says of GPUs; the formula is the one counted above."""
     for name, most in (("llama-7b", 8e9), ("llama-2-70b", 24e9)):
         width, _, heads, kv_heads, d_ff, vocab, _ = PUBLISHED[name]
@@ -287,7 +331,8 @@ def test_correcting_needs_the_walk_group_by_group():
 
 
 def test_imports_point_downwards():
-    """No circle: kernels/ knows no model, and neither compress.py nor what it rests on knows a program."""
+    """No circle: kernels/ knows no model, and neither compress.py nor what it rests on knows a
+    program."""
     below = {"kernels": {"kernels"}, "gptq.py": set(), "sparsegpt.py": {"gptq"}}
     ours = {p.stem for p in ROOT.glob("*.py")} | {"kernels", "data", "bench"}
     programs = {"train", "eval", "study", "export"}
@@ -320,10 +365,11 @@ from prompt import learn, initial_prompt
 def numbers():
     torch.manual_seed(0)
     model = tiny()
-    stats = compress_model(model, TOKENS[:96].view(6, 16), make_solver(4, 0.5), Settings(), batch_size=1, exact=True)
+    windows, val = TOKENS[:96].view(6, 16), TOKENS[:32].view(2, 16)
+    stats = compress_model(model, windows, make_solver(4, 0.5), Settings(), batch_size=1, exact=True)
     model = tiny()
     ppl = perplexity(model, TOKENS, 16, batch_size=1)
-    got = learn(model, initial_prompt(model, 4, tokens=TOKENS), TOKENS[:96].view(6, 16), TOKENS[:32].view(2, 16), 6, 2, 1e-2)
+    got = learn(model, initial_prompt(model, 4, tokens=TOKENS), windows, val, 6, 2, 1e-2)
     return [s["error"] for s in stats], ppl, got.losses
 
 if __name__ == "__main__":
@@ -337,14 +383,18 @@ if __name__ == "__main__":
 """
     job, out = tmp_path / "job.py", tmp_path / "two.json"
     job.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, job, out]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", str(job), str(out)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two, names = json.loads(out.read_text()), {"__name__": "job"}
     exec(code, names)
     one = names["numbers"]()
-    assert two[0][:4] == pytest.approx(one[0][:4], rel=1e-3)    # later a tie that falls the other way spreads
-    assert two[1][1] == one[1][1] == 90 and two[1][0] == pytest.approx(one[1][0], rel=1e-5)
+    # later a tie that falls the other way spreads
+    assert two[0][:4] == pytest.approx(one[0][:4], rel=1e-3)
+    assert two[1][1] == one[1][1] == 90
+    assert two[1][0] == pytest.approx(one[1][0], rel=1e-5)
     assert two[2] == pytest.approx(one[2], rel=1e-4)
 
 
@@ -352,4 +402,5 @@ if __name__ == "__main__":
 def test_perplexity_block_by_block_is_the_models(family, tmp_path):
     save_model(tiny(family), tmp_path, torch.float32)
     whole = perplexity(load_model(tmp_path), TOKENS, 16, batch_size=4)
-    assert streamed_perplexity(open_checkpoint(tmp_path), TOKENS, 16, 4) == pytest.approx(whole, rel=1e-6)
+    streamed = streamed_perplexity(open_checkpoint(tmp_path), TOKENS, 16, 4)
+    assert streamed == pytest.approx(whole, rel=1e-6)

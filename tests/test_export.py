@@ -1,4 +1,5 @@
-"""export.py: every file it writes is read by the program it is meant for, or by a reader written from that format's text.
+"""export.py: every file it writes is read by the program it is meant for, or by a reader written
+from that format's text.
 
     python -m pytest -q tests/test_export.py
 """
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model import peer, to_meta
 from test_packed_model import TOKENS, models
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig, LlamaForCausalLM, OPTForCausalLM
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig,
+                          LlamaForCausalLM, OPTForCausalLM)
 
 import export
 from data.checkpoint import read_folder, verify, write_safetensors
@@ -44,8 +46,9 @@ def behind(model, prompt: torch.Tensor) -> torch.Tensor:
 
 # ---- Hugging Face
 
-@pytest.mark.parametrize("family, format, grid", [("llama", "unstructured", "offset"), ("llama", "nm", "uniform"),
-                                                  ("opt", "dense", "uniform"), ("opt", "unstructured", "offset")])
+@pytest.mark.parametrize("family, format, grid", [
+    ("llama", "unstructured", "offset"), ("llama", "nm", "uniform"),
+    ("opt", "unstructured", "offset"), ("opt", "dense", "uniform")])
 def test_transformers_gives_our_logits(family, format, grid, tmp_path, monkeypatch):
     save_model(models(family, format, grid)[0], tmp_path / "packed", torch.float32)
     want = load_model(tmp_path / "packed")(TOKENS)
@@ -55,15 +58,18 @@ def test_transformers_gives_our_logits(family, format, grid, tmp_path, monkeypat
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert (logits(theirs, input_ids=TOKENS) - want).abs().max() < 1e-5
     assert torch.equal(load_model(tmp_path / "hf")(TOKENS), want)
-    export.to_hf(open_checkpoint(tmp_path / "packed"), tmp_path / "half")   # as stored: what an fp16 model computes with
+    # as stored: what an fp16 model computes with
+    export.to_hf(open_checkpoint(tmp_path / "packed"), tmp_path / "half")
     dense = load_model(tmp_path / "packed", torch.float16, packed=False).state_dict()
-    assert all(torch.equal(w, dense[n]) for n, w in load_model(tmp_path / "half", torch.float16).state_dict().items())
+    assert all(torch.equal(w, dense[n])
+               for n, w in load_model(tmp_path / "half", torch.float16).state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_a_shipped_model_with_its_tokenizer(name, tmp_path):
     run(name, "--to", "hf", tmp_path / "out")
-    tokenizer, text = load_tokenizer(SHIPPED[name]), "def f(x):\n    return x + 12  # na\u00efve \u2603 <- \t'it's'\n\n  two"
+    tokenizer = load_tokenizer(SHIPPED[name])
+    text = "def f(x):\n    return x + 12  # na\u00efve \u2603 <- \t'it's'\n\n  two"
     ids = torch.tensor([tokenizer.encode(text)])
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     for some in (text, "", " a", *(ROOT / "gptq.py").read_text().split("\n\n")):
@@ -94,7 +100,8 @@ def test_every_byte_has_a_checksum_and_every_file_its_place(tmp_path, capsys):
     run(tmp_path / "a", "--verify")
     assert "as they were written" in capsys.readouterr().out
     path = tmp_path / "a/model.safetensors"
-    whole, count = path.read_bytes(), len(load_file(path))
+    whole = path.read_bytes()
+    count = len(load_file(path))
     assert verify(tmp_path / "a") == {path.name: count}
     begin = 8 + int.from_bytes(whole[:8], "little")
     for at in range(begin, len(whole), len(whole) // 50):
@@ -102,18 +109,24 @@ def test_every_byte_has_a_checksum_and_every_file_its_place(tmp_path, capsys):
         for look in (lambda: verify(tmp_path / "a"), lambda: load_model(tmp_path / "a")):
             with pytest.raises(ValueError, match="model.safetensors is damaged: .* checksum"):
                 look()
-    done = subprocess.run([sys.executable, "export.py", tmp_path / "a", "--verify"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, "export.py", tmp_path / "a", "--verify"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
     path.write_bytes(whole)
-    config, tensors = json.loads((tmp_path / "a/config.json").read_text()), load_file(path)
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    tensors = load_file(path)
     q = config["quantization_config"]
-    assert q["version"] == 2 and q["files"] == file_sums(tmp_path / "a")
+    assert q["version"] == 2
+    assert q["files"] == file_sums(tmp_path / "a")
     names = [n for n in tensors if n.endswith("g_idx")]
     swapped = {**tensors, names[0]: tensors[names[1]], names[1]: tensors[names[0]]}
     lacking = {n: t for n, t in tensors.items() if n != names[0]}
-    for changed in (swapped, lacking):                                      # written anew: checksums are right again
+    for changed in (swapped, lacking):  # written anew: checksums are right again
         write_safetensors(path, changed)
-        with pytest.raises(ValueError, match="model.safetensors is not the file that config.json was written for"):
+        with pytest.raises(ValueError,
+                           match="model.safetensors is not the file that config.json was written"):
             load_model(tmp_path / "a")
     del q["files"]
     (tmp_path / "a/config.json").write_text(json.dumps(config))
@@ -132,7 +145,8 @@ def test_folders_from_before_checksums_are_read(tmp_path, capsys):
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
     layers = config["quantization_config"]["layers"]
-    config.update(model_type="llama", quantization_config={"quant_method": "compress-then-prompt", "layers": layers})
+    config.update(model_type="llama",
+                  quantization_config={"quant_method": "compress-then-prompt", "layers": layers})
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert torch.equal(load_model(tmp_path)(TOKENS), dense(TOKENS))
     run(tmp_path, "--verify")
@@ -142,9 +156,11 @@ def test_folders_from_before_checksums_are_read(tmp_path, capsys):
 # ---- GPTQ
 
 def read_gptq(folder: Path) -> dict[str, torch.Tensor]:
-    """The layout's own text, bit by bit: {name: weight (out, in)} of a GPTQ folder, everything else as it is."""
+    """The layout's own text, bit by bit: {name: weight (out, in)} of a GPTQ folder, everything else
+    as it is."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    bits, extra = config["bits"], 1 if config["checkpoint_format"] == "gptq" else 0
+    bits = config["bits"]
+    extra = 1 if config["checkpoint_format"] == "gptq" else 0
     tensors, out = {}, {}
     for file in folder.glob("*.safetensors"):
         tensors.update(load_file(file))
@@ -160,24 +176,30 @@ def read_gptq(folder: Path) -> dict[str, torch.Tensor]:
         if kind != "qweight":
             continue
         base = name.removesuffix("qweight")
-        group, scale = tensors[base + "g_idx"], tensors[base + "scales"].float()        # (in,), (groups, out)
+        group = tensors[base + "g_idx"].long()                  # (in,)
+        scale = tensors[base + "scales"].float()                # (groups, out)
         columns = t.shape[0] * 32 // bits
         q = torch.tensor([[number(word, i) for i in range(columns)] for word in t.T.tolist()])
-        zeros = [[number(row, i) + extra for i in range(t.shape[1])] for row in tensors[base + "qzeros"].tolist()]
-        out[base + "weight"] = (q - torch.tensor(zeros).T[:, group.long()]).float() * scale.T[:, group.long()]
+        zeros = [[number(row, i) + extra for i in range(t.shape[1])]
+                 for row in tensors[base + "qzeros"].tolist()]
+        zero_of_column = torch.tensor(zeros).T[:, group]
+        out[base + "weight"] = (q - zero_of_column).float() * scale.T[:, group]
     return out
 
 
 @pytest.mark.parametrize("family, format, bits, groupsize, shuffled", [
-    ("llama", "unstructured", 4, -1, False), ("opt", "nm", 4, 32, False), ("opt", "dense", 4, 32, True),
-    ("llama", "dense", 3, 32, False), ("llama", "unstructured", 2, -1, False), ("opt", "dense", 8, -1, False)])
+    ("llama", "unstructured", 4, -1, False), ("opt", "nm", 4, 32, False),
+    ("opt", "dense", 4, 32, True),
+    ("llama", "dense", 3, 32, False), ("llama", "unstructured", 2, -1, False),
+    ("opt", "dense", 8, -1, False)])
 def test_gptq_holds_the_same_weights(family, format, bits, groupsize, shuffled, tmp_path):
     packed, dense = models(family, format, "uniform", bits, groupsize, shuffled)
     save_model(packed, tmp_path / "packed", torch.float32)
     export.to_gptq(open_checkpoint(tmp_path / "packed"), tmp_path / "gptq")
     said = json.loads((tmp_path / "gptq/config.json").read_text())["quantization_config"]
     assert (said["bits"], said["group_size"], said["desc_act"]) == (bits, groupsize, shuffled)
-    assert said == json.loads((tmp_path / "gptq/quantize_config.json").read_text()) and said["checkpoint_format"] == "gptq"
+    assert said == json.loads((tmp_path / "gptq/quantize_config.json").read_text())
+    assert said["checkpoint_format"] == "gptq"
     export.to_hf(open_checkpoint(tmp_path / "packed"), tmp_path / "hf", torch.float32)
     want = load_file(tmp_path / "hf/model.safetensors")
     got = read_gptq(tmp_path / "gptq")
@@ -187,8 +209,9 @@ def test_gptq_holds_the_same_weights(family, format, bits, groupsize, shuffled, 
         assert torch.equal(got[name].float(), w if linear else w.half().float()), name
 
 
-def test_gptq_of_offset_grids(tmp_path, monkeypatch):
-    """With an offset of one half the 8-bit form is exact; any other is one error, before anything is written."""
+def test_gptq_of_offset_grids(tmp_path):
+    """With an offset of one half the 8-bit form is exact; any other is one error, before anything
+    is written."""
     save_model(models("llama", "unstructured", "offset")[0], tmp_path / "packed")
     with pytest.raises(ValueError, match="train.py --grid uniform, or use --to hf"):
         run(tmp_path / "packed", "--to", "gptq", tmp_path / "gptq")
@@ -199,9 +222,13 @@ def test_gptq_of_offset_grids(tmp_path, monkeypatch):
     save_model(packed, tmp_path / "half")
     export.to_gptq(open_checkpoint(tmp_path / "half"), tmp_path / "gptq")
     export.to_hf(open_checkpoint(tmp_path / "half"), tmp_path / "hf", torch.float32)
-    got, want = read_gptq(tmp_path / "gptq"), load_file(tmp_path / "hf/model.safetensors")
-    assert all(torch.equal(got[n].float(), w if w.dim() > 1 and "layers" in n else w.half().float()) for n, w in want.items())
-    assert json.loads((tmp_path / "gptq/config.json").read_text())["quantization_config"]["bits"] == 8
+    got = read_gptq(tmp_path / "gptq")
+    want = load_file(tmp_path / "hf/model.safetensors")
+    for n, w in want.items():
+        is_linear = w.dim() > 1 and "layers" in n
+        assert torch.equal(got[n].float(), w if is_linear else w.half().float()), n
+    config = json.loads((tmp_path / "gptq/config.json").read_text())
+    assert config["quantization_config"]["bits"] == 8
 
 
 def test_gptq_version_2_where_a_zero_is_0_and_errors(tmp_path):
@@ -210,11 +237,14 @@ def test_gptq_version_2_where_a_zero_is_0_and_errors(tmp_path):
         m.zero[3] = 0
     save_model(packed, tmp_path / "packed")
     export.to_gptq(open_checkpoint(tmp_path / "packed"), tmp_path / "gptq")
-    assert json.loads((tmp_path / "gptq/config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    config = json.loads((tmp_path / "gptq/config.json").read_text())
+    assert config["quantization_config"]["checkpoint_format"] == "gptq_v2"
     export.to_hf(open_checkpoint(tmp_path / "packed"), tmp_path / "hf", torch.float32)
     name = "model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(read_gptq(tmp_path / "gptq")[name], load_file(tmp_path / "hf/model.safetensors")[name])
-    with pytest.raises(ValueError, match="blocks.0.attn.q is not quantized.*--bits 4 --grid uniform"):
+    assert torch.equal(read_gptq(tmp_path / "gptq")[name],
+                       load_file(tmp_path / "hf/model.safetensors")[name])
+    with pytest.raises(ValueError,
+                       match="blocks.0.attn.q is not quantized.*--bits 4 --grid uniform"):
         export.to_gptq(open_checkpoint(tmp_path / "hf"), tmp_path / "no")
     packed.blocks[0].mlp.down.zero[0] = 1.5
     save_model(packed, tmp_path / "tuned")
@@ -223,57 +253,71 @@ def test_gptq_version_2_where_a_zero_is_0_and_errors(tmp_path):
 
 
 @pytest.mark.parametrize("family, format, bits, groupsize, shuffled, zero", [
-    ("llama", "unstructured", 4, 32, False, None), ("opt", "dense", 4, 32, True, None), ("opt", "nm", 4, -1, False, None),
-    ("llama", "dense", 8, -1, False, None), ("llama", "dense", 2, 32, False, None), ("llama", "dense", 3, -1, False, None),
+    ("llama", "unstructured", 4, 32, False, None), ("opt", "dense", 4, 32, True, None),
+    ("opt", "nm", 4, -1, False, None),
+    ("llama", "dense", 8, -1, False, None), ("llama", "dense", 2, 32, False, None),
+    ("llama", "dense", 3, -1, False, None),
     ("llama", "dense", 4, -1, False, 0)])
 def test_gptqmodel_gives_our_logits(family, format, bits, groupsize, shuffled, zero, tmp_path):
     """The real peer, on a CPU, through transformers, where it is installed."""
     for package in ("gptqmodel", "optimum"):
-        pytest.importorskip(package, reason=f"needs {package}, which is not among the tests' requirements")
+        pytest.importorskip(package,
+                            reason=f"needs {package}, which is not among the tests' requirements")
     packed = models(family, format, "uniform", bits, groupsize, shuffled)[0]
     if zero is not None:                                        # version 2
         packed.blocks[0].mlp.down.zero.fill_(zero)
     save_model(packed, tmp_path / "packed")
     export.to_gptq(open_checkpoint(tmp_path / "packed"), tmp_path / "gptq")
     chosen = {}
-    if groupsize == -1:                 # the kernel it chooses on a CPU knows groups of 32, 64, 128 and 256 columns only
+    # the kernel it chooses on a CPU knows groups of 32, 64, 128 and 256 columns only
+    if groupsize == -1:
         chosen["quantization_config"] = GPTQConfig(bits=bits, backend="gptq_torch")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "gptq", dtype=torch.float32, device_map="cpu", **chosen)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "gptq", dtype=torch.float32,
+                                                  device_map="cpu", **chosen)
     want = load_model(tmp_path / "packed")(TOKENS)
     assert (logits(theirs, input_ids=TOKENS).float() - want).abs().max() < 5e-3 * want.abs().max()
 
 
 # ---- Meta
 
-@pytest.mark.parametrize("name, shards", [("llama-gqa", 1), ("llama-tied", 1), ("llama-gqa", 2), ("llama", 2)])
+@pytest.mark.parametrize("name, shards",
+                         [("llama-gqa", 1), ("llama-tied", 1), ("llama-gqa", 2), ("llama", 2)])
 def test_meta_and_hugging_face_both_ways(name, shards, tmp_path, monkeypatch):
-    monkeypatch.setitem(test_model.LLAMA, "vocab_size", 100)                # two shards share it evenly
+    monkeypatch.setitem(test_model.LLAMA, "vocab_size", 100)  # two shards share it evenly
     peer(name, tmp_path / "hf")
     to_meta_folder = tmp_path / "meta"
     to_meta(tmp_path / "hf", to_meta_folder, shards, False)                 # the tests' own writer
     monkeypatch.setattr(export, "SHARD", 60_000)
     export.to_hf(open_checkpoint(to_meta_folder), tmp_path / "hf2")
-    first, second = read_folder(tmp_path / "hf"), read_folder(tmp_path / "hf2")
-    assert set(second) == set(first) and all(torch.equal(first[n], second[n]) for n in first)
+    first = read_folder(tmp_path / "hf")
+    second = read_folder(tmp_path / "hf2")
+    assert set(second) == set(first)
+    assert all(torch.equal(first[n], second[n]) for n in first)
     export.to_meta(open_checkpoint(tmp_path / "hf2"), tmp_path / "meta2")
-    theirs = torch.load(tmp_path / "meta2/consolidated.00.pth", weights_only=True)      # read without mapping: CRCs count
+    # read without mapping: CRCs count
+    theirs = torch.load(tmp_path / "meta2/consolidated.00.pth", weights_only=True)
     mapped = torch.load(tmp_path / "meta2/consolidated.00.pth", weights_only=True, mmap=True)
     parts = [torch.load(f, weights_only=True) for f in sorted(to_meta_folder.glob("*.pth"))]
     assert set(theirs) == set(parts[0]) - {"rope.freqs"}
     if shards == 1:
-        assert all(torch.equal(w, parts[0][n]) and torch.equal(w, mapped[n]) for n, w in theirs.items())
+        assert all(torch.equal(w, parts[0][n]) and torch.equal(w, mapped[n])
+                   for n, w in theirs.items())
     assert torch.equal(load_model(tmp_path / "meta2")(TOKENS), load_model(tmp_path / "hf")(TOKENS))
     assert zipfile.ZipFile(tmp_path / "meta2/consolidated.00.pth").testzip() is None
-    p = json.loads((tmp_path / "meta2/params.json").read_text())            # the width of the MLP as Meta's code finds it
+    # the width of the MLP as Meta's code finds it
+    p = json.loads((tmp_path / "meta2/params.json").read_text())
     hidden = int(p["ffn_dim_multiplier"] * int(2 * 4 * p["dim"] / 3))
-    assert p["multiple_of"] * -(-hidden // p["multiple_of"]) == theirs["layers.0.feed_forward.w1.weight"].shape[0]
+    rounded_up = p["multiple_of"] * -(-hidden // p["multiple_of"])
+    assert rounded_up == theirs["layers.0.feed_forward.w1.weight"].shape[0]
 
 
 def test_packed_to_meta_and_what_meta_cannot_say(tmp_path):
     save_model(models("llama", "unstructured", "offset")[0], tmp_path / "packed")
     export.to_meta(open_checkpoint(tmp_path / "packed"), tmp_path / "meta", torch.float32)
-    assert torch.equal(load_model(tmp_path / "meta")(TOKENS), load_model(tmp_path / "packed")(TOKENS))
-    for name, what in (("opt", "OPT"), ("llama-biases", "biases"), ("llama-head-dim", "heads of 24"),
+    assert torch.equal(load_model(tmp_path / "meta")(TOKENS),
+                       load_model(tmp_path / "packed")(TOKENS))
+    for name, what in (("opt", "OPT"), ("llama-biases", "biases"),
+                       ("llama-head-dim", "heads of 24"),
                        ("llama-linear", "rotary scaling")):
         peer(name, tmp_path / name)
         with pytest.raises(ValueError, match=f"Meta's layout cannot say .*{what}"):
@@ -290,26 +334,34 @@ def test_a_prompt_goes_to_peft_and_back(family, tmp_path):
     model = load_model(tmp_path / "packed")
     prompt = initial_prompt(model, 5, "random", seed=3)
     save_prompt(tmp_path / "prompt.safetensors", prompt)
-    run(tmp_path / "packed", "--to", "peft", tmp_path / "adapter", "--prompt", tmp_path / "prompt.safetensors")
+    run(tmp_path / "packed", "--to", "peft", tmp_path / "adapter", "--prompt",
+        tmp_path / "prompt.safetensors")
     run(tmp_path / "packed", "--to", "hf", tmp_path / "hf", "--dtype", "float32")
     base = CLASSES[family].from_pretrained(tmp_path / "hf", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     want = behind(model, prompt)
     got = logits(theirs, input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
-    assert got.shape == want.shape and (got - want).abs().max() < 1e-5
+    assert got.shape == want.shape
+    assert (got - want).abs().max() < 1e-5
 
-    base = CLASSES[family].from_pretrained(tmp_path / "hf", dtype=torch.float32)        # a prompt that peft trained
-    tuned = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    # a prompt that peft trained
+    base = CLASSES[family].from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tuned = peft.get_peft_model(base,
+                                peft.PromptTuningConfig(task_type="CAUSAL_LM",
+                                                        num_virtual_tokens=4))
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
     tuned(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS), labels=TOKENS).loss.backward()
     optimizer.step()
     tuned.save_pretrained(tmp_path / "trained")
-    run(tmp_path / "packed", "--to", "prompt", tmp_path / "back.safetensors", "--prompt", tmp_path / "trained")
+    run(tmp_path / "packed", "--to", "prompt", tmp_path / "back.safetensors", "--prompt",
+        tmp_path / "trained")
     back = load_prompt(tmp_path / "back.safetensors", model)[0]
     got = logits(tuned.eval(), input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
-    assert back.shape == (4, 64) and (got - behind(model, back)).abs().max() < 1e-5
+    assert back.shape == (4, 64)
+    assert (got - behind(model, back)).abs().max() < 1e-5
     config = json.loads((tmp_path / "trained/adapter_config.json").read_text())
-    for key, value, message in (("peft_type", "LORA", "peft_type LORA"), ("num_virtual_tokens", 5, "of 5 tokens")):
+    for key, value, message in (("peft_type", "LORA", "peft_type LORA"),
+                                ("num_virtual_tokens", 5, "of 5 tokens")):
         (tmp_path / "trained/adapter_config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(ValueError, match=message):
             export.from_peft(tmp_path / "trained")
@@ -321,22 +373,30 @@ def test_the_program_refuses_what_it_cannot_do(tmp_path):
     peer("llama", tmp_path / "model")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("")
-    model, new = tmp_path / "model", tmp_path / "new"
-    for args, message in (((), "say what to write"), (("--to", "hf"), "say what to write"), (("--to", "hf", tmp_path / "full"), "not empty"),
-                          (("--to", "hf", model), "not empty"), (("--to", "peft", new), "needs --prompt"),
-                          (("--to", "hf", new, "--prompt", "x"), "takes no --prompt"), (("--verify", "--to", "hf", new), "leave out"),
-                          (("--to", "gptq", new, "--dtype", "float32"), "does nothing"), (("--to", "gptq", new), "not quantized")):
+    model = tmp_path / "model"
+    new = tmp_path / "new"
+    for args, message in (((), "say what to write"), (("--to", "hf"), "say what to write"),
+                          (("--to", "hf", tmp_path / "full"), "not empty"),
+                          (("--to", "hf", model), "not empty"),
+                          (("--to", "peft", new), "needs --prompt"),
+                          (("--to", "hf", new, "--prompt", "x"), "takes no --prompt"),
+                          (("--verify", "--to", "hf", new), "leave out"),
+                          (("--to", "gptq", new, "--dtype", "float32"), "does nothing"),
+                          (("--to", "gptq", new), "not quantized")):
         with pytest.raises(ValueError, match=message):
             run(model, *args)
-    assert not new.exists() and sorted(f.name for f in (tmp_path / "full").iterdir()) == ["file"]
+    assert not new.exists()
+    assert sorted(f.name for f in (tmp_path / "full").iterdir()) == ["file"]
 
 
 def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
     """A full disk: one line with the file's name and no .part."""
     peer("llama", tmp_path / "model")
     (tmp_path / "model/generation_config.json").unlink()
-    monkeypatch.setattr(shutil, "copyfileobj", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(shutil, "copyfileobj",
+                        lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     (tmp_path / "model/tokenizer.model").write_bytes(b"x")
     with pytest.raises(OSError, match="tokenizer.model cannot be written .No space left on device"):
         export.to_hf(open_checkpoint(tmp_path / "model"), tmp_path / "out")
-    assert [f.name for f in (tmp_path / "out").iterdir()] == ["model.safetensors"]      # complete, and no config.json
+    # complete, and no config.json
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["model.safetensors"]

@@ -1,4 +1,5 @@
-"""pack and unpack are a pure pair: every format, bit width, grid and grouping, odd shapes, empty and full rows.
+"""pack and unpack are a pure pair: every format, bit width, grid and grouping, odd shapes, empty
+and full rows.
 
     python -m pytest -q tests/test_packing.py
 """
@@ -17,29 +18,33 @@ SHAPES = [(32, 576), (5, 4100), (1, 1), (3, 8), (33, 130)]
 
 def dequantize(codes, mask, scale, zero, bits, grid, group):
     """The solver's weight, straight from the definition of the two grids."""
-    s, z = scale[:, group], zero[:, group]
+    s = scale[:, group]
+    z = zero[:, group]
     if grid == "uniform":
         w = s * (codes.float() - z)
     else:
         top = 1 << (bits - 1)
-        w = torch.where(codes >= top, -1.0, 1.0) * s * ((codes % top).float() + z)
+        sign = torch.where(codes >= top, -1.0, 1.0)
+        w = sign * s * ((codes % top).float() + z)
     return w if mask is None else w.masked_fill(mask, 0.0)
 
 
 def example(shape, bits, grid, groupsize, format, seed=0, groups=None):
-    """codes, mask (True where pruned; as the format allows, with empty and full rows), scale, zero."""
+    """codes, mask (True where pruned; as the format allows, with empty and full rows), scale,
+    zero."""
     g = torch.Generator().manual_seed(seed)
     rows, cols = shape
     groups = groups or (-(-cols // groupsize) if groupsize > 0 else 1)
     codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=g)
     scale = (torch.rand(rows, groups, generator=g) * 0.1 + 0.01).half().float()
-    zero = (torch.rand(rows, groups, generator=g) * (1 << bits if grid == "uniform" else 1)).half().float()
+    most = 1 << bits if grid == "uniform" else 1
+    zero = (torch.rand(rows, groups, generator=g) * most).half().float()
     mask = None
     if format == "nm":
         order = torch.rand(rows, -(-cols // 16), 16, generator=g).argsort(-1)
         pruned = torch.randint(8, 17, order.shape[:2] + (1,), generator=g)
         mask = (order < pruned).view(rows, -1)[:, :cols].clone()
-        mask[0, :16] = torch.arange(16)[:cols] >= 8                 # byte 0 full, byte 1 empty, and the reverse
+        mask[0, :16] = torch.arange(16)[:cols] >= 8  # byte 0 full, byte 1 empty, and the reverse
         mask[-1, :16] = torch.arange(16)[:cols] < 8
     elif format == "unstructured":
         mask = torch.rand(shape, generator=g) < torch.rand(rows, 1, generator=g)
@@ -71,10 +76,12 @@ def test_round_trip(bits, grid, format):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_many_blocks_on_two_threads_equal_one(bits, format, monkeypatch):
     packed = pack(*example((33, 130), bits, "offset", 32, format), bits, "offset", 32, format)
-    whole, codes = unpack(packed), unpack_codes(packed)[0]
+    whole = unpack(packed)
+    codes = unpack_codes(packed)[0]
     monkeypatch.setattr(unpacking, "BLOCK", 400)                              # 3 rows at a time
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert torch.equal(unpack(packed), whole) and torch.equal(unpack_codes(packed)[0], codes)
+    assert torch.equal(unpack(packed), whole)
+    assert torch.equal(unpack_codes(packed)[0], codes)
 
 
 def test_groups_in_another_order():
@@ -82,7 +89,8 @@ def test_groups_in_another_order():
     g_idx = torch.arange(96)[torch.randperm(96, generator=torch.Generator().manual_seed(1))] // 32
     packed = pack(codes, mask, scale, zero, 4, "uniform", 32, g_idx=g_idx)
     assert packed.tensors["g_idx"].dtype == torch.int16
-    assert torch.equal(unpack(packed), dequantize(codes, mask, scale, zero, 4, "uniform", g_idx).half())
+    assert torch.equal(unpack(packed),
+                       dequantize(codes, mask, scale, zero, 4, "uniform", g_idx).half())
 
 
 def test_auto_takes_the_smallest_format():
@@ -92,23 +100,30 @@ def test_auto_takes_the_smallest_format():
     two_of_four = (torch.arange(512) % 4 < 2).expand(8, 512)
     one_of_four = torch.arange(512) % 4 > 0
     assert auto(two_of_four) == "nm"
-    assert auto(one_of_four.expand(8, 512)) == "unstructured"                       # nm keeps room for half of them
-    assert auto(torch.rand(8, 512, generator=torch.Generator().manual_seed(0)) < 0.5) == "unstructured"
+    assert auto(one_of_four.expand(8, 512)) == "unstructured"  # nm keeps room for half of them
+    g = torch.Generator().manual_seed(0)
+    assert auto(torch.rand(8, 512, generator=g) < 0.5) == "unstructured"
     assert auto(None) == "dense"
 
 
 @pytest.mark.parametrize("format, shape, limit", [
-    ("nm", (4096, 4096), 3.01), ("unstructured", (4096, 4096), 3.15), ("unstructured", (576, 576), 3.3),
+    ("nm", (4096, 4096), 3.01), ("unstructured", (4096, 4096), 3.15),
+    ("unstructured", (576, 576), 3.3),
     ("nm", (576, 576), 3.1)])
 def test_bits_per_weight_at_half_sparsity(format, shape, limit):
-    mask = torch.rand(shape[0], shape[1] // 16, 16, generator=torch.Generator().manual_seed(0)).argsort(-1) < 8
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(shape[0], shape[1] // 16, 16, generator=g).argsort(-1) < 8
     mask = mask.view(shape)
-    scale, zero = torch.ones(shape[0], 1), torch.zeros(shape[0], 1)
-    assert bits_per_weight(pack(torch.zeros(shape, dtype=torch.uint8), mask, scale, zero, 4, format=format)) <= limit
+    scale = torch.ones(shape[0], 1)
+    zero = torch.zeros(shape[0], 1)
+    codes = torch.zeros(shape, dtype=torch.uint8)
+    packed = pack(codes, mask, scale, zero, 4, format=format)
+    assert bits_per_weight(packed) <= limit
 
 
 def test_clear_errors():
-    codes, ones = torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1)
+    codes = torch.zeros(2, 32, dtype=torch.uint8)
+    ones = torch.ones(2, 1)
     keep_all = torch.zeros(2, 32, dtype=torch.bool)
     with pytest.raises(ValueError, match="at most 8 of every 16 columns, row 0 keeps 16"):
         pack(codes, keep_all, ones, ones, 4, format="nm")
@@ -129,7 +144,8 @@ def test_clear_errors():
 
 def test_a_large_layer_packs_in_two_seconds():
     mask = torch.rand(4096, 11008) < 0.5
-    codes, scale = torch.full(mask.shape, 5, dtype=torch.uint8) * ~mask, torch.ones(4096, 1)
+    codes = torch.full(mask.shape, 5, dtype=torch.uint8) * ~mask
+    scale = torch.ones(4096, 1)
     start = time.process_time()
     packed = pack(codes, mask, scale, scale, 4, format="unstructured")
     assert time.process_time() - start < 2

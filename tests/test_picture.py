@@ -14,15 +14,19 @@ import pytest
 from data.picture import BAR, STEP, WIDTH, picture, read_report
 from data.svg import DENSE, HEALED, HURT, Drawing
 
-ROOT, SVG = Path(__file__).resolve().parents[1], "{http://www.w3.org/2000/svg}"
-ROWS = {"dense": 30.0, "compressed": 48.0, "compressed + initial prompt": 50.0, "compressed + learned prompt": 32.5,
+ROOT = Path(__file__).resolve().parents[1]
+SVG = "{http://www.w3.org/2000/svg}"
+ROWS = {"dense": 30.0, "compressed": 48.0, "compressed + initial prompt": 50.0,
+        "compressed + learned prompt": 32.5,
         "dense + initial prompt": 29.0, "dense + learned prompt": 22.0}
-SETTINGS = {"model": "models/a<b&c", "bits": 4, "sparsity": "0.5", "data": "wiki.test.raw", "seqlen": 512, "seed": 0,
+SETTINGS = {"model": "models/a<b&c", "bits": 4, "sparsity": "0.5", "data": "wiki.test.raw",
+            "seqlen": 512, "seed": 0,
             "steps": 200, "prompt_tokens": 100}
 
 
 def report(rows=ROWS, **settings):
-    return {"rows": [{"name": n, "perplexity": p} for n, p in rows.items()], "settings": {**SETTINGS, **settings}}
+    return {"rows": [{"name": n, "perplexity": p} for n, p in rows.items()],
+            "settings": {**SETTINGS, **settings}}
 
 
 class Drawn:
@@ -31,22 +35,28 @@ class Drawn:
     def __init__(self, *reports):
         root = ET.fromstring(picture(list(reports)))
         self.height = float(root.get("height"))
-        self.texts = [(float(t.get("x")), float(t.get("y")), t.text) for t in root.findall(f"{SVG}text")]
-        self.bars = [(float(r.get("x")), float(r.get("y")), float(r.get("width")), r.get("fill")) for r in root.findall(f"{SVG}rect")]
-        self.lines = [tuple(float(line.get(k)) for k in ("x1", "y1", "y2")) for line in root.findall(f"{SVG}line")]
+        self.texts = [(float(t.get("x")), float(t.get("y")), t.text)
+                      for t in root.findall(f"{SVG}text")]
+        self.bars = [(float(r.get("x")), float(r.get("y")), float(r.get("width")), r.get("fill"))
+                     for r in root.findall(f"{SVG}rect")]
+        self.lines = [tuple(float(line.get(k)) for k in ("x1", "y1", "y2"))
+                      for line in root.findall(f"{SVG}line")]
         self.words = [text for _, _, text in self.texts]
 
     def value(self, bar):
         """The number behind a bar."""
         x, y, width, _ = bar
-        [number] = [text for tx, ty, text in self.texts if abs(tx - x - width - 6) < 0.2 and 0 < ty - y < BAR]
+        [number] = [text for tx, ty, text in self.texts if abs(tx - x - width - 6) < 0.2
+                    and 0 < ty - y < BAR]
         return float(number)
 
 
 def test_all_bars_have_one_scale_and_stay_inside():
-    drawn = Drawn(report(), report({"dense": 80.0, "compressed": 100.0}, model="other"), report({"dense": 9.0}, model="third"))
+    drawn = Drawn(report(), report({"dense": 80.0, "compressed": 100.0}, model="other"),
+                  report({"dense": 9.0}, model="third"))
     scales = [width / drawn.value((x, y, width, c)) for x, y, width, c in drawn.bars]
-    assert len(drawn.bars) == 9 and max(scales) == pytest.approx(min(scales), rel=2e-3)
+    assert len(drawn.bars) == 9
+    assert max(scales) == pytest.approx(min(scales), rel=2e-3)
     assert all(x + width + 30 < WIDTH for x, _, width, _ in drawn.bars)
     columns = sorted({x for x, *_ in drawn.bars})
     assert all(x + width + 30 < columns[1] for x, _, width, _ in drawn.bars if x == columns[0])
@@ -57,8 +67,10 @@ def test_the_control_stands_beside_the_claim():
     of = {drawn.value(bar): bar for bar in drawn.bars}
     assert set(of) == set(ROWS.values())
     for claim, control in ((48.0, 30.0), (50.0, 29.0), (32.5, 22.0)):
-        assert of[claim][1] == of[control][1] and of[claim][0] < of[control][0]
-    assert [of[v][3] for v in (48.0, 50.0, 32.5, 30.0, 29.0, 22.0)] == [HURT, HURT, HEALED, DENSE, DENSE, HEALED]
+        assert of[claim][1] == of[control][1]
+        assert of[claim][0] < of[control][0]
+    assert [of[v][3] for v in (48.0, 50.0, 32.5, 30.0, 29.0,
+                               22.0)] == [HURT, HURT, HEALED, DENSE, DENSE, HEALED]
 
 
 @pytest.mark.parametrize("dense", [20.0, 30.0, 47.0, 49.9])
@@ -68,23 +80,30 @@ def test_the_mark_of_the_dense_model_crosses_nothing(dense):
     longest = max(drawn.bars, key=lambda bar: bar[2])
     scale = longest[2] / 50.0
     marks = [line for line in drawn.lines if line[0] > columns[0]]
-    assert sorted({x for x, _, _ in marks}) == pytest.approx([left + dense * scale for left in columns], abs=0.15)
+    wanted = [left + dense * scale for left in columns]
+    assert sorted({x for x, _, _ in marks}) == pytest.approx(wanted, abs=0.15)
     for x, low, high in drawn.lines:
         assert high - low < STEP - BAR
         for left, y, width, _ in drawn.bars:
             assert high <= y or low >= y + BAR or x < left or x > left + width + 40
-        for tx, ty, text in drawn.texts:                     # a text reaches from 11 above its baseline to 4 below
+        for tx, ty, text in drawn.texts:  # a text reaches from 11 above its baseline to 4 below
             assert high < ty - 11 or low > ty + 4 or x < tx or x > tx + 8 * len(text)
 
 
 def test_what_it_means_is_written_in_it():
     words = Drawn(report()).words
-    assert "lower is better" in words[0] and "one scale" in words[0] and "dense model without a prompt" in words[1]
-    assert "a<b&c" in words and "compressed: 50% pruned + 4-bit" in words and "dense: the control" in words
-    assert "perplexity on wiki.test.raw, windows of 512, 100 prompt tokens, 200 steps, seed 0" in words
+    assert "lower is better" in words[0]
+    assert "one scale" in words[0]
+    assert "dense model without a prompt" in words[1]
+    assert "a<b&c" in words
+    assert "compressed: 50% pruned + 4-bit" in words
+    assert "dense: the control" in words
+    assert ("perplexity on wiki.test.raw, windows of 512, 100 prompt tokens, 200 steps, seed 0"
+            in words)
     assert {f"{p:.1f}" for p in ROWS.values()} <= set(words)
     words = Drawn(report(sparsity="2:4", bits=16, steps=0)).words
-    assert "compressed: 2:4 pruned" in words and not any("steps" in word for word in words)
+    assert "compressed: 2:4 pruned" in words
+    assert not any("steps" in word for word in words)
 
 
 def test_runs_on_the_same_windows_share_a_panel():
@@ -97,7 +116,8 @@ def test_runs_on_the_same_windows_share_a_panel():
 
 def test_a_heal_has_a_column_of_its_own():
     drawn = Drawn(report({**ROWS, "healed": 40.0, "healed + learned prompt": 25.0}))
-    assert len({x for x, *_ in drawn.bars}) == 3 and drawn.words.count("prompt, learned") == 1
+    assert len({x for x, *_ in drawn.bars}) == 3
+    assert drawn.words.count("prompt, learned") == 1
 
 
 def test_drawing_escapes_and_places():
@@ -106,23 +126,30 @@ def test_drawing_escapes_and_places():
     d.dot(3, 4, 2, HURT)
     d.line(0, 0, 5, 5, dashed=True)
     root = ET.fromstring(d.svg(10, 20, "x & y"))
-    assert root.find(f"{SVG}text").text == "a<b" and root.find(f"{SVG}title").text == "x & y"
-    assert root.find(f"{SVG}circle").get("fill") == HURT and root.find(f"{SVG}line").get("stroke-dasharray")
+    assert root.find(f"{SVG}text").text == "a<b"
+    assert root.find(f"{SVG}title").text == "x & y"
+    assert root.find(f"{SVG}circle").get("fill") == HURT
+    assert root.find(f"{SVG}line").get("stroke-dasharray")
 
 
 def test_program(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report()))
-    run = [sys.executable, "-S", "-m", "data.picture"]                    # -S: without installed packages
-    drawn = subprocess.run([*run, str(tmp_path / "report.json")], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = [sys.executable, "-S", "-m", "data.picture"]  # -S: without installed packages
+    drawn = subprocess.run([*run, str(tmp_path / "report.json")], cwd=ROOT, capture_output=True,
+                           text=True, check=True)
     assert drawn.stdout == picture([report()])
-    wrong = subprocess.run([*run, str(tmp_path / "none.json")], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: no report") and wrong.stderr.count("\n") == 1
+    wrong = subprocess.run([*run, str(tmp_path / "none.json")], cwd=ROOT, capture_output=True,
+                           text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: no report")
+    assert wrong.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows": [], "settings": {"model": "m"}}',
-                                     '{"rows": [{"name": "dense"}], "settings": {"model": "m"}}',
-                                     '{"rows": [{"name": "dense", "perplexity": 3}]}',
-                                     '{"rows": [{"name": "dense", "perplexity": NaN}], "settings": {"model": "m"}}'])
+@pytest.mark.parametrize("content", [
+    "", "[]", "{}", '{"rows": [], "settings": {"model": "m"}}',
+    '{"rows": [{"name": "dense"}], "settings": {"model": "m"}}',
+    '{"rows": [{"name": "dense", "perplexity": 3}]}',
+    '{"rows": [{"name": "dense", "perplexity": NaN}], "settings": {"model": "m"}}'])
 def test_not_a_report(tmp_path, content):
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(ValueError, match="not a report of train.py"):

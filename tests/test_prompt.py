@@ -18,19 +18,23 @@ from data.checkpoint import read_json
 from data.config import Config
 from data.progress import Progress
 from model import Transformer, load_model, open_checkpoint
-from prompt import (PAPER, HeadLoss, as_prefix, default_rate, fit, initial_prompt, kind_of, learn, load_prompt,
-                    mean_loss, owner, save_prompt, streamed_prefix, teacher_states, text_loss, text_nll)
+from prompt import (PAPER, HeadLoss, as_prefix, default_rate, fit, initial_prompt, kind_of, learn,
+                    load_prompt,
+                    mean_loss, owner, save_prompt, streamed_prefix, teacher_states, text_loss,
+                    text_nll)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def tiny(family="llama", seed=0, **changes):
     torch.manual_seed(seed)
-    c = Config(family, vocab_size=50, d_model=32, n_layer=2, n_head=4, d_ff=64, max_positions=64, tied=family == "opt",
+    c = Config(family, vocab_size=50, d_model=32, n_layer=2, n_head=4, d_ff=64, max_positions=64,
+               tied=family == "opt",
                **({"attention_bias": True, "mlp_bias": True} if family == "opt" else {}), **changes)
     model = Transformer(c).requires_grad_(False).eval()
     for name, p in model.named_parameters():
-        p.data = torch.randn_like(p) * 0.3 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        is_norm = "norm" in name and name.endswith("weight")
+        p.data = torch.randn_like(p) * 0.3 + (1.0 if is_norm else 0.0)
     return model
 
 
@@ -49,8 +53,10 @@ class Letters:
 
 
 def test_files_say_valid_json_and_hold_finite_numbers(tmp_path):
-    """NaN among the settings is null; a prompt with NaN, or one that wants gradients, does not come in."""
-    path, prompt = tmp_path / "p.safetensors", torch.randn(4, 8)
+    """NaN among the settings is null; a prompt with NaN, or one that wants gradients, does not come
+    in."""
+    path = tmp_path / "p.safetensors"
+    prompt = torch.randn(4, 8)
     save_prompt(path, prompt, {"val_loss": float("nan"), "lr": 0.1})
     assert load_prompt(path)[1] == {"val_loss": None, "lr": 0.1}
     torch.save({"soft_prompt": torch.nn.Parameter(prompt)}, tmp_path / "p.pt")
@@ -82,10 +88,12 @@ def test_learning_lowers_the_loss_and_touches_only_the_prompt():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     start = initial_prompt(model, 6, "text", TOKENS)
     got = learn(model, start, windows[:5], windows[5:], steps=40, batch_size=2, lr=0.05)
-    assert got.prompt.dtype == torch.float32 and got.prompt.shape == (6, 32)
+    assert got.prompt.dtype == torch.float32
+    assert got.prompt.shape == (6, 32)
     assert mean_loss(model, got.prompt, windows[:5]) < mean_loss(model, start, windows[:5]) - 0.05
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert len(got.losses) == 40 and math.isclose(got.val_loss, mean_loss(model, got.prompt, windows[5:]), rel_tol=1e-5)
+    assert len(got.losses) == 40
+    assert math.isclose(got.val_loss, mean_loss(model, got.prompt, windows[5:]), rel_tol=1e-5)
     again = learn(model, start, windows[:5], windows[5:], steps=40, batch_size=2, lr=0.05)
     assert torch.equal(again.prompt, got.prompt)                  # same seed, same prompt
 
@@ -95,10 +103,13 @@ def test_best_on_validation_is_kept():
     model, windows = tiny(), TOKENS[:96].view(6, 16)
     start = initial_prompt(model, 6, "random")
     seen = []
-    got = learn(model, start, windows[:5], windows[5:], steps=12, batch_size=2, lr=30.0, val_every=1,
+    got = learn(model, start, windows[:5], windows[5:], steps=12, batch_size=2, lr=30.0,
+                val_every=1,
                 progress=lambda items, title: seen.append(title) or items)
-    last = learn(model, start, windows[:5], windows[5:0], 12, 2, 30.0)                      # no windows, no choice
-    assert seen and math.isnan(last.val_loss) and got.val_loss < mean_loss(model, last.prompt, windows[5:]) - 0.01
+    last = learn(model, start, windows[:5], windows[5:0], 12, 2, 30.0)  # no windows, no choice
+    assert seen
+    assert math.isnan(last.val_loss)
+    assert got.val_loss < mean_loss(model, last.prompt, windows[5:]) - 0.01
     assert math.isclose(got.val_loss, mean_loss(model, got.prompt, windows[5:]), rel_tol=1e-5)
 
 
@@ -116,7 +127,8 @@ def bowl(**more):
     keep = {k: v for k, v in more.items() if k != "die_at"}
     settings = {"steps": 20, "batch_size": 2, "lr": 0.1, "val_every": 3, "seed": 4, **keep}
     try:
-        got = fit({"p": p}, loss, 7, lambda: float((p.detach() - targets.mean(0)).square().mean()), **settings)
+        got = fit({"p": p}, loss, 7, lambda: float((p.detach() - targets.mean(0)).square().mean()),
+                  **settings)
     except KeyboardInterrupt:
         got = None
     return p.detach(), got, calls
@@ -146,7 +158,8 @@ def test_fit_is_adamw_with_a_triangular_rate():
         (q - targets[index]).square().mean().backward()
         torch.nn.utils.clip_grad_norm_([q], 1.0)
         opt.step()
-    assert torch.allclose(p, q.detach(), atol=1e-6) and [s for s, _ in got.scores] == [0, 20]
+    assert torch.allclose(p, q.detach(), atol=1e-6)
+    assert [s for s, _ in got.scores] == [0, 20]
 
 
 @pytest.mark.parametrize("die_at", [1, 3, 4, 11, 20])
@@ -155,10 +168,13 @@ def test_fit_resumes_to_the_same_bits(die_at, tmp_path):
     state = tmp_path / "state.pt"
     assert bowl(state=state, die_at=die_at)[1] is None
     again, resumed, more = bowl(state=state)
-    assert torch.equal(again, want) and resumed == result
-    assert more == calls[(die_at - 1) // 3 * 3:]                  # from the last validation on, nothing twice
+    assert torch.equal(again, want)
+    assert resumed == result
+    assert more == calls[(die_at - 1) // 3 * 3:]  # from the last validation on, nothing twice
     finished = bowl(state=state)
-    assert torch.equal(finished[0], want) and finished[1] == result and finished[2] == []
+    assert torch.equal(finished[0], want)
+    assert finished[1] == result
+    assert finished[2] == []
 
 
 def test_a_killed_process_leaves_a_state_that_continues(tmp_path):
@@ -175,7 +191,8 @@ def test_a_killed_process_leaves_a_state_that_continues(tmp_path):
                     os.kill(os.getpid(), 9)
                 return ((p - index.float().mean()) ** 2).mean()
             score = lambda: float(p.detach().std() + p.detach().mean())
-            return p.detach(), fit({"p": p}, loss, 9, score, 12, 2, 0.3, val_every=2, state=state), len(calls)
+            got = fit({"p": p}, loss, 9, score, 12, 2, 0.3, val_every=2, state=state)
+            return p.detach(), got, len(calls)
         """
     state = str(tmp_path / "state.pt")
     command = [sys.executable, "-c", f"{code}\n    run({state!r}, 6)".replace("\n    run", "\nrun")]
@@ -183,11 +200,15 @@ def test_a_killed_process_leaves_a_state_that_continues(tmp_path):
     names = {}
     exec(code, names)
     (p, got, calls), (q, want, _) = names["run"](state), names["run"](None)
-    assert torch.equal(p, q) and got == want and calls == 12 - 4  # died in step 6, step 4 was the last one written
+    assert torch.equal(p, q)      # died in step 6, step 4 was the last one written
+    assert got == want
+    assert calls == 12 - 4
 
 
-@pytest.mark.parametrize("change, message", [({"lr": 0.2}, "lr was 0.1, is 0.2"), ({"steps": 21}, "steps was 20, is 21"),
-                                             ({"settings": {"model": "b"}}, "model was None, is b")])
+@pytest.mark.parametrize("change, message", [({"lr": 0.2}, "lr was 0.1, is 0.2"),
+                                             ({"steps": 21}, "steps was 20, is 21"),
+                                             ({"settings": {"model": "b"}},
+                                              "model was None, is b")])
 def test_a_state_of_another_run_is_refused(change, message, tmp_path):
     state = tmp_path / "state.pt"
     bowl(state=state)
@@ -203,17 +224,20 @@ def test_a_state_of_another_run_is_refused(change, message, tmp_path):
 
 def test_the_start_is_scored_and_a_diverged_run_returns_it():
     p, got, _ = bowl(lr=1e4)
-    assert torch.equal(p, torch.zeros(3)) and got.val_loss == got.scores[0][1] == min(v for _, v in got.scores)
+    assert torch.equal(p, torch.zeros(3))
+    assert got.val_loss == got.scores[0][1] == min(v for _, v in got.scores)
     model, windows = tiny(), TOKENS[:96].view(6, 16)
     start = initial_prompt(model, 6, "text", TOKENS)
     start = learn(model, start, windows[5:], windows[5:], steps=30, batch_size=1, lr=0.05).prompt
     got = learn(model, start, windows[:5], windows[5:], steps=4, batch_size=2, lr=1e4)
-    assert torch.equal(got.prompt, start) and math.isclose(got.val_loss, mean_loss(model, start, windows[5:]), rel_tol=1e-6)
+    assert torch.equal(got.prompt, start)
+    assert math.isclose(got.val_loss, mean_loss(model, start, windows[5:]), rel_tol=1e-6)
 
 
 def test_learning_resumes_to_the_same_prompt(tmp_path):
     model, windows = tiny(), TOKENS[:96].view(6, 16)
-    start, state = initial_prompt(model, 6, "text", TOKENS), tmp_path / "prompt.state"
+    start = initial_prompt(model, 6, "text", TOKENS)
+    state = tmp_path / "prompt.state"
 
     def run(die_at=None, **more):
         calls = []
@@ -224,12 +248,14 @@ def test_learning_resumes_to_the_same_prompt(tmp_path):
                     raise KeyboardInterrupt
                 calls.append(i)
                 yield i
-        return learn(model, start, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, progress=bar, **more)
+        return learn(model, start, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, progress=bar,
+                     **more)
     want = run()
     with pytest.raises(KeyboardInterrupt):
         run(8, state=state)
     got = run(state=state)
-    assert torch.equal(got.prompt, want.prompt) and got[1:] == want[1:]
+    assert torch.equal(got.prompt, want.prompt)
+    assert got[1:] == want[1:]
     with pytest.raises(ValueError, match="text was [0-9a-f]{16}, is"):
         learn(model, start, windows[:4], windows[5:], 12, 2, 0.05, val_every=5, state=state)
     with pytest.raises(ValueError, match="prompt was"):
@@ -246,16 +272,19 @@ def test_loss_is_on_text_only_and_fp32_prompt_on_bf16_model():
     model = tiny().bfloat16()
     p = torch.zeros(4, 32, requires_grad=True)
     nll = text_nll(model, p, TOKENS[:32].view(2, 16))
-    assert nll.shape == (30,) and nll.dtype == torch.float32
+    assert nll.shape == (30,)
+    assert nll.dtype == torch.float32
     nll.mean().backward()
-    assert p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0
+    assert p.grad.dtype == torch.float32
+    assert p.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("how", ["text", "vocab", "random"])
 def test_initial_prompts(how):
     model = tiny()
     p = initial_prompt(model, 8, how, TOKENS, seed=1)
-    assert p.shape == (8, 32) and torch.equal(p, initial_prompt(model, 8, how, TOKENS, seed=1))
+    assert p.shape == (8, 32)
+    assert torch.equal(p, initial_prompt(model, 8, how, TOKENS, seed=1))
     if how == "text":
         assert torch.equal(p, model.embed(TOKENS[:8]))
     with pytest.raises(ValueError, match="needs 200 tokens, got 97"):
@@ -268,10 +297,12 @@ def test_save_load_and_stitch(tmp_path):
     model, p = tiny(), torch.randn(5, 32)
     save_prompt(tmp_path / "p.safetensors", p, {"lr": 0.001, "note": "x"})
     got, settings = load_prompt(tmp_path / "p.safetensors", model)
-    assert torch.equal(got, p) and settings == {"lr": 0.001, "note": "x"}
+    assert torch.equal(got, p)
+    assert settings == {"lr": 0.001, "note": "x"}
     assert torch.equal(load_file(tmp_path / "p.safetensors")["soft_prompt"], p)
     torch.save({"soft_prompt": p, "lr": 1}, tmp_path / "p.pt")
-    assert torch.equal(load_prompt(tmp_path / "p.pt")[0], p) and load_prompt(tmp_path / "p.pt")[1] == {"lr": 1}
+    assert torch.equal(load_prompt(tmp_path / "p.pt")[0], p)
+    assert load_prompt(tmp_path / "p.pt")[1] == {"lr": 1}
     other = tiny(seed=9)                                          # another model of the same width
     assert text_nll(other, got, TOKENS[None, :4]).shape == (3,)
     save_prompt(tmp_path / "wide.safetensors", torch.randn(5, 48))
@@ -299,34 +330,41 @@ def behind(model, prompt, tokens):
     """Losses as the definition has them: one sequence of prompt and text, all logits."""
     x = torch.cat([prompt.expand(len(tokens), -1, -1), model.embed(tokens)], 1)
     logits = model(x)[:, len(prompt):-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(),
+                                             reduction="none")
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_both_kinds_equal_one_sequence_of_prompt_and_text_and_so_do_gradients(family):
-    model, tokens = grouped(family), TOKENS[:48].view(3, 16)
+    model = grouped(family)
+    tokens = TOKENS[:48].view(3, 16)
     prompt = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     want = behind(model, prompt, tokens)
     slope, = torch.autograd.grad(want.square().mean(), prompt)
     prefix = as_prefix(model, prompt)
-    assert prefix.shape == (5, 2, 2, 2 if family == "llama" else 4, 8) and kind_of(prefix) == "prefix"
+    assert prefix.shape == (5, 2, 2, 2 if family == "llama" else 4, 8)
+    assert kind_of(prefix) == "prefix"
     assert torch.allclose(text_nll(model, prefix, tokens), want, rtol=1e-4, atol=1e-5)
     for model.checkpointing in (False, True):
         got = text_nll(model, prompt, tokens)
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
-        assert torch.allclose(torch.autograd.grad(got.square().mean(), prompt)[0], slope, rtol=1e-3, atol=1e-4)
+        assert torch.allclose(torch.autograd.grad(got.square().mean(), prompt)[0], slope, rtol=1e-3,
+                              atol=1e-4)
         p = prefix.clone().requires_grad_()
         slope_p, = torch.autograd.grad(text_nll(model, p, tokens).square().mean(), p)
-        nudge = 1e-2 * slope_p / slope_p.norm()                   # uphill, where rounding is far below the rise
+        nudge = 1e-2 * slope_p / slope_p.norm()  # uphill, where rounding is far below the rise
         rise = [text_nll(model, prefix + sign * nudge, tokens).square().mean() for sign in (1, -1)]
-        assert math.isclose(float(rise[0] - rise[1]) / 2, float((slope_p * nudge).sum()), rel_tol=2e-2)
+        assert math.isclose(float(rise[0] - rise[1]) / 2, float((slope_p * nudge).sum()),
+                            rel_tol=2e-2)
 
 
 def test_the_heads_loss_and_gradient_equal_the_plain_ones(monkeypatch):
     monkeypatch.setattr("prompt.LOGITS", 16000)                   # 16 of 40 rows at a time
     g = torch.Generator().manual_seed(0)
-    z, teacher = torch.randn(40, 4, generator=g), torch.randn(40, 4, generator=g).half()
-    weight, targets = torch.randn(1000, 4, generator=g), torch.randint(0, 1000, (40,), generator=g)
+    z = torch.randn(40, 4, generator=g)
+    teacher = torch.randn(40, 4, generator=g).half()
+    weight = torch.randn(1000, 4, generator=g)
+    targets = torch.randint(0, 1000, (40,), generator=g)
     share = torch.rand(40, generator=g)
     for wanted, mix in ((None, 1.0), (teacher, 1.0), (teacher, 0.3)):
         z.requires_grad_()
@@ -340,17 +378,20 @@ def test_the_heads_loss_and_gradient_equal_the_plain_ones(monkeypatch):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
         assert torch.allclose(torch.autograd.grad(got @ share, z)[0], slope, rtol=1e-3, atol=1e-5)
         with torch.no_grad():
-            assert torch.allclose(HeadLoss.apply(z, weight, targets, wanted, mix), want, rtol=1e-4, atol=1e-5)
+            assert torch.allclose(HeadLoss.apply(z, weight, targets, wanted, mix), want, rtol=1e-4,
+                                  atol=1e-5)
 
 
 def test_teacher_states_are_the_heads_input_computed_once(tmp_path):
     model, windows = tiny(), TOKENS[:48].view(3, 16)
     states = teacher_states(model, windows, tmp_path, batch_size=2)
-    assert states.dtype == torch.float16 and states.shape == (3, 16, 32) and len(list(tmp_path.iterdir())) == 1
+    assert states.dtype == torch.float16
+    assert states.shape == (3, 16, 32)
+    assert len(list(tmp_path.iterdir())) == 1
     assert torch.equal(states, model.final(model.hidden(windows)).half())
-    assert mean_loss(model, None, windows, teacher=states) < 1e-5            # KL of a model to itself
+    assert mean_loss(model, None, windows, teacher=states) < 1e-5  # KL of a model to itself
     hidden = [model.hidden(w) for w in windows.split(2)]
-    model.hidden = None                                                      # a second call computes nothing
+    model.hidden = None  # a second call computes nothing
     assert torch.equal(teacher_states(model, windows, tmp_path), states)
     assert torch.equal(teacher_states(model, windows, tmp_path / "b", hidden=hidden), states)
     with pytest.raises(ValueError, match="states of 2 windows for 3"):
@@ -367,14 +408,22 @@ def test_a_prompt_learned_by_kl_approaches_the_dense_model_on_unseen_text(kind, 
     for _, m in model.linears():
         m.weight.data += 0.05 * torch.randn(m.weight.shape, generator=g)
     text = torch.randint(0, 50, (28, 16), generator=g)
-    windows, val, unseen = text[:16], text[16:20], text[20:]
-    states, val_states, unseen_states = (teacher_states(dense, w, tmp_path) for w in (windows, val, unseen))
+    windows = text[:16]
+    val = text[16:20]
+    unseen = text[20:]
+    states, val_states, unseen_states = (teacher_states(dense, w, tmp_path)
+                                         for w in (windows, val, unseen))
     start = initial_prompt(dense, 8, "vocab", kind=kind)
-    got = learn(model, start, windows, val, steps=60, batch_size=8, lr=0.05, teacher=(states, val_states))
-    before, after = (mean_loss(model, p, unseen, teacher=unseen_states) for p in (start, got.prompt))
-    assert after < 0.9 * before and got.prompt.shape == start.shape
-    assert math.isclose(got.val_loss, mean_loss(model, got.prompt, val, teacher=val_states), rel_tol=1e-5)
-    assert torch.equal(got.prompt[0], start[0]) == (kind == "prefix")        # the first position of a prefix is frozen
+    got = learn(model, start, windows, val, steps=60, batch_size=8, lr=0.05,
+                teacher=(states, val_states))
+    before, after = (mean_loss(model, p, unseen, teacher=unseen_states)
+                     for p in (start, got.prompt))
+    assert after < 0.9 * before
+    assert got.prompt.shape == start.shape
+    assert math.isclose(got.val_loss, mean_loss(model, got.prompt, val, teacher=val_states),
+                        rel_tol=1e-5)
+    # the first position of a prefix is frozen
+    assert torch.equal(got.prompt[0], start[0]) == (kind == "prefix")
     assert not torch.equal(got.prompt[1:], start[1:])
 
 
@@ -382,8 +431,10 @@ def test_the_default_rate():
     model = tiny()
     model.embed_tokens.weight.data /= model.embed_tokens.weight.std()
     assert math.isclose(default_rate(model, torch.zeros(3, 32)), 0.35, rel_tol=1e-5)
-    p, windows = initial_prompt(model, 3, "text", TOKENS), TOKENS[:48].view(3, 16)
-    one, two = (learn(model, p, windows, steps=2, lr=lr).prompt for lr in (None, default_rate(model, p)))
+    p = initial_prompt(model, 3, "text", TOKENS)
+    windows = TOKENS[:48].view(3, 16)
+    one, two = (learn(model, p, windows, steps=2, lr=lr).prompt
+                for lr in (None, default_rate(model, p)))
     assert torch.equal(one, two)
 
 
@@ -398,23 +449,26 @@ def test_a_prompt_says_whose_it_is(kind, tmp_path):
     p = initial_prompt(model, 5, "text", TOKENS, kind=kind)
     save_prompt(path, p, {"lr": 1}, owner(model, Letters()))
     assert torch.equal(load_prompt(path, tiny(seed=5), Letters())[0], p)
-    assert torch.equal(load_prompt(path, model)[0], p)            # without a tokenizer it is not compared
+    assert torch.equal(load_prompt(path, model)[0], p)  # without a tokenizer it is not compared
     wider = Transformer(dataclasses.replace(model.config, vocab_size=60)).requires_grad_(False)
-    for other, tokenizer, what in ((tiny("opt"), Letters(), "family .llama, not opt"), (model, Reversed(), "tokenizer"),
+    for other, tokenizer, what in ((tiny("opt"), Letters(), "family .llama, not opt"),
+                                   (model, Reversed(), "tokenizer"),
                                    (wider, Letters(), "vocab size .50, not 60")):
-        with pytest.raises(ValueError, match=f"p.safetensors was learned for another {what}.* --force"):
+        with pytest.raises(ValueError,
+                           match=f"p.safetensors was learned for another {what}.* --force"):
             load_prompt(path, other, tokenizer)
         assert torch.equal(load_prompt(path, other, tokenizer, force=True)[0], p)
-    save_prompt(path, p)                                          # as files of before, which do not say
+    save_prompt(path, p)  # as files of before, which do not say
     assert torch.equal(load_prompt(path, tiny("opt"), Reversed())[0], p)
     if kind == "prefix":
         deep = Transformer(dataclasses.replace(model.config, n_layer=3)).requires_grad_(False)
         for force in (False, True):                               # shapes cannot be forced
-            with pytest.raises(ValueError, match="2 layers with 4 heads of 8 does not fit a model of 3 layers"):
+            with pytest.raises(ValueError,
+                               match="2 layers with 4 heads of 8 does not fit a model of 3 layers"):
                 load_prompt(path, deep, force=force)
 
 
-def test_kinds_and_objectives_that_cannot_be(tmp_path):
+def test_kinds_and_objectives_that_cannot_be():
     model, windows = tiny(), TOKENS[:48].view(3, 16)
     with pytest.raises(ValueError, match="known are embedding and prefix"):
         initial_prompt(model, 4, "text", TOKENS, kind="suffix")
@@ -428,41 +482,48 @@ def test_kinds_and_objectives_that_cannot_be(tmp_path):
 
 # What train.py makes of it. Its own process is not needed, and would take most of the time.
 
-SMALL = ["--seqlen", "32", "--max-tokens", "256", "--steps", "6", "--prompt-tokens", "6", "--batch-size", "2",
+SMALL = ["--seqlen", "32", "--max-tokens", "256", "--steps", "6", "--prompt-tokens", "6",
+         "--batch-size", "2",
          "--val-windows", "2", "--device", "cpu", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """run(*flags) = (folder, {row: perplexity}) of train.py with a prompt on a compressed tiny model."""
+    """run(*flags) = (folder, {row: perplexity}) of train.py with a prompt on a compressed tiny
+    model."""
     place = tmp_path_factory.mktemp("train")
     text = place / "sources.txt"
     text.write_text("\n\n".join(p.read_text() for p in sorted(ROOT.glob("*.py"))))
     texts = [part for name in ("--data", "--train-data") for part in (name, str(text))]
 
     def run(*options, out, model=place / "made" / "compressed"):
-        args = train.flags().parse_args(["--model", str(model), *texts, *SMALL, *options, "--out", str(place / out)])
+        args = train.flags().parse_args(["--model", str(model), *texts, *SMALL, *options, "--out",
+                                         str(place / out)])
         return place / out, {r["name"]: r["perplexity"] for r in train.main(args)["rows"]}
-    run("--calib", str(text), "--nsamples", "4", "--recipe", "plain", "--no-control", out="made", model="tiny-llama")
+    run("--calib", str(text), "--nsamples", "4", "--recipe", "plain", "--no-control", out="made",
+        model="tiny-llama")
     return run
 
 
 def held(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in ("seconds.json", ".lock")}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()
+            and p.name not in ("seconds.json", ".lock")}
 
 
 @pytest.mark.parametrize("kind, objective", [("embedding", "kl"), ("prefix", "next")])
 def test_kinds_and_objectives_of_a_run_and_its_resuming(kind, objective, job, monkeypatch):
-    """Each flag changes what it says; killed between two looks at the validation windows, the run goes on to the same
-    bytes, and the teacher's states are gone at its end."""
+    """Each flag changes what it says; killed between two looks at the validation windows, the run
+    goes on to the same bytes, and the teacher's states are gone at its end."""
     options = ["--dense", "tiny-llama", "--kind", kind, "--objective", objective]
     options += ["--control"] if kind == "prefix" else []
     folder, rows = job(*options, out=f"{kind}-{objective}")
     prompt, told = load_prompt(folder / "prompt.safetensors", load_model("tiny-llama"))
-    assert (kind_of(prompt), told["kind"], told["objective"], len(prompt)) == (kind, kind, objective, 6)
+    assert kind_of(prompt) == told["kind"] == kind
+    assert told["objective"] == objective
+    assert len(prompt) == 6
     assert rows["compressed + learned prompt"] != rows["compressed + initial prompt"]
     losses = read_json(folder / "report.json")["losses"]["prompt.safetensors"]["validation"]
-    assert (losses[0][1] < 2) == (objective == "kl")              # the dense model is nearer than the text
+    assert (losses[0][1] < 2) == (objective == "kl")  # the dense model is nearer than the text
     steps = []
 
     class Dies(Progress):
@@ -477,13 +538,16 @@ def test_kinds_and_objectives_of_a_run_and_its_resuming(kind, objective, job, mo
         with pytest.raises(KeyboardInterrupt):
             job(*options, out=f"{kind}-{objective}-killed")
     killed = folder.with_name(folder.name + "-killed")
-    assert (killed / "teacher").exists() == (objective == "kl") and (killed / "prompt.state").exists()
+    assert (killed / "teacher").exists() == (objective == "kl")
+    assert (killed / "prompt.state").exists()
     job(*options, "--resume", out=killed.name)
-    assert held(killed) == held(folder) and not (killed / "teacher").exists()
+    assert held(killed) == held(folder)
+    assert not (killed / "teacher").exists()
 
 
-def test_a_prefix_and_a_teacher_come_from_the_dense_model_block_by_block_too(job, monkeypatch, tmp_path):
-    dense, checkpoint = load_model("tiny-llama"), open_checkpoint("tiny-llama")
+def test_a_prefix_and_a_teacher_come_from_the_dense_model_block_by_block_too(monkeypatch):
+    dense = load_model("tiny-llama")
+    checkpoint = open_checkpoint("tiny-llama")
     start = initial_prompt(dense, 6, "text", torch.arange(5, 15))
     prefix = streamed_prefix(checkpoint, start)
     assert torch.equal(prefix, as_prefix(dense, start))
@@ -491,7 +555,8 @@ def test_a_prefix_and_a_teacher_come_from_the_dense_model_block_by_block_too(job
     whole = torch.cat(list(eval.last_states(checkpoint, windows, 2)))
     monkeypatch.setattr(eval, "fits", lambda *_: False)
     assert torch.equal(whole, dense.hidden(windows))
-    assert torch.allclose(torch.cat(list(eval.last_states(checkpoint, windows, 2))), whole, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(torch.cat(list(eval.last_states(checkpoint, windows, 2))), whole,
+                          rtol=1e-4, atol=1e-4)
 
 
 def test_the_papers_settings(job):
@@ -501,12 +566,15 @@ def test_the_papers_settings(job):
     assert {name: getattr(args, name) for name in PAPER} == PAPER
     folder, _ = job(*options, out="paper")
     got = read_json(folder / "report.json")["settings"]
-    assert (got["lr"], got["warmup"], got["steps"], got["batch_size"]) == (1e-3, 1, 6, 2)      # flags win
+    # flags win
+    assert (got["lr"], got["warmup"], got["steps"], got["batch_size"]) == (1e-3, 1, 6, 2)
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--kind", "prefix"], "--kind prefix starts from the dense model's keys and values: .* --dense FOLDER"),
-    (["--objective", "kl"], "--objective kl learns from the dense model's predictions: .* --dense FOLDER")])
+    (["--kind", "prefix"],
+     "--kind prefix starts from the dense model's keys and values: .* --dense FOLDER"),
+    (["--objective", "kl"],
+     "--objective kl learns from the dense model's predictions: .* --dense FOLDER")])
 def test_what_cannot_be_learned_is_refused(options, message, job):
     with pytest.raises(ValueError, match=message):
         job(*options, out="refused")

@@ -1,4 +1,5 @@
-"""gptq.py and sparsegpt.py against a naive float64 version, column by column, as the papers write them.
+"""gptq.py and sparsegpt.py against a naive float64 version, column by column, as the papers write
+them.
 
     python -m pytest -q tests/test_solvers.py
 """
@@ -12,8 +13,10 @@ import torch
 
 from bench.naive import naive_sparsegpt
 from bench.solvers import random_layer, steps
-from gptq import Compressed, descend, find_grid, gptq, hessian, inverse_factor, nearest, quantize, relative_error, search_grid
-from sparsegpt import admm, kth_smallest, parse_sparsity, prune_and_round, prune_smallest, refit, sparsegpt
+from gptq import (Compressed, descend, find_grid, gptq, hessian, inverse_factor, nearest, quantize,
+                  relative_error, search_grid)
+from sparsegpt import (admm, kth_smallest, parse_sparsity, prune_and_round, prune_smallest, refit,
+                       sparsegpt)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +34,8 @@ def naive(W, H, sparsity, bits, blocksize=32, groupsize=-1, sym=False, order=Non
 
     def our_grid(W, bits):
         return (t[:, 0] for t in find_grid(W, bits, sym))
-    return naive_sparsegpt(W, H, (n, m) if m else fraction, bits, blocksize, groupsize, order, our_grid)
+    return naive_sparsegpt(W, H, (n, m) if m else fraction, bits, blocksize, groupsize, order,
+                           our_grid)
 
 
 @pytest.mark.parametrize("sparsity", [0, 0.5, 0.625, 0.9, "2:4", "4:8", "1:3", "8:16"])
@@ -48,27 +52,39 @@ def test_sparsegpt_equals_naive(sparsity, bits):
 @pytest.mark.parametrize("kind", ["plain", "sym", "groups", "order"])
 def test_gptq_equals_naive(bits, kind):
     W, H = layer()
-    ours = {"plain": {}, "sym": {"sym": True}, "groups": {"groupsize": 32}, "order": {"act_order": True}}[kind]
+    settings = {"plain": {}, "sym": {"sym": True}, "groups": {"groupsize": 32},
+                "order": {"act_order": True}}
+    ours = settings[kind]
     order = H.diagonal().argsort(descending=True, stable=True) if kind == "order" else None
     out = gptq(W, H, bits, blocksize=32, **ours)
-    V, _, C = naive(W, H, 0, bits, groupsize=ours.get("groupsize", -1), sym=ours.get("sym", False), order=order)
+    V, _, C = naive(W, H, 0, bits, groupsize=ours.get("groupsize", -1), sym=ours.get("sym", False),
+                    order=order)
     if order is not None:
-        V, C = V[:, order.argsort()], C[:, order.argsort()]
-    assert torch.equal(out.codes.double(), C) and torch.allclose(out.weight, V, atol=1e-10)
+        V = V[:, order.argsort()]
+        C = C[:, order.argsort()]
+    assert torch.equal(out.codes.double(), C)
+    assert torch.allclose(out.weight, V, atol=1e-10)
 
 
 def test_float32_agrees_with_float64():
     W, H = layer(64, 128)
-    a, b = sparsegpt(W.float(), H.float(), 0.5, 4), sparsegpt(W, H, 0.5, 4)
-    assert (a.mask == b.mask).float().mean() > 0.99 and abs(a.error / b.error - 1) < 0.01
+    a = sparsegpt(W.float(), H.float(), 0.5, 4)
+    b = sparsegpt(W, H, 0.5, 4)
+    assert (a.mask == b.mask).float().mean() > 0.99
+    assert abs(a.error / b.error - 1) < 0.01
 
 
-@pytest.mark.parametrize("bits,kind", [(4, {}), (3, {"groupsize": 32}), (4, {"groupsize": 32, "act_order": True}),
-                                       (4, {"groupsize": 32, "act_order": True, "static_groups": True}), (2, {"sym": True})])
+@pytest.mark.parametrize("bits,kind", [
+    (4, {}),
+    (2, {"sym": True}),
+    (3, {"groupsize": 32}),
+    (4, {"groupsize": 32, "act_order": True}),
+    (4, {"groupsize": 32, "act_order": True, "static_groups": True})])
 def test_codes_and_grid_rebuild_the_weight(bits, kind):
     W, H = layer()
     out = gptq(W.float(), H.float(), bits, **kind)
-    assert torch.equal(out.scale, out.scale.half().float()) and torch.equal(out.zero, out.zero.half().float())
+    assert torch.equal(out.scale, out.scale.half().float())
+    assert torch.equal(out.zero, out.zero.half().float())
     assert torch.equal(out.scale[:, out.g_idx] * (out.codes - out.zero[:, out.g_idx]), out.weight)
     if kind.get("static_groups"):
         assert torch.equal(out.g_idx, torch.arange(96) // 32)
@@ -79,9 +95,11 @@ def test_codes_and_grid_rebuild_the_weight(bits, kind):
 def test_pruned_weights_are_exact_zeros(sparsity):
     W, H = layer()
     out = sparsegpt(W.float(), H.float(), sparsity, 4)
-    assert isinstance(out, Compressed) and (out.weight[out.mask] == 0).all() and (out.codes[out.mask] == 0).all()
-    rebuilt = (out.scale[:, out.g_idx] * (out.codes - out.zero[:, out.g_idx])).masked_fill(out.mask, 0)
-    assert torch.equal(rebuilt, out.weight)
+    assert isinstance(out, Compressed)
+    assert (out.weight[out.mask] == 0).all()
+    assert (out.codes[out.mask] == 0).all()
+    rebuilt = out.scale[:, out.g_idx] * (out.codes - out.zero[:, out.g_idx])
+    assert torch.equal(rebuilt.masked_fill(out.mask, 0), out.weight)
 
 
 @pytest.mark.parametrize("shape", [(24, 96), (7, 100), (1, 33), (64, 16), (5, 1)])
@@ -102,22 +120,28 @@ def test_patterns_hold_in_every_group():
 def test_a_last_group_cut_short_prunes_its_share(cols):
     W, H = layer(8, cols)
     tail = cols % 4
-    for mask in (sparsegpt(W, H, "2:4").mask, sparsegpt(W, H, "2:4", 4, blocksize=32).mask, prune_and_round(W, H, "2:4", 4).mask):
-        assert (mask[:, cols - tail:].sum(1) == tail // 2).all() and int(mask.sum()) == 8 * (cols // 4 * 2 + tail // 2)
+    for mask in (sparsegpt(W, H, "2:4").mask, sparsegpt(W, H, "2:4", 4, blocksize=32).mask,
+                 prune_and_round(W, H, "2:4", 4).mask):
+        assert (mask[:, cols - tail:].sum(1) == tail // 2).all()
+        assert int(mask.sum()) == 8 * (cols // 4 * 2 + tail // 2)
 
 
 def test_ties_prune_the_exact_number():
     assert prune_smallest(torch.zeros(5, 8), 13).sum() == 13
-    assert torch.equal(prune_smallest(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), 2), torch.tensor([[False, True, True, False]]))
+    assert torch.equal(prune_smallest(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), 2),
+                       torch.tensor([[False, True, True, False]]))
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("sparsity,bits", [(0.5, 4), (0.5, 3), (0.625, 4), ("2:4", 4), (0, 3)])
 def test_joint_pass_beats_magnitude_and_rounding(seed, sparsity, bits):
-    """Inputs with a decaying spectrum, as activations have; more columns than a block, so that masks see updates."""
+    """Inputs with a decaying spectrum, as activations have; more columns than a block, so that
+    masks see updates."""
     g = torch.Generator().manual_seed(seed)
-    X = torch.randn(1000, 256, generator=g) @ torch.diag(torch.logspace(0, -1.5, 256)) @ torch.randn(256, 256, generator=g)
-    W, H = torch.randn(64, 256, generator=g), hessian(X)
+    decay = torch.diag(torch.logspace(0, -1.5, 256))
+    X = torch.randn(1000, 256, generator=g) @ decay @ torch.randn(256, 256, generator=g)
+    W = torch.randn(64, 256, generator=g)
+    H = hessian(X)
     fraction, n, m = parse_sparsity(sparsity)
     if m:
         cut = W.abs().view(64, -1, m).argsort(-1)[..., :m - n]
@@ -133,14 +157,16 @@ def test_dead_inputs_are_pruned_first_and_harmless():
     W, H = layer()
     H[:, :30], H[:30] = 0, 0
     out = sparsegpt(W, H, 0.5, 4, blocksize=96)
-    assert out.mask[:, :30].all() and torch.isfinite(out.weight).all()
+    assert out.mask[:, :30].all()
+    assert torch.isfinite(out.weight).all()
     assert torch.isfinite(gptq(W, H, 4).weight).all()
     assert torch.isfinite(gptq(W, torch.zeros_like(H), 4).weight).all()
 
 
 def test_damping_rises_with_a_printed_line(capsys):
     W, H = layer()
-    H = H - 0.2 * torch.eye(96, dtype=H.dtype) * H.diagonal().mean()          # indefinite, as rounding errors can make it
+    # indefinite, as rounding errors can make it
+    H = H - 0.2 * torch.eye(96, dtype=H.dtype) * H.diagonal().mean()
     assert torch.isfinite(gptq(W, H, 4).weight).all()
     assert "Cholesky failed at damping 0.01, trying 0.1" in capsys.readouterr().out
 
@@ -149,7 +175,8 @@ def test_factor_is_the_inverse():
     _, H = layer()
     U = inverse_factor(H, 0.01)
     assert torch.equal(U, U.triu())
-    assert torch.allclose(U.T @ U @ (H + 0.01 * H.diagonal().mean() * torch.eye(96)), torch.eye(96, dtype=H.dtype), atol=1e-8)
+    assert torch.allclose(U.T @ U @ (H + 0.01 * H.diagonal().mean() * torch.eye(96)),
+                          torch.eye(96, dtype=H.dtype), atol=1e-8)
 
 
 def test_inputs_are_left_alone_and_the_factor_can_be_shared():
@@ -162,8 +189,10 @@ def test_inputs_are_left_alone_and_the_factor_can_be_shared():
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(W=float("nan")), "W holds 1 NaN"), (dict(H=float("inf")), "H holds 1 NaN or Inf"), (dict(bits=5), "bits=5"),
-    (dict(sparsity=1.5), "1.5"), (dict(sparsity="4:2"), "4:2"), (dict(sparsity="half"), "half"), (dict(groupsize=0), "groupsize=0"),
+    (dict(W=float("nan")), "W holds 1 NaN"), (dict(H=float("inf")), "H holds 1 NaN or Inf"),
+    (dict(bits=5), "bits=5"),
+    (dict(sparsity=1.5), "1.5"), (dict(sparsity="4:2"), "4:2"), (dict(sparsity="half"), "half"),
+    (dict(groupsize=0), "groupsize=0"),
     (dict(shape=True), "needs H of shape")])
 def test_bad_input_is_named(change, message):
     W, H = layer()
@@ -174,17 +203,21 @@ def test_bad_input_is_named(change, message):
     if "shape" in change:
         H = H[1:, 1:]
     with pytest.raises(ValueError, match=message):
-        sparsegpt(W, H, change.get("sparsity", 0.5), change.get("bits", 4), change.get("groupsize", -1))
+        sparsegpt(W, H, change.get("sparsity", 0.5), change.get("bits", 4),
+                  change.get("groupsize", -1))
 
 
 @pytest.mark.parametrize("module", ["gptq", "sparsegpt"])
 def test_docstring_lines_run_alone_in_an_empty_folder(module, tmp_path):
-    """The lines that the module's docstring shows are run as they stand, beside nothing but the solver files."""
+    """The lines that the module's docstring shows are run as they stand, beside nothing but the
+    solver files."""
     for name in {"gptq", module}:
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     doc = (ROOT / f"{module}.py").read_text().split('"""')[1]
-    lines = "\n".join(line[4:] for line in doc[doc.index("    import torch"):].split("\n") if line.startswith("    "))
-    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True)
+    lines = "\n".join(line[4:] for line in doc[doc.index("    import torch"):].split("\n")
+                      if line.startswith("    "))
+    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -195,8 +228,10 @@ def test_hessian_is_the_mean_of_outer_products():
 
 def test_stacked_matrices_are_solved_as_if_alone():
     W, H = layer(40)
-    both, parts = sparsegpt(W, H, 0.5, 4, blocksize=32, parts=[24, 16]), [sparsegpt(w, H, 0.5, 4, blocksize=32) for w in W.split([24, 16])]
-    assert torch.equal(both.mask, torch.cat([p.mask for p in parts])) and torch.allclose(both.weight, torch.cat([p.weight for p in parts]))
+    both = sparsegpt(W, H, 0.5, 4, blocksize=32, parts=[24, 16])
+    parts = [sparsegpt(w, H, 0.5, 4, blocksize=32) for w in W.split([24, 16])]
+    assert torch.equal(both.mask, torch.cat([p.mask for p in parts]))
+    assert torch.allclose(both.weight, torch.cat([p.weight for p in parts]))
 
 
 def error(W, V, H):
@@ -206,13 +241,16 @@ def error(W, V, H):
 def test_refit_finds_the_least_squares_of_every_row():
     W, H = layer()
     mask = prune_smallest(W.abs(), W.numel() // 2)
-    V, exact = refit(W, H, mask, iterations=500, percdamp=0.0), torch.zeros_like(W)
+    V = refit(W, H, mask, iterations=500, percdamp=0.0)
+    exact = torch.zeros_like(W)
     for r in range(len(W)):
         s = ~mask[r]
         exact[r, s] = torch.linalg.solve(H[s][:, s], (H @ W[r])[s])
-    assert (V[mask] == 0).all() and torch.allclose(V, exact, atol=1e-5)
+    assert (V[mask] == 0).all()
+    assert torch.allclose(V, exact, atol=1e-5)
     few = [error(W, refit(W, H, mask, iterations=k, percdamp=0.0), H) for k in (1, 3, 10, 30)]
-    assert few == sorted(few, reverse=True) and few[-1] >= error(W, exact, H) - 1e-9
+    assert few == sorted(few, reverse=True)
+    assert few[-1] >= error(W, exact, H) - 1e-9
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.625, "2:4", "8:16", "1:3"])
@@ -221,25 +259,30 @@ def test_admm_masks_are_exact_and_beat_sparsegpts(sparsity):
     W, H = W.float(), H.float()
     mask, start = admm(W, H, sparsity)
     fraction, n, m = parse_sparsity(sparsity)
-    assert (start[mask] == 0).all() and torch.isfinite(start).all()
+    assert (start[mask] == 0).all()
+    assert torch.isfinite(start).all()
     if m:
         assert ((~mask).view(24, -1, m).sum(-1) == n).all()
     else:
         assert int(mask.sum()) == round(fraction * W.numel())
     other = sparsegpt(W, H, sparsity).mask
-    assert error(W, refit(W, H, mask, iterations=50), H) < error(W, refit(W, H, other, iterations=50), H)
+    ours, theirs = (refit(W, H, pruned, iterations=50) for pruned in (mask, other))
+    assert error(W, ours, H) < error(W, theirs, H)
 
 
 def naive_admm(W, H, fraction, rounds=15, damp=0.01, rho=0.2, growth=1.7, every=5):
-    """The iteration as ALPS writes it, with its three variables, a solve and a sorted threshold each time."""
+    """The iteration as ALPS writes it, with its three variables, a solve and a sorted threshold
+    each time."""
     d = H.diagonal().sqrt()
-    W, H = W * d, H / d / d[:, None] + damp * torch.eye(len(d), dtype=H.dtype)
+    W = W * d
+    H = H / d / d[:, None] + damp * torch.eye(len(d), dtype=H.dtype)
     D = project(W, fraction)
     U = W - D
     for i in range(rounds):
         if i and i % every == 0:
             rho, U = rho * growth, U / growth
-        X = torch.linalg.solve(H + rho * torch.eye(len(d), dtype=H.dtype), (W @ H + rho * (D - U)).T).T
+        X = torch.linalg.solve(H + rho * torch.eye(len(d), dtype=H.dtype),
+                               (W @ H + rho * (D - U)).T).T
         D = project(X + U, fraction)
         U = U + X - D
     return D == 0
@@ -275,11 +318,13 @@ def test_some_rows_at_a_time_are_all_rows_at_once(sparsity, bits, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(24, 96), (288, 1024)])
 def test_admm_equals_naive_on_wide_layers_with_columns_of_unlike_size(shape):
-    """A threshold estimated from every fourth of 1024 columns would be that of the large ones alone."""
+    """A threshold estimated from every fourth of 1024 columns would be that of the large ones
+    alone."""
     W, H = layer(*shape)
     W[:, ::4] *= 4
-    ours, exact = admm(W, H, 0.5)[0], naive_admm(W, H, 0.5)
-    assert (ours == exact).float().mean() > 0.97                             # half precision on some processors
+    ours = admm(W, H, 0.5)[0]
+    exact = naive_admm(W, H, 0.5)
+    assert (ours == exact).float().mean() > 0.97  # half precision on some processors
     loss = [error(W, refit(W, H, mask, iterations=20), H) for mask in (ours, exact)]
     assert loss[0] < 1.01 * loss[1]
 
@@ -287,21 +332,27 @@ def test_admm_equals_naive_on_wide_layers_with_columns_of_unlike_size(shape):
 @pytest.mark.parametrize("grid", ["uniform", "offset"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_searched_grids(grid, bits):
-    """Never worse than min-max in the weighted error they minimize; stored numbers are fp16; an empty row does no harm."""
+    """Never worse than min-max in the weighted error they minimize; stored numbers are fp16; an
+    empty row does no harm."""
     g = torch.Generator().manual_seed(bits)
-    W, keep, h = torch.randn(16, 200, generator=g), (torch.rand(16, 200, generator=g) < 0.5).float(), torch.rand(1, 200, generator=g)
+    W = torch.randn(16, 200, generator=g)
+    keep = (torch.rand(16, 200, generator=g) < 0.5).float()
+    h = torch.rand(1, 200, generator=g)
     W[3], keep[4] = 0, 0
     scale, zero = search_grid(W, keep, h, bits, grid)
     cost = lambda q: ((q - W) ** 2 * keep * h).sum(1)
     found = nearest(W, scale, zero, bits, grid)
     plain = nearest(W, *find_grid(W * keep, bits), bits)
-    assert torch.isfinite(found).all() and torch.equal(scale, scale.half().float()) and torch.equal(zero, zero.half().float())
+    assert torch.isfinite(found).all()
+    assert torch.equal(scale, scale.half().float())
+    assert torch.equal(zero, zero.half().float())
     if grid == "uniform":
         assert (cost(found) <= cost(plain) * 1.0001).all()
-    elif bits in (3, 4):                                               # no level on zero: two more levels for the kept
+    elif bits in (3, 4):  # no level on zero: two more levels for the kept
         assert cost(found).sum() < cost(plain).sum()
     codes = quantize(W, scale, zero, bits, grid)
-    assert int(codes.max()) < 2 ** bits and int(codes.min()) >= 0
+    assert int(codes.max()) < 2 ** bits
+    assert int(codes.min()) >= 0
 
 
 def naive_descent(V, W, H, keep, scale, zero, bits, grid, percdamp):
@@ -309,7 +360,8 @@ def naive_descent(V, W, H, keep, scale, zero, bits, grid, percdamp):
     V, h = V.clone(), H.diagonal() * (1 + percdamp)
     for j in range(V.shape[1]):
         gradient = (V - W) @ H[:, j] + percdamp * H[j, j] * (V - W)[:, j]
-        V[:, j] = nearest(V[:, j] - gradient / h[j], scale[:, 0], zero[:, 0], bits, grid) * keep[:, j]
+        moved = V[:, j] - gradient / h[j]
+        V[:, j] = nearest(moved, scale[:, 0], zero[:, 0], bits, grid) * keep[:, j]
     return V
 
 
@@ -318,28 +370,37 @@ def test_descent_equals_naive_and_never_climbs(grid):
     W, H = layer()
     mask = prune_smallest(W.abs(), W.numel() // 2)
     out = gptq(refit(W, H, mask), H, 3, grid=grid, mask=mask, static_groups=True, act_order=True)
-    keep, scale, zero, last = (~mask).double(), out.scale.double(), out.zero.double(), out.weight
+    keep = (~mask).double()
+    scale = out.scale.double()
+    zero = out.zero.double()
+    last = out.weight
     for _ in range(3):
         naive = naive_descent(last, W, H, keep, scale, zero, 3, grid, 0.01)
-        ours = descend(last.T, W.T, H, keep.T, scale.T, zero.T, torch.zeros(96, dtype=torch.long), 3, grid, 1, 0.01, blocksize=32).T
+        ours = descend(last.T, W.T, H, keep.T, scale.T, zero.T, torch.zeros(96, dtype=torch.long),
+                       3, grid, 1, 0.01, blocksize=32).T
         assert torch.allclose(ours, naive, atol=1e-12)
         damped = H + 0.01 * torch.diag(H.diagonal())
         assert error(W, ours, damped) <= error(W, last, damped) * (1 + 1e-12)
         last = ours
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(groupsize=32), dict(groupsize=40), dict(grid="uniform"), dict(mask="sparsegpt", refits=0),
-                                      dict(act_order=False, descent=0), dict(grid="minmax", sym=True)])
+@pytest.mark.parametrize("settings", [
+    dict(), dict(groupsize=32), dict(groupsize=40), dict(grid="uniform"),
+    dict(mask="sparsegpt", refits=0), dict(act_order=False, descent=0),
+    dict(grid="minmax", sym=True)])
 @pytest.mark.parametrize("sparsity,bits", [(0.5, 4), (0.5, 3), ("2:4", 4), (0, 4), (0.75, None)])
 def test_whole_stack(settings, sparsity, bits):
-    """What is returned rebuilds the weight, zeros are zeros, and the error is below the plain method's."""
+    """What is returned rebuilds the weight, zeros are zeros, and the error is below the plain
+    method's."""
     W, H = layer()
     W, H = W.float(), H.float()
     out = prune_and_round(W, H, sparsity, bits, **settings)
-    assert (out.weight[out.mask] == 0).all() and out.error == pytest.approx(relative_error(W, out.weight, H), rel=1e-4)
+    assert (out.weight[out.mask] == 0).all()
+    assert out.error == pytest.approx(relative_error(W, out.weight, H), rel=1e-4)
     assert int(out.mask.sum()) == round(parse_sparsity(sparsity)[0] * W.numel())
     if bits:
-        scale, zero = out.scale[:, out.g_idx], out.zero[:, out.g_idx]
+        scale = out.scale[:, out.g_idx]
+        zero = out.zero[:, out.g_idx]
         if out.grid == "offset":
             top = 2 ** (bits - 1)
             rebuilt = torch.where(out.codes >= top, -scale, scale) * (out.codes % top + zero)
@@ -347,7 +408,8 @@ def test_whole_stack(settings, sparsity, bits):
             rebuilt = scale * (out.codes - zero)
         assert torch.equal(rebuilt.masked_fill(out.mask, 0), out.weight)
         assert torch.equal(out.g_idx, torch.arange(96) // settings.get("groupsize", 96))
-    if settings.get("mask") != "sparsegpt" and not settings.get("sym") and (sparsity or settings.get("descent", 2)):
+    is_plain = settings.get("mask") == "sparsegpt" or settings.get("sym")
+    if not is_plain and (sparsity or settings.get("descent", 2)):
         assert out.error < sparsegpt(W, H, sparsity, bits, blocksize=32).error
 
 
@@ -356,7 +418,11 @@ def test_whole_stack(settings, sparsity, bits):
 def test_best_stack_beats_magnitude_and_rounding_everywhere(seed, sparsity, bits):
     W, H = (t.float() for t in layer(24, 96, seed))
     fraction, n, m = parse_sparsity(sparsity)
-    mask = W.abs().view(24, -1, m).argsort(-1).argsort(-1).lt(m - n).view_as(W) if m else prune_smallest(W.abs(), round(fraction * W.numel()))
+    if m:
+        rank = W.abs().view(24, -1, m).argsort(-1).argsort(-1)
+        mask = (rank < m - n).view_as(W)
+    else:
+        mask = prune_smallest(W.abs(), round(fraction * W.numel()))
     scale, zero = find_grid(W, bits)
     plain = nearest(W, scale, zero, bits).masked_fill(mask, 0)
     assert prune_and_round(W, H, sparsity, bits).error < relative_error(W, plain, H)
@@ -365,8 +431,10 @@ def test_best_stack_beats_magnitude_and_rounding_everywhere(seed, sparsity, bits
 def test_stack_survives_dead_inputs_and_zero_matrices():
     W, H = (t.float() for t in layer())
     H[:, :30], H[:30] = 0, 0
-    for out in (prune_and_round(W, H, 0.5, 4), prune_and_round(W, H, "2:4", 4), prune_and_round(W * 0, H, 0.5, 4), prune_and_round(W, H * 0, 0.5, 4)):
-        assert torch.isfinite(out.weight).all() and int(out.mask.sum()) == W.numel() // 2
+    for out in (prune_and_round(W, H, 0.5, 4), prune_and_round(W, H, "2:4", 4),
+                prune_and_round(W * 0, H, 0.5, 4), prune_and_round(W, H * 0, 0.5, 4)):
+        assert torch.isfinite(out.weight).all()
+        assert int(out.mask.sum()) == W.numel() // 2
     with pytest.raises(ValueError, match="mask='best'"):
         prune_and_round(W, H, 0.5, 4, mask="best")
     with pytest.raises(ValueError, match="grid='log'"):
@@ -383,10 +451,13 @@ def test_every_step_of_the_stack_lowers_the_error(sparsity, seed):
 
 
 def test_the_number_of_threads_changes_nothing():
-    """With one thread less, or one more, LAPACK's factors differ in the last bits, and codes would follow."""
+    """With one thread less, or one more, LAPACK's factors differ in the last bits, and codes would
+    follow."""
     torch.manual_seed(0)
     X = torch.randn(512, 192) * torch.rand(192)
-    W, H, threads = torch.randn(256, 192), hessian(X), torch.get_num_threads()
+    W = torch.randn(256, 192)
+    H = hessian(X)
+    threads = torch.get_num_threads()
     found = []
     try:
         for n in (1, 2, 3):
@@ -398,4 +469,6 @@ def test_the_number_of_threads_changes_nothing():
         torch.set_num_threads(threads)
     for other in found[1:]:
         for a, b in zip(found[0], other):
-            assert torch.equal(a.weight, b.weight) and torch.equal(a.codes, b.codes) and a.error == b.error
+            assert torch.equal(a.weight, b.weight)
+            assert torch.equal(a.codes, b.codes)
+            assert a.error == b.error

@@ -30,34 +30,44 @@ FORMS = [   # task, rows that mean the same, context(s), continuation(s), gold
     ("piqa", [{"goal": "Open a can", "sol1": "pull", "sol2": "push  it", "label": 1},
               {"query": "Question: Open a can\n", "choices": ["pull", "push  it"], "gold": 1}],
      "Question: Open a can\nAnswer:", [" pull", " push  it"], 1),
-    ("hellaswag", [{"activity_label": "Making [x] tea", "ctx_a": "A man boils water. [title] How  so", "ctx_b": "he POURS",
-                    "endings": [" it [step] out.", "[header] a  b", "c", "d"], "label": "2", "ind": 4}],
+    ("hellaswag",
+     [{"activity_label": "Making [x] tea", "ctx_a": "A man boils water. [title] How  so",
+       "ctx_b": "he POURS",
+                    "endings": [" it [step] out.", "[header] a  b", "c", "d"], "label": "2",
+                    "ind": 4}],
      "Making tea: A man boils water.. How so He pours", [" it out.", "  a b", " c", " d"], 2),
     ("arc_easy", [{"id": "1", "question": "Which?", "choices": ABCD, "answerKey": "C"},
                   {"id": "1", "question": {"stem": "Which?", "choices": LISTED}, "answerKey": "C"},
                   {"query": "Question: Which?", "choices": ABCD["text"], "gold": 2}],
      "Question: Which?\nAnswer:", CHOICES, 2),
-    ("arc_challenge", [{"question": "Which?", "choices": {"text": ABCD["text"], "label": ["1", "2", "3", "4"]},
+    ("arc_challenge",
+     [{"question": "Which?", "choices": {"text": ABCD["text"], "label": ["1", "2", "3", "4"]},
                         "answerKey": "4"}], "Question: Which?\nAnswer:", CHOICES, 3),
     ("openbookqa", [{"question_stem": "A stem", "choices": ABCD, "answerKey": "B"},
                     {"question": {"stem": "A stem", "choices": LISTED}, "answerKey": "B"},
                     {"query": "A stem", "choices": ABCD["text"], "gold": 1}], "A stem", CHOICES, 1),
-    ("winogrande", [{"sentence": "He gave Al a _ and left .", "option1": "cake", "option2": "bike", "answer": "2"},
-                    {"context_options": ["He gave Al a cake", "He gave Al a bike"], "continuation": "and left .", "gold": 1}],
+    ("winogrande", [{"sentence": "He gave Al a _ and left .", "option1": "cake", "option2": "bike",
+                     "answer": "2"},
+                    {"context_options": ["He gave Al a cake", "He gave Al a bike"],
+                     "continuation": "and left .", "gold": 1}],
      ["He gave Al a cake", "He gave Al a bike"], [" and left ."] * 2, 1),
     ("boolq", [{"passage": "T -- P.", "question": "is it", "label": True, "idx": 0},
                {"title": "T", "passage": "P.", "question": "is it", "answer": True},
-               {"query": "Passage: T -- P.\nQuestion: is it?", "choices": ["no", "yes"], "gold": 1}],
+               {"query": "Passage: T -- P.\nQuestion: is it?", "choices": ["no", "yes"],
+                "gold": 1}],
      "T -- P.\nQuestion: is it?\nAnswer:", [" no", " yes"], 1),
-    ("lambada_openai", [{"text": "She said  \"so what\" to Tom"}], "She said  \"so what\" to", [" Tom"], 0)]
+    ("lambada_openai", [{"text": "She said  \"so what\" to Tom"}], "She said  \"so what\" to",
+     [" Tom"], 0)]
 
 
-@pytest.mark.parametrize("task, rows, contexts, continuations, gold", FORMS, ids=[form[0] for form in FORMS])
+@pytest.mark.parametrize("task, rows, contexts, continuations, gold", FORMS,
+                         ids=[form[0] for form in FORMS])
 def test_texts_of_every_form(task, rows, contexts, continuations, gold):
     contexts = [contexts] * len(continuations) if isinstance(contexts, str) else contexts
     for row in rows:
         item = TASKS[task].read(row)
-        assert item.pairs == list(zip(contexts, continuations)) and item.gold == gold
+        assert item.pairs == list(zip(contexts, continuations))
+        assert item.gold == gold
         if task != "winogrande":
             assert item.lengths == [len(text) - 1 for text in continuations]
 
@@ -78,9 +88,11 @@ def test_labels_in_a_file_of_their_own(tmp_path):
 @pytest.mark.parametrize("line", ["{", "[]", "3", "{}", '{"goal": "g", "sol1": "a", "sol2": "b"}',
                                   '{"goal": "g", "sol1": "a", "sol2": "b", "label": 2}',
                                   '{"goal": "g", "sol1": "a", "sol2": 5, "label": 1}',
-                                  '{"goal": "g", "sol1": "a", "sol2": "b", "label": "one"}', '{"query": "q"}'])
+                                  '{"goal": "g", "sol1": "a", "sol2": "b", "label": "one"}',
+                                  '{"query": "q"}'])
 def test_a_row_that_is_no_item_is_named(line, tmp_path):
-    (tmp_path / "piqa.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n' + line)
+    (tmp_path / "piqa.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n'
+                                         + line)
     with pytest.raises(ValueError, match="piqa.jsonl line 2 is no item of piqa") as e:
         load_items("piqa", tmp_path)
     assert "\n" not in str(e.value)
@@ -103,13 +115,17 @@ def opt():
     return load_model("tiny-opt"), load_tokenizer(SHIPPED["tiny-opt"])
 
 
+# too long
 ITEMS = [
-    Item([("def f(x):\n    return", f" {word}") for word in ("x", "None", "self.value + x", "the")], 0, [1, 4, 14, 3]),
-    Item([("The result is a tensor. Is it?\nAnswer:", " no"), ("The result is a tensor. Is it?\nAnswer:", " yes")], 1, [2, 3]),
+    Item([("def f(x):\n    return", f" {word}") for word in ("x", "None", "self.value + x", "the")],
+         0, [1, 4, 14, 3]),
+    Item([("The result is a tensor. Is it?\nAnswer:", " no"),
+          ("The result is a tensor. Is it?\nAnswer:", " yes")], 1, [2, 3]),
     Item([("import numpy", " as np\n"), ("import torch", " as np\n")], 0, [12, 12]),
     Item([("Ends in spaces  ", " a")], 0, [1]), Item([("", " alone"), ("", "  alone")], 0, [5, 6]),
     Item([("Returns the largest value of the", " input")], 0, [5]),
-    Item([("word " * 700 + "and the last", f" {word}") for word in ("word", "of them all")], 0, [4, 11])]   # too long
+    Item([("word " * 700 + "and the last", f" {word}") for word in ("word", "of them all")], 0,
+         [4, 11])]
 
 
 def test_scores_equal_an_independent_scorer_over_transformers(opt):
@@ -119,7 +135,8 @@ def test_scores_equal_an_independent_scorer_over_transformers(opt):
     got = evaluation.zero_shot(model, tokenizer, ITEMS, batch_size=3)
     limit = peer.config.max_position_embeddings
     for item, record in zip(ITEMS, got):
-        for (context, continuation), ours, count in zip(item.pairs, record["logprobs"], record["tokens"]):
+        for (context, continuation), ours, count in zip(item.pairs, record["logprobs"],
+                                                        record["tokens"]):
             spaces = len(context) - len(context.rstrip())
             given = tokenizer.encode(context[:len(context) - spaces]) or [tokenizer.bos_id]
             ids = tokenizer.encode(context + continuation)
@@ -128,12 +145,14 @@ def test_scores_equal_an_independent_scorer_over_transformers(opt):
                 logp = peer(full[:, :-1]).logits[0].double().log_softmax(-1)
             per_token = logp.gather(1, full[0, 1:, None])[:, 0]
             n = len(ids) - len(given)
-            assert count == n and ours == pytest.approx(float(per_token[-n:].sum()), abs=2e-4)
+            assert count == n
+            assert ours == pytest.approx(float(per_token[-n:].sum()), abs=2e-4)
             if len(item.pairs) == 1:
                 assert record["acc"] == bool((logp[-n:].argmax(-1) == full[0, -n:]).all())
         if len(item.pairs) > 1:
             best = max(range(len(item.pairs)), key=lambda j: record["logprobs"][j])
-            norm = max(range(len(item.pairs)), key=lambda j: record["logprobs"][j] / item.lengths[j])
+            norm = max(range(len(item.pairs)),
+                       key=lambda j: record["logprobs"][j] / item.lengths[j])
             assert (record["acc"], record["acc_norm"]) == (best == item.gold, norm == item.gold)
 
 
@@ -141,7 +160,8 @@ def test_the_batch_changes_nothing(opt):
     model, tokenizer = opt
     one, many = (evaluation.zero_shot(model, tokenizer, ITEMS[:6], batch_size=n) for n in (1, 16))
     for a, b in zip(one, many):
-        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4) and a["tokens"] == b["tokens"]
+        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
+        assert a["tokens"] == b["tokens"]
 
 
 def test_behind_a_prompt(opt):
@@ -152,12 +172,15 @@ def test_behind_a_prompt(opt):
     prompt = model.embed(torch.tensor(front)).float()
     records = evaluation.zero_shot(model, tokenizer, ITEMS[:3], prompt)
     as_keys = evaluation.zero_shot(model, tokenizer, ITEMS[:3], as_prefix(model, prompt))
-    assert [r["logprobs"] for r in as_keys] == [pytest.approx(r["logprobs"], abs=1e-4) for r in records]
+    assert [r["logprobs"] for r in as_keys] == [pytest.approx(r["logprobs"], abs=1e-4)
+                                                for r in records]
     for item, record in zip(ITEMS, records):
         for (context, continuation), ours in zip(item.pairs, record["logprobs"]):
             given, scored = evaluation.encode_pair(tokenizer, context, continuation)
-            logp = model(torch.tensor([front + given + scored[:-1]]))[0].log_softmax(-1)[-len(scored):]
-            assert ours == pytest.approx(float(logp.gather(1, torch.tensor(scored)[:, None]).sum()), abs=1e-4)
+            logits = model(torch.tensor([front + given + scored[:-1]]))[0]
+            logp = logits.log_softmax(-1)[-len(scored):]
+            assert ours == pytest.approx(float(logp.gather(1, torch.tensor(scored)[:, None]).sum()),
+                                         abs=1e-4)
     long = Item([("", " word" * 505)], 0, [5])
     with pytest.raises(ValueError, match="item 1, choice 1: 1 tokens of context"):
         evaluation.zero_shot(model, tokenizer, [long], prompt)
@@ -172,14 +195,17 @@ def test_half_precision(opt):
 
 
 def test_summary_has_means_and_standard_errors():
-    records = [{"acc": i % 3 == 0, "acc_norm": i % 2 == 0, "logprobs": [-0.5 * i]} for i in range(10)]
+    records = [{"acc": i % 3 == 0, "acc_norm": i % 2 == 0, "logprobs": [-0.5 * i]}
+               for i in range(10)]
     got = evaluation.summarize("piqa", records)
-    assert (got["items"], got["acc"], got["acc_norm"]) == (10, 0.4, 0.5) and "perplexity" not in got
+    assert (got["items"], got["acc"], got["acc_norm"]) == (10, 0.4, 0.5)
+    assert "perplexity" not in got
     assert got["acc_stderr"] == pytest.approx(math.sqrt(0.4 * 0.6 / 9))
     got = evaluation.summarize("lambada_openai", records)
     logs = [0.5 * i for i in range(10)]
     assert got["perplexity"] == pytest.approx(math.exp(statistics.fmean(logs)))
-    draws = torch.randint(0, 10, (20000, 10), generator=torch.Generator().manual_seed(0))      # a bootstrap, as a peer
+    # a bootstrap, as a peer
+    draws = torch.randint(0, 10, (20000, 10), generator=torch.Generator().manual_seed(0))
     spread = torch.tensor(logs, dtype=torch.float64)[draws].mean(1).exp().std()
     assert got["perplexity_stderr"] == pytest.approx(float(spread) * math.sqrt(10 / 9), rel=0.15)
     assert evaluation.summarize("boolq", records[:1])["acc_stderr"] is None
@@ -190,45 +216,68 @@ def write(path, rows):
 
 
 def test_program(monkeypatch, capsys, tmp_path):
-    write(tmp_path / "piqa.jsonl", [{"goal": f"call f{i}", "sol1": "f()", "sol2": "zebra tree", "label": i % 2} for i in range(8)])
-    write(tmp_path / "text.jsonl", [{"text": "the name of the file"}, {"text": "for i in range(10):"}])
-    common = "tiny-llama", "--tasks", f"piqa,lambada_openai={tmp_path / 'text.jsonl'}", "--data-dir", tmp_path, "--json"
-    status, out, _ = run_program(monkeypatch, capsys, *common, "--items", tmp_path / "items.jsonl", "--limit", 6)
+    write(tmp_path / "piqa.jsonl",
+          [{"goal": f"call f{i}", "sol1": "f()", "sol2": "zebra tree", "label": i % 2}
+           for i in range(8)])
+    write(tmp_path / "text.jsonl",
+          [{"text": "the name of the file"}, {"text": "for i in range(10):"}])
+    tasks = f"piqa,lambada_openai={tmp_path / 'text.jsonl'}"
+    common = ("tiny-llama", "--tasks", tasks, "--data-dir", tmp_path, "--json")
+    status, out, _ = run_program(monkeypatch, capsys, *common, "--items", tmp_path / "items.jsonl",
+                                 "--limit", 6)
     got = last(out)["tasks"]
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
-    assert status == 0 and list(got) == ["piqa", "lambada_openai"] and got["piqa"]["items"] == 6 and len(items) == 8
+    assert status == 0
+    assert list(got) == ["piqa", "lambada_openai"]
+    assert got["piqa"]["items"] == 6
+    assert len(items) == 8
     assert got["piqa"]["acc"] == statistics.fmean(item["acc"] for item in items[:6])
-    assert f"acc {got['piqa']['acc']:.4f} +- " in out and f"perplexity {got['lambada_openai']['perplexity']:.4f}" in out
+    assert f"acc {got['piqa']['acc']:.4f} +- " in out
+    assert f"perplexity {got['lambada_openai']['perplexity']:.4f}" in out
     behind = last(run_program(monkeypatch, capsys, *common, "--hard-prompt")[1])
-    assert behind["prompt_tokens"] > 0 and behind["tasks"]["lambada_openai"]["perplexity"] != got["lambada_openai"]["perplexity"]
+    assert behind["prompt_tokens"] > 0
+    assert behind["tasks"]["lambada_openai"]["perplexity"] != got["lambada_openai"]["perplexity"]
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--tasks", "piqa"], "give --data-dir"), (["--tasks", "squad"], "unknown task 'squad'"), (["--tasks", ""], "unknown task ''"),
-    (["--limit", 3], "--limit does nothing without --tasks"), (["--items", "x"], "--items does nothing without --tasks"),
+    (["--tasks", "piqa"], "give --data-dir"), (["--tasks", "squad"], "unknown task 'squad'"),
+    (["--tasks", ""], "unknown task ''"),
+    (["--limit", 3], "--limit does nothing without --tasks"),
+    (["--items", "x"], "--items does nothing without --tasks"),
     (["--tasks", "piqa", "--seqlen", 9], "--seqlen does nothing with --tasks"),
-    (["--tasks", "piqa", "--generate", "x"], "exclude each other"), (["--tasks", "piqa=nowhere.jsonl"], "no file nowhere.jsonl")])
+    (["--tasks", "piqa", "--generate", "x"], "exclude each other"),
+    (["--tasks", "piqa=nowhere.jsonl"], "no file nowhere.jsonl")])
 def test_program_fails_in_one_line(more, message, monkeypatch, capsys):
     status, out, err = run_program(monkeypatch, capsys, "tiny-llama", *more)
-    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and message in err
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert message in err
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no zero-shot files in ../shared/data/zeroshot")
 def test_real_files_are_read():
-    sizes = {task: len(load_items(task, SHARED)) for task in ("piqa", "hellaswag", "arc_easy", "winogrande", "openbookqa", "boolq")}
-    assert sizes == {"piqa": 1838, "hellaswag": 1000, "arc_easy": 2376, "winogrande": 1267, "openbookqa": 500, "boolq": 3270}
+    sizes = {task: len(load_items(task, SHARED))
+             for task in ("piqa", "hellaswag", "arc_easy", "winogrande", "openbookqa", "boolq")}
+    assert sizes == {"piqa": 1838, "hellaswag": 1000, "arc_easy": 2376, "winogrande": 1267,
+                     "openbookqa": 500, "boolq": 3270}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no zero-shot files in ../shared/data/zeroshot")
 def test_items_agree_with_the_harness(opt, monkeypatch):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval")
+    pytest.importorskip("lm_eval",
+                        reason="lm-evaluation-harness is not installed: pip install lm_eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from harness import compare, harness
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model, tokenizer = opt
-    tasks = {task: find_task(task, SHARED)[1] for task in ("piqa", "hellaswag", "arc_easy", "winogrande", "openbookqa", "boolq")}
+    tasks = {task: find_task(task, SHARED)[1]
+             for task in ("piqa", "hellaswag", "arc_easy", "winogrande", "openbookqa", "boolq")}
     theirs = harness(AutoModelForCausalLM.from_pretrained(SHIPPED["tiny-opt"], dtype=torch.float32),
                      AutoTokenizer.from_pretrained(SHIPPED["tiny-opt"]), tasks, 20)
     for task, path in tasks.items():
-        found = compare(task, evaluation.zero_shot(model, tokenizer, load_items(task, SHARED, 20)), theirs[task])
-        assert found["largest difference"] < 1e-3 and found["acc differs"] == found.get("acc_norm differs", 0) == 0, found
+        found = compare(task, evaluation.zero_shot(model, tokenizer, load_items(task, SHARED, 20)),
+                        theirs[task])
+        assert found["largest difference"] < 1e-3, found
+        assert found["acc differs"] == found.get("acc_norm differs", 0) == 0, found

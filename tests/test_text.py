@@ -1,4 +1,5 @@
-"""Joining against the literature's token counts, sampling, files as they are, and downloads from a local server.
+"""Joining against the literature's token counts, sampling, files as they are, and downloads from a
+local server.
 
     python -m pytest -q tests/test_text.py
 """
@@ -21,7 +22,8 @@ from data.text import calibration, eval_tokens, load_text
 from data.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the text sets in ../shared/data")
+needs_shared = pytest.mark.skipif(not SHARED.exists(),
+                                  reason="needs the text sets in ../shared/data")
 
 
 class Characters:
@@ -34,14 +36,16 @@ class Characters:
 # ---- named sets
 
 def make_sets(folder: Path) -> Path:
-    for name, split, content in [("wikitext2/wiki.test.raw", "", " \n = A = \n \n Text \u2028 of A . \n"),
-                                 ("ptb/ptb.test.txt", "", " no it was \n but <unk> N \n"),
-                                 ("c4/en/train.jsonl", "", "".join(json.dumps({"text": c * n}) + "\n"
-                                                                   for c, n in [("x", 5), ("y", 50), ("z", 40)]))]:
+    documents = [{"text": "x" * 5}, {"text": "y" * 50}, {"text": "z" * 40}]
+    files = {"wikitext2/wiki.test.raw": " \n = A = \n \n Text \u2028 of A . \n",
+             "ptb/ptb.test.txt": " no it was \n but <unk> N \n",
+             "c4/en/train.jsonl": "".join(json.dumps(each) + "\n" for each in documents)}
+    for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8", newline="")
     validation = "".join(json.dumps({"text": f"{i:03}", "url": ""}) + "\n" for i in range(1200))
-    (folder / "c4" / "c4-validation.00000-of-00008.json.gz").write_bytes(gzip.compress(validation.encode()))
+    packed = gzip.compress(validation.encode())
+    (folder / "c4" / "c4-validation.00000-of-00008.json.gz").write_bytes(packed)
     return folder
 
 
@@ -51,9 +55,12 @@ def test_sets_are_joined_as_in_the_literature(tmp_path):
     assert load_text("ptb", "test", folder) == "no it was but <unk> N"
     assert len(load_text("c4", "validation", folder)) == 1200
     tokens = eval_tokens(Characters(), "c4", "validation", 10, folder=folder)
-    assert tokens.tolist() == [1] + [ord(c) for c in " ".join(f"{i:03}" for i in range(1100))][:2559]
-    assert len(eval_tokens(Characters(), "c4", "validation", 1000, folder=folder)) == 1000 * 4 + 100 * 5
-    assert eval_tokens(Characters(), "ptb", "test", 4, max_tokens=5, folder=folder).tolist() == [1, *map(ord, "no i")]
+    text = " ".join(f"{i:03}" for i in range(1100))
+    assert tokens.tolist() == [1, *map(ord, text[:2559])]
+    tokens = eval_tokens(Characters(), "c4", "validation", 1000, folder=folder)
+    assert len(tokens) == 1000 * 4 + 100 * 5
+    tokens = eval_tokens(Characters(), "ptb", "test", 4, max_tokens=5, folder=folder)
+    assert tokens.tolist() == [1, *map(ord, "no i")]
 
 
 def test_sets_are_found_by_folder_environment_and_cache(tmp_path, monkeypatch):
@@ -64,14 +71,16 @@ def test_sets_are_found_by_folder_environment_and_cache(tmp_path, monkeypatch):
     assert load_text("ptb", "test") == load_text("ptb", "test", tmp_path / "elsewhere") == expected
     monkeypatch.delenv("TEXT_FOLDER")
     calls = []
-    monkeypatch.setattr(data.text, "fetch", lambda name, cache: calls.append((name, cache)) or folder / "ptb" / name)
+    monkeypatch.setattr(data.text, "fetch", lambda name, cache: calls.append((name, cache))
+                        or folder / "ptb" / name)
     assert load_text("ptb", "test") == expected
     assert calls == [("ptb.test.txt", data.text.CACHE / "ptb")]
 
 
 def test_errors_say_what_to_do(tmp_path, monkeypatch):
     folder, tokenizer = make_sets(tmp_path), Characters()
-    with pytest.raises(ValueError, match="unknown text set 'wikitext': known are wikitext2, ptb, c4, docs.*path"):
+    with pytest.raises(ValueError,
+                       match="unknown text set 'wikitext': known are wikitext2, ptb, c4, docs"):
         load_text("wikitext", "test")
     with pytest.raises(ValueError, match="c4 has no split 'test'; it has train, validation"):
         load_text("c4", "test", folder)
@@ -79,7 +88,9 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
         load_text(str(tmp_path / "none.txt"), "test")
     with pytest.raises(ValueError, match="ptb test has 22 tokens .* seqlen 23"):
         eval_tokens(tokenizer, "ptb", "test", 23, folder=folder)
-    with pytest.raises(ValueError, match="ptb test has no text of more than seqlen = 22 tokens, the longest has 22"):
+    with pytest.raises(ValueError,
+                       match="ptb test has no text of more than seqlen = 22 tokens, the longest "
+                             "has 22"):
         calibration(tokenizer, "ptb", "test", 1, 22, 0, folder)
     with pytest.raises(ValueError, match="c4 train .* 51 tokens, the longest has 51"):
         calibration(tokenizer, "c4", "train", 1, 51, 0, folder)
@@ -94,21 +105,25 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="bad.txt is not UTF-8"):
         load_text(str(tmp_path / "bad.txt"), "test")
-    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(1000).hex().encode())[:-20])
+    packed = gzip.compress(random.Random(0).randbytes(1000).hex().encode())
+    (tmp_path / "cut.txt.gz").write_bytes(packed[:-20])
     with pytest.raises(ValueError, match="cut.txt.gz is not gzip of UTF-8"):
         load_text(str(tmp_path / "cut.txt.gz"), "test")
     monkeypatch.setattr(data.text, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(data.text, "fetch", lambda name, cache: (_ for _ in ()).throw(ConnectionError("no network")))
+    monkeypatch.setattr(data.text, "fetch",
+                        lambda name, cache: (_ for _ in ()).throw(ConnectionError("no network")))
     with pytest.raises(FileNotFoundError, match="no wiki.train.raw in .*; no network"):
         load_text("wikitext2", "train", folder)
 
 
-@pytest.mark.parametrize("text", ["", "a\r\nb\rc\n\n", " \n\x85\u2028\0 \ufeff\u00e9", "\ufeffx", "no end"])
+@pytest.mark.parametrize("text",
+                         ["", "a\r\nb\rc\n\n", " \n\x85\u2028\0 \ufeff\u00e9", "\ufeffx", "no end"])
 def test_files_are_read_as_they_are(tmp_path, text):
     for name in ("a.txt", "a.valid.raw", "b.md"):
         (tmp_path / name).write_bytes(text.encode())
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-        assert load_text(str(tmp_path / name), "any") == load_text(tmp_path / f"{name}.gz", "any") == text
+        assert load_text(str(tmp_path / name), "any") == text
+        assert load_text(tmp_path / f"{name}.gz", "any") == text
     line = json.dumps({"text": text, "n": 1}, ensure_ascii=False) + "\n"
     (tmp_path / "c.jsonl").write_bytes(line.encode() * 2)
     assert load_text(str(tmp_path / "c.jsonl"), "any") == [text, text]
@@ -119,7 +134,8 @@ def test_files_are_read_as_they_are(tmp_path, text):
 def test_harvested_sets_are_loaded_on_demand(monkeypatch):
     monkeypatch.setattr(data.text, "harvest", lambda name, split: [f"{name} {split}", "b"])
     assert load_text("docstrings", "validation") == ["docstrings validation", "b"]
-    assert eval_tokens(Characters(), "docs", "test", 3).tolist() == Characters().encode("docs test\n\nb")
+    tokens = eval_tokens(Characters(), "docs", "test", 3)
+    assert tokens.tolist() == Characters().encode("docs test\n\nb")
 
 
 def test_only_as_much_is_tokenized_as_is_wanted(tmp_path):
@@ -133,7 +149,8 @@ def test_only_as_much_is_tokenized_as_is_wanted(tmp_path):
             return self.tokenizer.encode(text)
 
     tiny = Path(data.text.__file__).parent / "tiny"
-    words = ["it's", "we'll", "2024", "12,345.6", "\u4e2d\u6587\u00a0x", "...", "_a__b", "\n", "  ", "\t\r\n", "na\u00efve", "\U0001f600"]
+    words = ["it's", "we'll", "2024", "12,345.6", "\u4e2d\u6587\u00a0x", "...", "_a__b", "\n", "  ",
+             "\t\r\n", "na\u00efve", "\U0001f600"]
     rng = random.Random(0)
     text = " ".join(rng.choice(words) for _ in range(60_000))
     (tmp_path / "line.txt").write_text(text, encoding="utf-8", newline="")
@@ -142,10 +159,12 @@ def test_only_as_much_is_tokenized_as_is_wanted(tmp_path):
         whole = tokenizer.encode(text)
         for n in (1, 2, 50, 511, 4000, 20_000):
             tokenizer.read = 0
-            assert eval_tokens(tokenizer, str(tmp_path / "line.txt"), "", 1, n).tolist() == whole[:n]
+            tokens = eval_tokens(tokenizer, str(tmp_path / "line.txt"), "", 1, n)
+            assert tokens.tolist() == whole[:n]
             assert n > 4000 or tokenizer.read < len(text) / 2
-    (tmp_path / "one.txt").write_text("ab" * 50_000)                        # no place to cut: all of it
-    assert eval_tokens(Characters(), str(tmp_path / "one.txt"), "", 1, 9).tolist() == Characters().encode("abababab")
+    (tmp_path / "one.txt").write_text("ab" * 50_000)  # no place to cut: all of it
+    tokens = eval_tokens(Characters(), str(tmp_path / "one.txt"), "", 1, 9)
+    assert tokens.tolist() == Characters().encode("abababab")
 
 
 # ---- calibration
@@ -155,11 +174,14 @@ def test_calibration_crops(tmp_path):
     (tmp_path / "count.txt").write_text("".join(map(chr, range(100, 400))), encoding="utf-8")
     samples = calibration(tokenizer, str(tmp_path / "count.txt"), "", 500, 20, seed=1)
     assert samples.shape == (500, 20) and samples.dtype == torch.int64
-    assert (samples[:, 2:].diff(dim=1) == 1).all()                         # consecutive tokens of the text
+    assert (samples[:, 2:].diff(dim=1) == 1).all()  # consecutive tokens of the text
     starts = samples[:, 1].tolist()
-    assert len(set(starts)) > 200 and min(starts) < 105 and max(starts) > 375
+    assert len(set(starts)) > 200
+    assert min(starts) < 105
+    assert max(starts) > 375
     samples = calibration(tokenizer, "c4", "train", 200, 30, seed=0, folder=folder)
-    assert set(samples[:, -1].tolist()) == {ord("y"), ord("z")}             # one document each, never the short one
+    # one document each, never the short one
+    assert set(samples[:, -1].tolist()) == {ord("y"), ord("z")}
     assert all(len(set(row[1:].tolist())) == 1 for row in samples)
 
 
@@ -170,8 +192,10 @@ def test_calibration_depends_on_the_seed_only(tmp_path):
     first = calibration(tokenizer, "c4", "validation", 5, 2, seed=0, folder=folder)
     assert random.getstate() == state
     random.seed(2), torch.manual_seed(2)
-    assert torch.equal(first, calibration(tokenizer, "c4", "validation", 5, 2, seed=0, folder=folder))
-    assert not torch.equal(first, calibration(tokenizer, "c4", "validation", 5, 2, seed=1, folder=folder))
+    assert torch.equal(first,
+                       calibration(tokenizer, "c4", "validation", 5, 2, seed=0, folder=folder))
+    assert not torch.equal(first,
+                           calibration(tokenizer, "c4", "validation", 5, 2, seed=1, folder=folder))
 
 
 # ---- the published files
@@ -180,7 +204,9 @@ def test_calibration_depends_on_the_seed_only(tmp_path):
 def test_token_counts_of_the_literature():
     opt, llama = (load_tokenizer(SHARED / "tokenizers" / name) for name in ("opt", "llama"))
     tokens = eval_tokens(opt, "wikitext2", "test", 2048, folder=SHARED)
-    assert len(tokens) == 287645 and tokens[0] == 2 and (tokens[1:] != 2).all()
+    assert len(tokens) == 287645
+    assert tokens[0] == 2
+    assert (tokens[1:] != 2).all()
     assert len(eval_tokens(llama, "wikitext2", "test", 2048, folder=SHARED)) == 341469
     samples = calibration(opt, "c4", "train", 4, 1024, seed=0, folder=SHARED)
     assert samples.shape == (4, 1024)
@@ -201,7 +227,8 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.content; server.ranges: honours Range; server.stop_after: closes after that many bytes, once."""
+    """Serves server.content; server.ranges: honours Range; server.stop_after: closes after that
+    many bytes, once."""
 
     def do_GET(self):
         content, start = self.server.content, 0
@@ -241,8 +268,10 @@ def server():
 def test_download_checks_and_keeps(server, tmp_path, capsys):
     path = tmp_path / "new" / "file.bin"
     assert download(server.url, path, DIGEST) == path and path.read_bytes() == CONTENT
-    assert "3.0 of 3.0 MB" in capsys.readouterr().err and [p.name for p in path.parent.iterdir()] == ["file.bin"]
-    assert download(server.url, path, DIGEST) == path and len(server.asked) == 1          # there already
+    assert "3.0 of 3.0 MB" in capsys.readouterr().err
+    assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
+    assert download(server.url, path, DIGEST) == path      # there already
+    assert len(server.asked) == 1
     path.write_bytes(CONTENT[:-1])
     with pytest.raises(ValueError, match="delete it to download it again"):
         download(server.url, path, DIGEST)
@@ -250,12 +279,16 @@ def test_download_checks_and_keeps(server, tmp_path, capsys):
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_interrupted_download_is_resumed(server, tmp_path, ranges):
-    path, part, server.ranges, server.stop_after = tmp_path / "file.bin", tmp_path / "file.bin.part", ranges, 1_234_567
-    with pytest.raises(ConnectionError, match="1234567 of 3000000 bytes arrived; run again to resume"):
+    path, part = tmp_path / "file.bin", tmp_path / "file.bin.part"
+    server.ranges = ranges
+    server.stop_after = 1_234_567
+    with pytest.raises(ConnectionError,
+                       match="1234567 of 3000000 bytes arrived; run again to resume"):
         download(server.url, path, DIGEST)
     assert part.read_bytes() == CONTENT[:1_234_567] and not path.exists()
-    assert download(server.url, path, DIGEST).read_bytes() == CONTENT and not part.exists()
-    assert server.asked == [None, "bytes=1234567-"]          # a server without ranges sends all of it again
+    assert download(server.url, path, DIGEST).read_bytes() == CONTENT
+    assert not part.exists()
+    assert server.asked == [None, "bytes=1234567-"]  # a server without ranges sends all of it again
 
 
 @pytest.mark.parametrize("left", [CONTENT, CONTENT + b"x"])
@@ -271,7 +304,8 @@ def test_wrong_hash_is_removed(server, tmp_path):
     (tmp_path / "file.bin.part").write_bytes(b"of another file")
     with pytest.raises(ValueError, match=f"not {DIGEST}"):
         download(server.url, tmp_path / "file.bin", DIGEST)
-    assert download(server.url, tmp_path / "file.bin", DIGEST).read_bytes() == CONTENT   # the next try starts afresh
+    # the next try starts afresh
+    assert download(server.url, tmp_path / "file.bin", DIGEST).read_bytes() == CONTENT
 
 
 def test_unknown_hash_is_recorded_and_then_checked(server, tmp_path):
@@ -300,5 +334,6 @@ def test_wikitext_comes_out_of_its_archive(server, tmp_path):
         assert fetch("wiki.test.raw", tmp_path, files).read_text() == " \n = A = \n"
     assert len(server.asked) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["wiki.test.raw", "wikitext-2-raw-v1.zip"]
-    (tmp_path / "wikitext-2-raw-v1.zip").unlink()                 # the text alone, as a user may put it there
-    assert fetch("wiki.test.raw", tmp_path, files).read_text() == " \n = A = \n" and len(server.asked) == 1
+    (tmp_path / "wikitext-2-raw-v1.zip").unlink()  # the text alone, as a user may put it there
+    assert fetch("wiki.test.raw", tmp_path, files).read_text() == " \n = A = \n"
+    assert len(server.asked) == 1

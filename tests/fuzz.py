@@ -979,7 +979,7 @@ def run(cases: int, seeds: list[int], place: Path, names: list[str] | None = Non
     for kind in bed.kinds:
         mine, numbers = collections.Counter(), [(seed, number) for seed in seeds for number in range(each)]
         jobs = [lambda watch, n=n: bed.case(kind, *n, watch) for n in numbers]
-        for (seed, number), got in zip(numbers, apart(jobs)):
+        for got, (seed, number) in zip(apart(jobs), numbers):       # in this order the last process is waited for
             got = {"case": f"{kind.name}/{seed}/{number}", "file": "?", "how": "?", "class": "finding", **got}
             mine[got["class"]] += 1
             if got["class"] in ("finding", "unnoticed"):

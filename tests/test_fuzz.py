@@ -5,10 +5,20 @@
 import random
 import shutil
 
+import pytest
+import torch
 from fuzz import Bed, apart, hf, header_damage, load_here, run
 from safetensors import SafetensorError, safe_open
 
 from data.checkpoint import read_safetensors
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A bed for forks takes all but one away: the tests of other files want them back."""
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
 
 
 def test_damaged_folders_are_refused_in_one_line(tmp_path):

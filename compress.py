@@ -559,7 +559,8 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
     width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + 0.05
     disk = c.n_layer * weights * width / 8 + 2 * ends + 2 * taught_tokens * c.d_embed
     host = 2 * ((1 + twin) * tokens + held_tokens) * c.d_model + ends * size + 2 * weights
-    return Plan(c.n_layer, int(copies + others + max(solving, summing)), int(host), int(disk))
+    device = 1.1 * (copies + others + max(solving, summing))    # a GPU's allocator keeps some more
+    return Plan(c.n_layer, int(device), int(host), int(disk))
 
 
 @torch.no_grad()

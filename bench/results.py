@@ -10,6 +10,7 @@ holds <!-- part: NAME --> and <!-- end -->; what is between them is from here, a
 by hand. A part whose runs are not in --folder stays as it is. --check says which parts differ.
 """
 import argparse
+import csv
 import itertools
 import math
 import re
@@ -174,6 +175,28 @@ def healed_table(out: Path) -> str:
     return markdown(["", "perplexity", "MB", "made, s"], rows)
 
 
+def gpu_table(_: Path) -> str:
+    """What a day on a GPU left in bench/h200.csv."""
+    with open(ROOT / "bench/h200.csv", newline="", encoding="utf-8") as f:
+        lines = list(csv.DictReader(f))
+    machine = next(line for line in lines if line["kind"] == "machine")
+    copied = next(float(line["value"]) for line in lines if line["kind"] == "copy")
+    rows = []
+    for line in lines:
+        if line["kind"] == "product":
+            packed, fp16 = float(line["value"]), float(line["fp16"])
+            int4 = f"{1e6 * float(line['int4']):.1f}" if line["int4"] else ""
+            rows.append([line["case"], f"{1e6 * packed:.1f}", f"{1e6 * fp16:.1f}", int4,
+                         f"{fp16 / packed:.2f} x"])
+    head = ["weight, format, grid, tokens", "packed, us", "fp16, us", "torch's int4, us",
+            "fp16 / packed"]
+    models = [f"- {line['case']}: {line['value']}" for line in lines if line["kind"] == "model"]
+    about = (f"`python -m bench.kernels --minutes 1.75 --out FILE` on one {machine['case']}, "
+             f"{machine['value']}; a copy moves {copied / 1e12:.2f} TB/s. All checks beside float64 "
+             f"passed first. Whole models have LLaMA-7B's shape, random weights in fp16; no seed.")
+    return "\n".join([markdown(head, rows), "", *models, "", about])
+
+
 # -------------------------------------------------------------------------------------------------
 # Parts, in the order of RESULTS.md.
 
@@ -245,6 +268,7 @@ PARTS = {
     "smollm2 prompts": studied("recipes", [SMOLLM2, PROMPTS], names(PROMPTS),
                                folder="study-smollm2"),
     "walk": Part([WALK], printed("walk")),
+    "gpu": Part([], gpu_table),
 }
 LONG = ("smollm2", "smollm2 healed", "smollm2 prompts", "walk")     # not without --smollm2
 
@@ -285,6 +309,8 @@ def part_text(name: str, out: Path) -> str | None:
     """What stands between the marks of a part, or None where something has not run. Commands that
     an earlier part has shown are not shown again."""
     part = PARTS[name]
+    if not part.families:                                       # measured elsewhere, in a file
+        return part.table(out)
     order = list(PARTS)
     earlier = [PARTS[other] for other in order[:order.index(name)]]
     shown = [family for other in earlier for family in other.families]

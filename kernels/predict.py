@@ -1,24 +1,23 @@
-"""From what the compiler says (compiled.csv) to microseconds on GPUs that are not there: a roofline
-of five roofs.
+"""From what the compiler says (compiled.csv) to microseconds on GPUs that are not there.
 
     python -m kernels.predict                       # every GPU, the newest triton, 4096 x 11008
     python -m kernels.predict --gpu H100 --shape 4096x4096 --triton 3.6.0
 
-Up to 64 tokens a product takes as long as its slowest part, and FIXED on top:
+Up to 64 tokens a product keeps the parts of a multiprocessor busy for a time that is counted:
 
-    memory    packed bytes, x and y over REACHED of the memory's rate
-    issue     a warp instruction a clock from each of a multiprocessor's four schedulers
-    alu       64 lanes a clock and multiprocessor: half of what it issues
-    l1        a wavefront of 128 bytes a clock and multiprocessor
+    issue     a warp instruction a clock from each of four schedulers
+    alu       64 lanes a clock: half of what is issued
+    l1        a wavefront of 128 bytes a clock
     tensor    16 x 8 x 16 products over the peak rate, of which mma.sync reaches a share
 
-All but memory wait for the multiprocessor that has the most programs. Above, the weight is unpacked
-slab by slab, then multiplied: the slab kernel's time, which also writes 16 bits a weight to the
-cache and reads them again, plus cuBLAS. fp16 is cuBLAS alone; int4 is what memory allows at 4.25
+Few warps are at work, so the parts take turns more than they overlap: a product takes TURNS of the
+sum of their times, or as long as memory takes, and FIXED on top. All wait for the multiprocessor
+that has the most programs. Above 64 tokens the weight is unpacked slab by slab, which is writing 16
+bits a weight, then multiplied by cuBLAS. fp16 is cuBLAS alone; int4 is what memory allows at 4.25
 bits a weight, a limit that no kernel is known to reach.
 
-Nothing here was measured. Constants are of data sheets, and REACHED, FIXED, CUBLAS and the cache's
-rates are round numbers.
+Rates of GPUs are of data sheets. The shares that are reached of them were fitted to an H200
+(bench/h200.csv, which these times meet within 20%); for other GPUs they are a guess.
 """
 import argparse
 import re
@@ -28,8 +27,11 @@ from typing import NamedTuple
 from kernels.compile import SLAB, TABLE, table
 from kernels.matmul import SLAB_BYTES, strips_of
 
-REACHED, CUBLAS = 0.92, 0.75  # of the memory's rate; of the peak rate of products
-FIXED = 2e-6  # seconds: start, first loads, last sums; in a CUDA graph
+READ = 0.72                         # of the memory's rate: cuBLAS with few tokens
+WRITTEN = 0.58                      # of the memory's rate: slabs
+CUBLAS = 0.77                       # of the peak rate of products
+FIXED = 2.5e-6                      # seconds: start, first loads, last sums; in a CUDA graph
+TURNS = {8: 0.7, 16: 0.87, 32: 0.9, 64: 0.93}       # by the tokens that a kernel is made for
 # in the order of fragments.py, half of the weights kept
 BITS = {"dense": 4.0, "nm": 3.0, "unstructured": 3.36}
 TIMED = (1, 8, 16, 64, 512, 1024, 4096)
@@ -47,6 +49,7 @@ class GPU(NamedTuple):
 
 GPUS = {"A100": GPU(80, 108, 1.41e9, 2.04e12, 4.0e12, 312e12, 1.0),
         "H100": GPU(90, 132, 1.755e9, 3.35e12, 5.5e12, 989e12, 0.62),
+        "H200": GPU(90, 132, 1.755e9, 4.8e12, 5.5e12, 989e12, 0.62),
         "4090": GPU(89, 128, 2.52e9, 1.008e12, 5.0e12, 165e12, 1.0)}
 
 
@@ -70,28 +73,27 @@ def moved(shape: tuple[int, int], tokens: int, bits: float) -> float:
 def cublas(gpu: GPU, shape: tuple[int, int], tokens: int, rate: float) -> float:
     """Seconds of y = x W^T in 16 bits, W read at `rate`."""
     operations = 2 * tokens * shape[0] * shape[1]
-    return max(moved(shape, tokens, 16) / (REACHED * rate), operations / (CUBLAS * gpu.products))
+    return max(moved(shape, tokens, 16) / (READ * rate), operations / (CUBLAS * gpu.products))
 
 
 def packed(gpu: GPU, shape: tuple[int, int], tokens: int, lines: dict[int, dict[str, str]],
            bits: float) -> tuple[float, str]:
     """Seconds, and what they are spent on. lines: of the table, by tokens."""
     weights = shape[0] * shape[1]
-    if tokens > 64:
-        parts = on_chip(lines[SLAB], gpu, weights)
-        parts["cache"] = 2 * weights / gpu.cache
+    kernel = kernel_for(tokens)
+    parts = on_chip(lines[kernel], gpu, weights)
+    if kernel == SLAB:
+        writing = 2 * weights / (WRITTEN * gpu.memory)
         slabs = -(-2 * weights // SLAB_BYTES)
-        unpacking = max(parts.values()) + slabs * FIXED
+        unpacking = max(writing, *parts.values()) + slabs * FIXED
         product = cublas(gpu, shape, tokens, gpu.cache)
         return unpacking + product + FIXED, f"{unpacking * 1e6:.0f} us unpacking"
-    line = lines[kernel_for(tokens)]
-    programs = shape[0] / (16 * strips_of(tokens))
-    # over the average
-    most = -(-programs // gpu.multiprocessors) / (programs / gpu.multiprocessors)
-    parts = {name: most * seconds for name, seconds in on_chip(line, gpu, weights).items()}
-    parts["memory"] = moved(shape, tokens, bits) / (REACHED * gpu.memory)
-    slowest = max(parts, key=parts.get)
-    return parts[slowest] + FIXED, slowest
+    programs = shape[0] / (16 * strips_of(kernel))
+    average = programs / gpu.multiprocessors
+    most = -(-programs // gpu.multiprocessors)
+    busy = most / average * TURNS[kernel] * sum(parts.values())
+    memory = moved(shape, tokens, bits) / gpu.memory
+    return max(busy, memory) + FIXED, "memory" if memory > busy else max(parts, key=parts.get)
 
 
 def lines_of(version: str, sm: int, format: str, grid: str) -> dict[int, dict[str, str]]:
@@ -124,8 +126,8 @@ def main(args) -> None:
     if version not in versions:
         known = ", ".join(sorted(versions)) or "no lines"
         raise ValueError(f"--triton {version}: {TABLE.name} has {known}")
-    print(f"Predicted from {TABLE.name}, triton {version}; never measured. {args.shape}, fp16 x, a "
-          f"grid a row, in a CUDA graph")
+    print(f"Predicted from {TABLE.name}, triton {version}. {args.shape}, fp16 x, a grid a row, in a "
+          f"CUDA graph")
     for name in args.gpu:
         gpu = GPUS[name]
         print(f"\n{name:4} {'':12} {'':8} tokens     us   x fp16  x int4's limit   bound by")
@@ -135,7 +137,7 @@ def main(args) -> None:
                 for tokens in (t for t in TIMED if kernel_for(t) in lines):
                     seconds, bound = packed(gpu, shape, tokens, lines, BITS[format])
                     fp16 = cublas(gpu, shape, tokens, gpu.memory) + FIXED
-                    int4 = max(moved(shape, tokens, 4.25) / (REACHED * gpu.memory),
+                    int4 = max(moved(shape, tokens, 4.25) / (READ * gpu.memory),
                                2 * tokens * shape[0] * shape[1] / (CUBLAS * gpu.products)) + FIXED
                     print(f"{name:4} {format:12} {grid:8} {tokens:6} {seconds * 1e6:6.1f} "
                           f"{fp16 / seconds:8.2f} {int4 / seconds:10.2f}        {bound}")

@@ -2,6 +2,7 @@
 
     python -m pytest -q tests/test_kernels.py
 """
+import csv
 import itertools
 import os
 import re
@@ -316,6 +317,24 @@ def test_predictions_come_from_the_table():
     assert predict.packed(slow, shape, 1, lines, 3.0)[0] > seconds
     with pytest.raises(ValueError, match="has no line of triton 1.0"):
         predict.lines_of("1.0", 90, "nm", "uniform")
+
+
+def test_predictions_are_what_an_h200_took():
+    """The packed products and those of cuBLAS in bench/h200.csv."""
+    pytest.importorskip("triton")
+    from kernels import predict
+    gpu = predict.GPUS["H200"]
+    with open(TESTS.parent / "bench/h200.csv", newline="") as f:
+        measured = [line for line in csv.DictReader(f) if line["kind"] == "product"]
+    assert len(measured) == 12
+    for line in measured:
+        size, format, grid, _, tokens, _ = line["case"].split()
+        shape, tokens = tuple(map(int, size.split("x"))), int(tokens)
+        lines = predict.lines_of("3.6.0", 90, format, grid)
+        seconds, _ = predict.packed(gpu, shape, tokens, lines, predict.BITS[format])
+        assert seconds == pytest.approx(float(line["value"]), rel=0.2), line
+        fp16 = predict.cublas(gpu, shape, tokens, gpu.memory) + predict.FIXED
+        assert fp16 == pytest.approx(float(line["fp16"]), rel=0.2), line
 
 
 def test_a_gpu_day_without_a_gpu(tmp_path):

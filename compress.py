@@ -39,7 +39,7 @@ from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from kernels.unpacking import unpack
 from model import Block, Checkpoint, Half, load_block, read_note, save_index, save_shard, shard_path
-from prompt import backward_by_parts, fit
+from prompt import fit
 from sparsegpt import SLAB, parse_sparsity, prune_and_round, refit, sparsegpt
 
 RECIPES = {
@@ -503,8 +503,8 @@ def run_stored(kept: nn.Module, runs: nn.Linear) -> None:
 # a whole.
 
 WEIGHT_RATE = 1e-2                      # of Adam, in root mean squares of a matrix
-GRID_RATE = 2e-3                        # in shares of a scale or a norm's weight, in levels of a zero
-AT_ONCE = 2048                          # tokens whose activations are kept, or one window's
+GRID_RATE = 4e-3                        # in shares of a scale or a norm's weight, in levels of a zero
+STEP_TOKENS = 512                       # of a step, one window at least
 
 
 class Kept(nn.Module):
@@ -527,7 +527,8 @@ class Kept(nn.Module):
         return weight, None if self.b is None else self.bias + self.bias_unit * self.b
 
     def forward(self, x):
-        return F.linear(x, *self.moved())
+        weight, bias = self.moved()
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @torch.no_grad()
     def settle(self) -> "Kept":
@@ -539,40 +540,41 @@ class Kept(nn.Module):
 def stream_errors(half: Half, h: torch.Tensor, wanted: torch.Tensor, rope) -> torch.Tensor:
     """Of every token, fp32: the squared error of the stream behind half, h being before it, as a
     share of the dense model's, wanted. The norms to come do not see how long a token is."""
-    wanted = wanted.float()
-    e = half.write(h, half.mix(h, rope)).float() - wanted
+    wanted, x = wanted.float(), half.mix(h, rope)
+    e = half.write(h.float() if half.pre_norm else h, x).float() - wanted
     return e.square().mean(-1) / wanted.square().mean(-1).clamp(min=1e-12)
 
 
-def held_error(half: Half, walk: Walk, dtype: torch.dtype) -> float:
-    """Mean of stream_errors over the held-out windows, computed in dtype."""
+def held_error(half: Half, walk: Walk, dtype: torch.dtype | None = None) -> float:
+    """Mean of stream_errors over the held-out windows, computed in dtype or in the walk's."""
     with torch.no_grad():
-        found = [stream_errors(half, h.to(dtype), walk.held_dense[k], walk.rope)
+        found = [stream_errors(half, h.to(dtype or walk.dtype), walk.held_dense[k], walk.rope)
                  for k, h in enumerate(walk.held)]
         return float(torch.cat(found).mean())
 
 
 def tune(half: Half, parts: dict[str, nn.Module], norm: Tuned, walk: Walk, passes: int,
          rate: float) -> None:
-    """Adam over the windows, a batch a step, in fp32, on what the stand-ins move: parts, by their
-    names in half.part, and norm. What is best on the held-out windows is left in them."""
-    half = half._replace(norm=norm)
+    """Adam over the windows on what the stand-ins move, in fp32: parts, by their names in
+    half.part, and norm. What is best on the held-out windows is left in them. Activations are in
+    dtype: gradients of fp16 would vanish."""
+    half = half._replace(norm=lambda x: norm(x.float()).to(x.dtype))
+    dtype = torch.float32 if walk.dtype == torch.float16 else walk.dtype
+    windows = max(1, STEP_TOKENS // walk.stream.parked[0].shape[1])
+    steps = [(k, slice(i, i + windows)) for k, batch in enumerate(walk.stream.parked)
+             for i in range(0, len(batch), windows)]
     moving = {f"{name}.{n}": p for name, part in {**parts, "norm": norm}.items()
               for n, p in part.named_parameters(recurse=False)}
     with tuned(half.part, parts), torch.enable_grad():
-        start = held_error(half, walk, torch.float32)
+        start = held_error(half, walk, dtype)
 
-        def loss_of_batch(index) -> float:
-            h, wanted = walk.stream[int(index)].float(), walk.dense[int(index)]
+        def loss_of_batch(index) -> torch.Tensor:
+            k, part = steps[int(index)]
+            h = walk.stream[k][part].to(dtype)
+            return stream_errors(half, h, walk.dense[k][part], walk.rope).mean() / start
 
-            def losses_of(part):
-                return stream_errors(half, h[part], wanted[part], walk.rope) / start
-            return backward_by_parts(losses_of, torch.arange(len(h)),
-                                     max(1, AT_ONCE // h.shape[1]))
-
-        fit(moving, loss_of_batch, len(walk.stream),
-            lambda: held_error(half, walk, torch.float32) / start, passes * len(walk.stream), 1,
-            rate, val_every=len(walk.stream), betas=(0.9, 0.99))
+        fit(moving, loss_of_batch, len(steps), lambda: held_error(half, walk, dtype) / start,
+            passes * len(steps), 1, rate, val_every=len(steps), betas=(0.9, 0.99))
 
 
 def reconstruct(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve,
@@ -581,16 +583,16 @@ def reconstruct(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve
     dense model's half-block gives on the dense stream, its nonlinearity included.
 
     Twice a few passes of Adam: on the weights before rounding, `before`, which are then rounded
-    anew under the same masks, and on the grids; norms and biases move along. What is not better on
+    anew under the same masks, and half as many on the grids; norms and biases move along. What is not better on
     the held-out windows is taken back. Returns the errors there (stream_errors) before and
     after."""
     began = time.monotonic()
-    error = first = held_error(half, walk, walk.dtype)
+    error = first = held_error(half, walk)
     for stage in (move_weights, move_grids):
         part, norm = copy.deepcopy(stored.part), copy.deepcopy(stored.norm.state_dict())
         running = [(p, p.data) for m in (half.part, half.norm) for p in m.parameters()]
         stage(half, stored, before, walk, solve, settings)
-        now = held_error(half, walk, walk.dtype)
+        now = held_error(half, walk)
         if now < error:
             error = now
             continue
@@ -609,7 +611,7 @@ def move_weights(half: Half, stored: Half, before: dict, walk: Walk, solve: Solv
     what the others have become."""
     parts = {name: Kept(V, mask, half.part.get_submodule(name).bias)
              for name, (V, mask) in before.items()}
-    norm = Tuned(copy.deepcopy(half.norm).float())
+    norm = Tuned(copy.deepcopy(stored.norm).float().to(walk.device))
     tune(half, parts, norm, walk, settings.reconstruct, WEIGHT_RATE)
     settle_norm(norm, half, stored)
     for name, part in parts.items():
@@ -652,8 +654,8 @@ def move_grids(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve,
             parts[name] = Tuned(linear.to(walk.device))
     if not parts:
         return
-    norm = Tuned(copy.deepcopy(half.norm).float())
-    tune(half, parts, norm, walk, settings.reconstruct, GRID_RATE)
+    norm = Tuned(copy.deepcopy(stored.norm).float().to(walk.device))
+    tune(half, parts, norm, walk, -(-settings.reconstruct // 2), GRID_RATE)
     settle_norm(norm, half, stored)
     for name, part in parts.items():
         run_stored(part.settle().cpu(), half.part.get_submodule(name))
@@ -777,7 +779,7 @@ def tuning_bytes(weights: int, largest: int, tokens: int, d_model: int, d_ff: in
 
 def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype,
          settings: Settings, bits: int | None, sparsity: float | str, held_tokens: int = 0,
-         taught_tokens: int = 0, seqlen: int = AT_ONCE) -> Plan:
+         taught_tokens: int = 0, seqlen: int = STEP_TOKENS) -> Plan:
     """tokens: of all calibration windows; batch_tokens: of one batch; held_tokens: of the windows
     held out of the Hessians; taught_tokens: whose last states in the dense model healing keeps on
     disk; seqlen: of a window. On a CPU, device and host memory are one: add them."""
@@ -807,12 +809,12 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
         matrices = [[block.get_submodule(n).weight.numel() for n in half.reads + half.writes]
                     for half in block.halves()]
         most = max(map(sum, matrices))
-        at_once = min(batch_tokens, max(AT_ONCE, seqlen))
+        at_once = min(batch_tokens, max(STEP_TOKENS, seqlen))
         tuning = max(tuning_bytes(sum(m), max(m), at_once, c.d_model, c.d_ff) for m in matrices)
         tuning += weights * size                    # the block as it runs, and what is still dense
         # weights before rounding and their mask wait for it
         device = max(device + 5 * most, tuning)
-        passes = 2 * settings.reconstruct * (3 * tokens + held_tokens) + 2 * tokens
+        passes = 1.5 * settings.reconstruct * (3 * tokens + held_tokens) + 2 * tokens
         flops = c.n_layer * (2 * weights * passes + sum(2 * tokens * n * n for _, n in groups))
     host = 2 * streams * c.d_model + ends * size + 2 * weights
     return Plan(c.n_layer, int(device), int(host), int(disk), int(tuning), flops)

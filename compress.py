@@ -17,6 +17,9 @@ nothing lives but the stream and, where Linears aim at the dense model's outputs
 twin: half precision, in CPU memory (`Stream`). On the device are one block, its copies, one batch
 and the solver's matrices, whatever the model's size.
 
+With Settings(reconstruct=PASSES), a half-block that is solved moves as a whole towards the dense
+one's outputs, before pass 3, by gradients (EBFT 2402.12419): see `reconstruct`.
+
 A block whose shard is there is not solved again, only run: so a killed walk continues.
 `compress_block` needs no files. Left out: sparsity chosen per Linear, and splitting a block over
 devices.
@@ -58,8 +61,9 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
     """solve(W, H, parts, held=None) -> Compressed, or None where nothing is to be done.
 
     W (rows, in) stacks the Linears that read one input, H (in, in) is that input's Hessian, parts
-    has the Linears' rows, held the mask where it is found already. bits None prunes only, sparsity 0
-    quantizes only; steps (mask, refits, grid, act_order, descent, percdamp) replace the recipe's."""
+    has the Linears' rows, held the mask if there is one already. bits None prunes only, sparsity 0
+    quantizes only; steps (mask, refits, grid, act_order, descent, percdamp) replace the
+    recipe's."""
     s = {**RECIPES[recipe], **steps}
     fraction, _, m = parse_sparsity(sparsity)
     if bits is None and not fraction:
@@ -76,7 +80,7 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
     def solve(W, H, parts, held=None):
         if taken_apart or held is not None:
             return prune_and_round(W, H, pattern, bits, held=held, **own, **common)
-        if fraction:                                     # one joint pass, as the paper has it
+        if fraction:                                            # one joint pass, as in the paper
             return sparsegpt(W, H, pattern, bits, parts=parts, **common)
         return gptq(W, H, bits, act_order=s["act_order"], static_groups=static_groups, **common)
     return solve
@@ -297,7 +301,7 @@ class Settings(NamedTuple):
     # the dense block
     true_sequential: bool = True
     correct: float = 0.5                # strength of `aim`; 0: at the dense weights
-    reconstruct: int = 0                # passes of `reconstruct` over the windows
+    reconstruct: int = 0                # passes over the windows in `reconstruct`; 0: without
 
     def check(self) -> None:
         if self.correct and not self.true_sequential:
@@ -318,8 +322,8 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve,
     source: the dense block, in any dtype, on any device, not changed. Returns the compressed block
     as it is stored (fp16 and packed, on the CPU) and one dict a Linear: error is of the group that
     shares its input, relative to `against`; error_heldout the same on the walk's held-out windows,
-    if it has any; error_dense relative to the dense weights' outputs.
-    Only rank 0 has solved anything and has both right."""
+    if it has any; error_dense relative to the dense weights' outputs. All are from before
+    `reconstruct`, whose own two are added. Only rank 0 has solved anything and has both right."""
     settings.check()
     done = copy_block(source, torch.float16, "cpu")             # what is stored,
     work = copy_block(source, walk.dtype, walk.device)          # and what runs
@@ -499,11 +503,11 @@ def run_stored(kept: nn.Module, runs: nn.Linear) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Reconstruction: each Linear alone was asked for the dense model's output; now the half-block is, as
-# a whole.
+# Reconstruction: each group of Linears alone was asked for the dense model's outputs; now the
+# half-block is as a whole, nonlinearity included.
 
 WEIGHT_RATE = 1e-2                      # of Adam, in root mean squares of a matrix
-GRID_RATE = 4e-3                        # in shares of a scale or a norm's weight, in levels of a zero
+GRID_RATE = 4e-3                        # in shares of a scale and of a norm's weight, in levels
 STEP_TOKENS = 512                       # of a step, one window at least
 
 
@@ -514,7 +518,7 @@ class Kept(nn.Module):
         """weight (out, in) fp32, 0 where mask is True."""
         super().__init__()
         self.weight, self.mask, self.out_features = weight, mask, len(weight)
-        self.unit = float(weight.norm() / (~mask).sum().sqrt())
+        self.unit = float(weight.norm() / (~mask).sum().clamp(min=1).sqrt())
         self.u = nn.Parameter(torch.zeros_like(weight))
         self.bias = self.b = None
         if bias is not None:
@@ -532,7 +536,9 @@ class Kept(nn.Module):
 
     @torch.no_grad()
     def settle(self) -> "Kept":
-        self.weight, self.bias = self.moved()
+        """The weight and the bias are where they have moved to."""
+        weight, self.bias = self.moved()
+        self.weight.copy_(weight)
         self.u = self.b = None
         return self
 
@@ -566,7 +572,7 @@ def tune(half: Half, parts: dict[str, nn.Module], norm: Tuned, walk: Walk, passe
     moving = {f"{name}.{n}": p for name, part in {**parts, "norm": norm}.items()
               for n, p in part.named_parameters(recurse=False)}
     with tuned(half.part, parts), torch.enable_grad():
-        start = held_error(half, walk, dtype)
+        start = max(held_error(half, walk, dtype), 1e-12)
 
         def loss_of_batch(index) -> torch.Tensor:
             k, part = steps[int(index)]
@@ -582,10 +588,10 @@ def reconstruct(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve
     """Move a half-block that is solved, as it runs (half) and as it is stored, towards what the
     dense model's half-block gives on the dense stream, its nonlinearity included.
 
-    Twice a few passes of Adam: on the weights before rounding, `before`, which are then rounded
-    anew under the same masks, and half as many on the grids; norms and biases move along. What is not better on
-    the held-out windows is taken back. Returns the errors there (stream_errors) before and
-    after."""
+    Twice a few passes of Adam: on the weights before rounding, `before` as solve_linears returns
+    them, which are then rounded anew under the same masks; and half as many on the grids. Norms and
+    biases move along. What is not better on the held-out windows is taken back. Returns the errors
+    there (held_error) before and after."""
     began = time.monotonic()
     error = first = held_error(half, walk)
     for stage in (move_weights, move_grids):
@@ -746,8 +752,8 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         gb = [f"{n / 1e9:.2f} GB" for n in (self.device, self.host, self.disk, self.tuning)]
-        more = (f"; reconstruction: {gb[3]} on the device, {self.flops / 1e12:.2g} TFLOP, which take "
-                f"{spell(self.flops / 1e11)} at 0.1 TFLOP/s, {spell(self.flops / 1e13)} at 10")
+        more = (f"; reconstruction: {gb[3]} on the device, {self.flops / 1e12:.3g} TFLOP, which "
+                f"take {spell(self.flops / 1e11)} at 0.1 TFLOP/s, {spell(self.flops / 1e13)} at 10")
         return (f"plan: {self.blocks} blocks one by one, at most about {gb[0]} on the device and "
                 f"{gb[1]} of host memory beside mapped files, {gb[2]} on disk; the time is told from "
                 f"the first block on{more if self.flops else ''}")

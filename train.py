@@ -83,8 +83,8 @@ def flags() -> Flags:
            "several as a,b, which share the windows evenly (default c4; tiny models docs)")
     a("--nsamples", type=whole(1, 1 << 24), help="calibration windows (default 128)")
     a("--reconstruct", type=whole(0, 1000), metavar="PASSES",
-      help="after attention or MLP is solved, so many passes over the windows move its weights, and "
-           "as many its grids, towards what the dense one gives (default 0: none)")
+      help="when attention or MLP is solved, so many passes over the windows move its weights, and "
+           "half as many its grids, towards what the dense one gives (default 0: none)")
     a("--heal", type=whole(0, 10**7), metavar="STEPS",
       help="then tune grids, norms and biases of the packed model against the dense one on the "
            "same windows, in so many steps (default 64; tiny models and --bits 16: 0)")

@@ -17,10 +17,15 @@ nothing lives but the stream and, where Linears aim at the dense model's outputs
 twin: half precision, in CPU memory (`Stream`). On the device are one block, its copies, one batch
 and the solver's matrices, whatever the model's size.
 
+With Settings(reconstruct=PASSES), a half-block that is solved moves as a whole towards the dense
+one's outputs, before pass 3, by gradients (EBFT 2402.12419): see `reconstruct`.
+
 A block whose shard is there is not solved again, only run: so a killed walk continues.
 `compress_block` needs no files. Left out: sparsity chosen per Linear, and splitting a block over
 devices.
 """
+import copy
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -32,11 +37,13 @@ import torch.nn.functional as F
 from data import parallel
 from data.progress import Progress
 from gptq import Compressed, gptq, one_thread
+from heal import Tuned, tuned
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from kernels.unpacking import unpack
 from model import Block, Checkpoint, Half, load_block, read_note, save_index, save_shard, shard_path
-from sparsegpt import SLAB, parse_sparsity, prune_and_round, sparsegpt
+from prompt import fit
+from sparsegpt import SLAB, parse_sparsity, prune_and_round, refit, sparsegpt
 
 RECIPES = {
     # as published
@@ -45,17 +52,18 @@ RECIPES = {
     "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2,
                  percdamp=0.03, true_sequential=True, correct=0.5),
 }
-Solve = Callable[[torch.Tensor, torch.Tensor, list[int]], Compressed]
+Solve = Callable[..., Compressed]
 
 
 def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", groupsize: int = -1,
                 sym: bool = False, blocksize: int = 128, static_groups: bool = False,
                 **steps) -> Solve | None:
-    """solve(W, H, parts) -> Compressed, or None where nothing is to be done.
+    """solve(W, H, parts, held=None) -> Compressed, or None where nothing is to be done.
 
     W (rows, in) stacks the Linears that read one input, H (in, in) is that input's Hessian, parts
-    has the Linears' rows. bits None prunes only, sparsity 0 quantizes only; steps (mask, refits,
-    grid, act_order, descent, percdamp) replace the recipe's."""
+    has the Linears' rows, held the mask if there is one already. bits None prunes only, sparsity 0
+    quantizes only; steps (mask, refits, grid, act_order, descent, percdamp) replace the
+    recipe's."""
     s = {**RECIPES[recipe], **steps}
     fraction, _, m = parse_sparsity(sparsity)
     if bits is None and not fraction:
@@ -65,14 +73,17 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
                          "searched grids' groups are static anyway")
     pattern = str(sparsity) if m else fraction
     common = dict(groupsize=groupsize, sym=sym, percdamp=s["percdamp"], blocksize=blocksize)
+    own = {k: s[k] for k in ("mask", "refits", "grid", "act_order", "descent")}
     taken_apart = s["mask"] == "admm" or s["refits"] or s["descent"] or s["grid"] != "minmax"
-    if taken_apart or fraction and s["act_order"]:
-        own = {k: s[k] for k in ("mask", "refits", "grid", "act_order", "descent")}
-        return lambda W, H, parts: prune_and_round(W, H, pattern, bits, **own, **common)
-    if fraction:                                         # one joint pass, as the paper has it
-        return lambda W, H, parts: sparsegpt(W, H, pattern, bits, parts=parts, **common)
-    return lambda W, H, parts: gptq(W, H, bits, act_order=s["act_order"],
-                                    static_groups=static_groups, **common)
+    taken_apart = taken_apart or fraction and s["act_order"]
+
+    def solve(W, H, parts, held=None):
+        if taken_apart or held is not None:
+            return prune_and_round(W, H, pattern, bits, held=held, **own, **common)
+        if fraction:                                            # one joint pass, as in the paper
+            return sparsegpt(W, H, pattern, bits, parts=parts, **common)
+        return gptq(W, H, bits, act_order=s["act_order"], static_groups=static_groups, **common)
+    return solve
 
 
 @contextmanager
@@ -226,22 +237,30 @@ class Walk:
 
     def __init__(self, ends: nn.Module, windows: torch.Tensor, twin: bool, batch_size: int,
                  dtype: torch.dtype, device: str, exact: bool = False,
-                 held: torch.Tensor | None = None):
+                 held: torch.Tensor | None = None, judged: bool = False):
         """ends: a Transformer's embedding, in dtype on the device. windows (N, T) int64; of several
         processes, each walks with its share of the batches. twin: with the dense model
-        alongside. held (M, T): windows that no moment sees, for the first process's errors."""
+        alongside. held (M, T): windows that no moment sees, for the first process's errors; judged:
+        with the dense model alongside as well."""
         self.dtype, self.device = dtype, device
+        self.reconstructing = 0.0                               # seconds that `reconstruct` took
         self.rope = ends.rope(0, windows.shape[1], device)
         self.stream = Stream(dtype, device, exact)
         self.dense = Stream(dtype, device, exact) if twin else None
         self.held = Stream(dtype, device, exact)
+        self.held_dense = Stream(dtype, device, exact) if judged else None
         for batch in parallel.mine(windows.split(batch_size)):
             h = ends.stem(ends.embed(batch.to(device))).to(dtype)
             self.stream.append(h)
             if twin:
                 self.dense.append(h.clone())
+        if judged and (held is None or not len(held)):
+            raise ValueError("reconstruction is judged on held-out windows: give some")
         for batch in () if held is None or parallel.rank() else held.split(batch_size):
-            self.held.append(ends.stem(ends.embed(batch.to(device))).to(dtype))
+            h = ends.stem(ends.embed(batch.to(device))).to(dtype)
+            self.held.append(h)
+            if judged:
+                self.held_dense.append(h.clone())
         if not len(self.stream):
             raise ValueError(f"{len(windows)} windows in batches of {batch_size} leave none for one "
                              f"of {parallel.world()} processes: use more windows, smaller batches or "
@@ -250,7 +269,8 @@ class Walk:
     def advance(self, block: Block, source: Block | None, true_sequential: bool) -> None:
         """Through a block that is compressed already, and its dense source; parked where the walk
         parks."""
-        for stream, through in ((self.stream, block), (self.held, block), (self.dense, source)):
+        for stream, through in ((self.stream, block), (self.held, block), (self.dense, source),
+                                (self.held_dense, source)):
             for k in range(len(stream or ())):
                 if not true_sequential:
                     stream[k] = through(stream[k], self.rope)
@@ -281,11 +301,18 @@ class Settings(NamedTuple):
     # the dense block
     true_sequential: bool = True
     correct: float = 0.5                # strength of `aim`; 0: at the dense weights
+    reconstruct: int = 0                # passes over the windows in `reconstruct`; 0: without
 
     def check(self) -> None:
         if self.correct and not self.true_sequential:
             raise ValueError(f"--correct {self.correct} works group by group: add --true-sequential, "
                              f"or turn it off with --correct 0")
+        if self.reconstruct and not self.correct:
+            raise ValueError(f"--reconstruct {self.reconstruct} needs the dense model's stream "
+                             f"beside the compressed one's: use --correct above 0")
+        if self.reconstruct and parallel.world() > 1:
+            raise ValueError(f"--reconstruct {self.reconstruct} runs in one process, not in "
+                             f"{parallel.world()}: leave torchrun or --reconstruct out")
 
 
 def compress_block(i: int, source: Block, walk: Walk, solve: Solve,
@@ -295,26 +322,35 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve,
     source: the dense block, in any dtype, on any device, not changed. Returns the compressed block
     as it is stored (fp16 and packed, on the CPU) and one dict a Linear: error is of the group that
     shares its input, relative to `against`; error_heldout the same on the walk's held-out windows,
-    if it has any; error_dense relative to the dense weights' outputs.
-    Only rank 0 has solved anything and has both right."""
+    if it has any; error_dense relative to the dense weights' outputs. All are from before
+    `reconstruct`, whose own two are added. Only rank 0 has solved anything and has both right."""
     settings.check()
     done = copy_block(source, torch.float16, "cpu")             # what is stored,
     work = copy_block(source, walk.dtype, walk.device)          # and what runs
     for name, p in done.named_parameters():
         if "norm" in name:
             work.get_parameter(name).data = p.to(walk.device, walk.dtype)
-    stats = []
+    stats, before = [], {}
 
     def solve_group(names: list[str], moments: Moments, of_outputs: bool, held: Callable) -> None:
-        solve_linears(source, done, work, names, moments, of_outputs, solve, settings.correct,
-                      stats, walk, held)
+        before.update(solve_linears(source, done, work, names, moments, of_outputs, solve, settings,
+                                    stats, walk, held))
 
     if settings.true_sequential:
         twin = copy_block(source, walk.dtype, walk.device) if walk.dense is not None else None
-        for half, dense_half in zip(work.halves(), twin.halves() if twin else (None, None)):
+        dense = twin.halves() if twin else (None, None)
+        for half, dense_half, stored in zip(work.halves(), dense, done.halves()):
             step_sequential(half, dense_half, walk, solve_group)
-            release(half)
             release(dense_half)
+            if settings.reconstruct:
+                told = reconstruct(half, stored, before, walk, solve, settings)
+                for s in stats[-len(before):]:
+                    s.update(told)
+                before.clear()
+            for stream in (walk.stream, walk.held):
+                for k, h in enumerate(stream):
+                    stream[k] = half.write(h, half.mix(h, walk.rope))
+            release(half)
     else:
         moments = all_moments(work, walk.stream, walk.rope)
         held = all_moments(work, walk.held, walk.rope)
@@ -366,7 +402,7 @@ def release(half: Half | None) -> None:
 
 
 def step_sequential(half: Half, dense: Half | None, walk: Walk, solve_group) -> None:
-    """The three passes of one half-block, of the compressed model and its dense twin."""
+    """The first two passes of one half-block, and all three of its dense twin."""
     stream, twin, rope = walk.stream, walk.dense, walk.rope
     moments = Moments()
     for k, h in enumerate(stream):
@@ -385,42 +421,41 @@ def step_sequential(half: Half, dense: Half | None, walk: Walk, solve_group) -> 
         last = dense.part.get_submodule(dense.part.writes)
         moments.add(y, F.linear(dense_y - y, last.weight) + (dense_h - h))
         twin[k] = dense.write(dense_h, dense_y)
+    for k, dense_h in enumerate(walk.held_dense or ()):
+        walk.held_dense[k] = dense.write(dense_h, dense.mix(dense_h, rope))
     solve_group(half.writes, moments, True,
                 lambda: moments_of(walk.held, lambda h: half.mix(h, rope)))
 
-    for one in (stream, walk.held):
-        for k, h in enumerate(one):
-            one[k] = half.write(h, half.mix(h, rope))
-
 
 def solve_linears(source: Block, done: Block, work: Block, names: list[str], moments: Moments,
-                  of_outputs: bool, solve: Solve, strength: float, stats: list[dict], walk: Walk,
-                  held: Callable) -> None:
+                  of_outputs: bool, solve: Solve, settings: Settings, stats: list[dict], walk: Walk,
+                  held: Callable) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Solve the Linears that share an input as one stacked matrix, and put the result where it is
     stored (done) and where it runs (work). held(): the moments of that input on held-out windows,
-    made when the solver's memory is free again."""
+    made when the solver's memory is free again. Returns, for `reconstruct`, {name in its half:
+    (fp32 weights before rounding, mask)}."""
     linears = [source.get_submodule(name) for name in names]
     parts = [linear.out_features for linear in linears]
+    before = {}
     W = torch.cat([linear.weight.to(walk.device, torch.float32) for linear in linears])
     moments.finish()
     if parallel.rank() == 0:
-        target = aim(W, moments, linears[0].bias is not None, strength, of_outputs)
+        target = aim(W, moments, linears[0].bias is not None, settings.correct, of_outputs)
         out = solve(target.W, target.H, parts)
         error_dense = errors(W, out.weight, target.H, parts)
         seen = {"error": out.error}
         if len(walk.held):
             H = target.measure(held().finish(alone=True))
             seen["error_heldout"] = errors(target.W, out.weight, H, [len(W)])[0]
-        gain = target.bias_gain(out.weight)
-        gains = [None] * len(parts) if gain is None else gain.split(parts)
-        fields = [t.split(parts) if torch.is_tensor(t) else [None] * len(parts) for t in
-                  (out.weight, out.mask, out.codes, out.scale, out.zero)]
-        for k, (name, linear) in enumerate(zip(names, linears)):
-            weight, mask, codes, scale, zero = (field[k] for field in fields)
-            one = out._replace(weight=weight, mask=mask, codes=codes, scale=scale, zero=zero)
-            store(done, work, name, one, gains[k])
-            against = "dense weights" if target.W is W else "corrected weights"
-            stats.append({"name": name, **seen, "against": against,
+        if settings.reconstruct:
+            start = out.weight if out.mask.any() else None      # without a mask: all of target.W
+            V = refit(target.W, target.H, out.mask, start)
+            short = [name.rpartition(".")[2] for name in names]
+            before = dict(zip(short, zip(V.split(parts), out.mask.split(parts))))
+        put(done, work, names, parts, out, target.bias_gain(out.weight))
+        against = "dense weights" if target.W is W else "corrected weights"
+        for k, mask in enumerate(out.mask.split(parts)):
+            stats.append({"name": names[k], **seen, "against": against,
                           "error_dense": error_dense[k], "sparsity": float(mask.float().mean())})
     # all run what the first process has found
     if parallel.world() > 1:
@@ -428,25 +463,215 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
             # it may share memory with the source
             p.data = p.data.clone()
             parallel.copy_first(p.data)
+    return before
 
 
-def store(done: Block, work: Block, name: str, out: Compressed,
+def put(done: nn.Module, work: nn.Module, names: list[str], parts: list[int], out: Compressed,
+        gain: torch.Tensor | None) -> None:
+    """`store` for each of the Linears that are stacked in out, whose biases gain `gain`."""
+    gains = [None] * len(parts) if gain is None else gain.split(parts)
+    fields = [t.split(parts) if torch.is_tensor(t) else [None] * len(parts) for t in
+              (out.weight, out.mask, out.codes, out.scale, out.zero)]
+    for k, name in enumerate(names):
+        weight, mask, codes, scale, zero = (field[k] for field in fields)
+        one = out._replace(weight=weight, mask=mask, codes=codes, scale=scale, zero=zero)
+        store(done, work, name, one, gains[k])
+
+
+def store(done: nn.Module, work: nn.Module, name: str, out: Compressed,
           bias_gain: torch.Tensor | None) -> None:
     """One solved Linear: packed, or fp16 where it was only pruned, in `done`; the very same numbers
     in `work`."""
     kept, runs = done.get_submodule(name), work.get_submodule(name)
     if bias_gain is not None:
         kept.bias.data = (kept.bias.float() + bias_gain.cpu()).half()
-    if kept.bias is not None:
-        runs.bias.data = kept.bias.to(runs.bias)
     if out.codes is None:
         kept.weight.data = out.weight.half().cpu()
-        weight = kept.weight
     else:
-        packed = pack_compressed(out)
-        done.set_submodule(name, PackedLinear(packed, kept.bias))
-        weight = unpack(packed, runs.weight.dtype)
+        kept = PackedLinear(pack_compressed(out), kept.bias)
+        done.set_submodule(name, kept)
+    run_stored(kept, runs)
+
+
+def run_stored(kept: nn.Module, runs: nn.Linear) -> None:
+    """What is stored, packed or not, put where it runs."""
+    packed = isinstance(kept, PackedLinear)
+    weight = unpack(kept.packed, runs.weight.dtype) if packed else kept.weight
     runs.weight.data = weight.to(runs.weight)
+    if kept.bias is not None:
+        runs.bias.data = kept.bias.to(runs.bias)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reconstruction: each group of Linears alone was asked for the dense model's outputs; now the
+# half-block is as a whole, nonlinearity included.
+
+WEIGHT_RATE = 1e-2                      # of Adam, in root mean squares of a matrix
+GRID_RATE = 4e-3                        # in shares of a scale and of a norm's weight, in levels
+STEP_TOKENS = 512                       # of a step, one window at least
+
+
+class Kept(nn.Module):
+    """Stands in for a Linear while the weights that its mask keeps move, and its bias."""
+
+    def __init__(self, weight: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None):
+        """weight (out, in) fp32, 0 where mask is True."""
+        super().__init__()
+        self.weight, self.mask, self.out_features = weight, mask, len(weight)
+        self.unit = float(weight.norm() / (~mask).sum().clamp(min=1).sqrt())
+        self.u = nn.Parameter(torch.zeros_like(weight))
+        self.bias = self.b = None
+        if bias is not None:
+            self.bias = bias.detach().float()
+            self.bias_unit = max(float(self.bias.std(correction=0)), 1e-3)
+            self.b = nn.Parameter(torch.zeros_like(self.bias))
+
+    def moved(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight = self.weight + self.unit * self.u.masked_fill(self.mask, 0)
+        return weight, None if self.b is None else self.bias + self.bias_unit * self.b
+
+    def forward(self, x):
+        weight, bias = self.moved()
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @torch.no_grad()
+    def settle(self) -> "Kept":
+        """The weight and the bias are where they have moved to."""
+        weight, self.bias = self.moved()
+        self.weight.copy_(weight)
+        self.u = self.b = None
+        return self
+
+
+def stream_errors(half: Half, h: torch.Tensor, wanted: torch.Tensor, rope) -> torch.Tensor:
+    """Of every token, fp32: the squared error of the stream behind half, h being before it, as a
+    share of the dense model's, wanted. The norms to come do not see how long a token is."""
+    wanted, x = wanted.float(), half.mix(h, rope)
+    e = half.write(h.float() if half.pre_norm else h, x).float() - wanted
+    return e.square().mean(-1) / wanted.square().mean(-1).clamp(min=1e-12)
+
+
+def held_error(half: Half, walk: Walk, dtype: torch.dtype | None = None) -> float:
+    """Mean of stream_errors over the held-out windows, computed in dtype or in the walk's."""
+    with torch.no_grad():
+        found = [stream_errors(half, h.to(dtype or walk.dtype), walk.held_dense[k], walk.rope)
+                 for k, h in enumerate(walk.held)]
+        return float(torch.cat(found).mean())
+
+
+def tune(half: Half, parts: dict[str, nn.Module], norm: Tuned, walk: Walk, passes: int,
+         rate: float) -> None:
+    """Adam over the windows on what the stand-ins move, in fp32: parts, by their names in
+    half.part, and norm. What is best on the held-out windows is left in them. Activations are in
+    dtype: gradients of fp16 would vanish."""
+    half = half._replace(norm=lambda x: norm(x.float()).to(x.dtype))
+    dtype = torch.float32 if walk.dtype == torch.float16 else walk.dtype
+    windows = max(1, STEP_TOKENS // walk.stream.parked[0].shape[1])
+    steps = [(k, slice(i, i + windows)) for k, batch in enumerate(walk.stream.parked)
+             for i in range(0, len(batch), windows)]
+    moving = {f"{name}.{n}": p for name, part in {**parts, "norm": norm}.items()
+              for n, p in part.named_parameters(recurse=False)}
+    with tuned(half.part, parts), torch.enable_grad():
+        start = max(held_error(half, walk, dtype), 1e-12)
+
+        def loss_of_batch(index) -> torch.Tensor:
+            k, part = steps[int(index)]
+            h = walk.stream[k][part].to(dtype)
+            return stream_errors(half, h, walk.dense[k][part], walk.rope).mean() / start
+
+        fit(moving, loss_of_batch, len(steps), lambda: held_error(half, walk, dtype) / start,
+            passes * len(steps), 1, rate, val_every=len(steps), betas=(0.9, 0.99))
+
+
+def reconstruct(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve,
+                settings: Settings) -> dict:
+    """Move a half-block that is solved, as it runs (half) and as it is stored, towards what the
+    dense model's half-block gives on the dense stream, its nonlinearity included.
+
+    Twice a few passes of Adam: on the weights before rounding, `before` as solve_linears returns
+    them, which are then rounded anew under the same masks; and half as many on the grids. Norms and
+    biases move along. What is not better on the held-out windows is taken back. Returns the errors
+    there (held_error) before and after."""
+    began = time.monotonic()
+    error = first = held_error(half, walk)
+    for stage in (move_weights, move_grids):
+        part, norm = copy.deepcopy(stored.part), copy.deepcopy(stored.norm.state_dict())
+        running = [(p, p.data) for m in (half.part, half.norm) for p in m.parameters()]
+        stage(half, stored, before, walk, solve, settings)
+        now = held_error(half, walk)
+        if now < error:
+            error = now
+            continue
+        for name in before:
+            stored.part.set_submodule(name, part.get_submodule(name))
+        stored.norm.load_state_dict(norm)
+        for p, data in running:
+            p.data = data
+    walk.reconstructing += time.monotonic() - began
+    return {"error_half_before": first, "error_half": error}
+
+
+def move_weights(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve,
+                 settings: Settings) -> None:
+    """The first stage of `reconstruct`. The last Linear aims at the dense output once more, behind
+    what the others have become."""
+    parts = {name: Kept(V, mask, half.part.get_submodule(name).bias)
+             for name, (V, mask) in before.items()}
+    norm = Tuned(copy.deepcopy(stored.norm).float().to(walk.device))
+    tune(half, parts, norm, walk, settings.reconstruct, WEIGHT_RATE)
+    settle_norm(norm, half, stored)
+    for name, part in parts.items():
+        if part.settle().bias is not None:
+            stored.part.get_submodule(name).bias.data = part.bias.half().cpu()
+
+    def round_group(names: list[str], moments: Moments, of_outputs: bool) -> None:
+        W = torch.cat([parts[name].weight for name in names])
+        mask = torch.cat([parts[name].mask for name in names])
+        biased = parts[names[0]].bias is not None
+        target = aim(W, moments.finish(), biased, settings.correct, of_outputs)
+        rows = [parts[name].out_features for name in names]
+        out = solve(target.W, target.H, rows, mask)
+        put(stored.part, half.part, names, rows, out, target.bias_gain(out.weight))
+
+    moments = Moments()
+    for h in walk.stream:
+        x = half.read(h)
+        # no error, but the bias meets the mean
+        moments.add(x, torch.zeros_like(x) if parts[half.part.reads[0]].bias is not None else None)
+    round_group(list(half.part.reads), moments, False)
+
+    last = parts[half.part.writes]
+    moments = Moments()
+    for k, h in enumerate(walk.stream):
+        y = half.mix(h, walk.rope)
+        e = walk.dense[k].float() - h.float() - F.linear(y.float(), last.weight, last.bias)
+        # behind a norm, what was to come out before it is not known any more
+        moments.add(y, e if half.pre_norm else torch.zeros_like(e))
+    round_group([half.part.writes], moments, True)
+
+
+def move_grids(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve,
+               settings: Settings) -> None:
+    """The second stage of `reconstruct`, of what is packed."""
+    parts = {}
+    for name in before:
+        linear = stored.part.get_submodule(name)
+        if isinstance(linear, PackedLinear):
+            parts[name] = Tuned(linear.to(walk.device))
+    if not parts:
+        return
+    norm = Tuned(copy.deepcopy(stored.norm).float().to(walk.device))
+    tune(half, parts, norm, walk, -(-settings.reconstruct // 2), GRID_RATE)
+    settle_norm(norm, half, stored)
+    for name, part in parts.items():
+        run_stored(part.settle().cpu(), half.part.get_submodule(name))
+
+
+def settle_norm(norm: Tuned, half: Half, stored: Half) -> None:
+    """Put a tuned norm where it runs and where it is stored."""
+    for name, p in norm.settle().named_parameters():
+        half.norm.get_parameter(name).data = p.to(half.norm.get_parameter(name).dtype)
+        stored.norm.get_parameter(name).data = p.half().cpu()
 
 
 def errors(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor, parts: list[int]) -> list[float]:
@@ -464,14 +689,15 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
              settings: Settings = Settings(), batch_size: int = 4,
              dtype: torch.dtype = torch.float32, device: str = "cpu", exact: bool = False,
              after_block: Callable[[int], None] = lambda i: None,
-             held: torch.Tensor | None = None) -> list[dict]:
+             held: torch.Tensor | None = None, spent: dict | None = None) -> list[dict]:
     """Compress a checkpoint block by block into `folder`, a shard a block, each written when it is
     done; load_model reads the folder once config.json is there, which is last. Shards that are
     there are kept, and only run.
 
     windows (N, T) int64: the calibration text; held (M, T), if given, only measures
-    (error_heldout). dtype: of activations; solvers work in fp32. exact: see Stream. Returns one
-    dict a Linear (compress_block)."""
+    (error_heldout), and judges reconstruction. dtype: of activations; solvers work in fp32. exact:
+    see Stream. spent: gets the seconds of reconstruction, if there is one. Returns one dict a
+    Linear (compress_block)."""
     folder, config = Path(folder), checkpoint.config
     first = parallel.rank() == 0
     if first:
@@ -479,7 +705,7 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
         if not shard_path(folder, 0, config.n_layer).exists():
             save_shard(folder, checkpoint.ends(), 0, config)
     walk = Walk(checkpoint.ends(dtype, device), windows, bool(settings.correct), batch_size, dtype,
-                device, exact, held)
+                device, exact, held, bool(settings.reconstruct))
     stats = []
     bar = Progress(range(config.n_layer), "compressing blocks")
     for i in bar:
@@ -501,6 +727,8 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
     if first:
         save_index(folder, config)
     parallel.wait()
+    if settings.reconstruct and spent is not None:
+        spent["reconstructing"] = walk.reconstructing
     return stats
 
 
@@ -508,6 +736,8 @@ def mean_errors(stats: list[dict]) -> str:
     """In words: the mean relative error of all Linears, on the calibration windows and held out."""
     mean = lambda name: sum(s[name] for s in stats) / len(stats)
     held = f", held out {mean('error_heldout'):.4f}" if "error_heldout" in stats[0] else ""
+    if "error_half" in stats[0]:
+        held += f", of half-blocks {mean('error_half_before'):.4f} -> {mean('error_half'):.4f}"
     return f"mean error {mean('error'):.4f}{held}"
 
 
@@ -517,12 +747,24 @@ class Plan(NamedTuple):
     device: int                         # at the peak: copies of a block, a batch or the solver
     host: int                           # streams, embedding and head, beside mapped files
     disk: int                           # of the compressed model, and of what healing needs, about
+    tuning: int = 0                     # of device, while half-blocks are reconstructed
+    flops: float = 0                    # of their reconstruction
 
     def __str__(self) -> str:
-        gb = [f"{n / 1e9:.2f} GB" for n in (self.device, self.host, self.disk)]
+        gb = [f"{n / 1e9:.2f} GB" for n in (self.device, self.host, self.disk, self.tuning)]
+        more = (f"; reconstruction: {gb[3]} on the device, {self.flops / 1e12:.3g} TFLOP, which "
+                f"take {spell(self.flops / 1e11)} at 0.1 TFLOP/s, {spell(self.flops / 1e13)} at 10")
         return (f"plan: {self.blocks} blocks one by one, at most about {gb[0]} on the device and "
                 f"{gb[1]} of host memory beside mapped files, {gb[2]} on disk; the time is told from "
-                f"the first block on")
+                f"the first block on{more if self.flops else ''}")
+
+
+def spell(seconds: float) -> str:
+    """A time in words."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def solver_bytes(rows: int, n: int) -> int:
@@ -534,12 +776,19 @@ def solver_bytes(rows: int, n: int) -> int:
     return 4 * (max(7 * whole, rounding) + 3 * n * n + 7 * min(whole, 2 ** 20))
 
 
+def tuning_bytes(weights: int, largest: int, tokens: int, d_model: int, d_ff: int) -> int:
+    """What `tune` holds at its peak for a half-block of so many weights, its largest Linear's among
+    them, with the activations of `tokens` tokens. Counted by tests/test_compress.py."""
+    # the weights and their mask; of each a step, its gradient, Adam's two sums, the best, as it is
+    return 33 * weights + 16 * largest + 4 * tokens * (16 * d_model + 8 * d_ff)
+
+
 def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype,
          settings: Settings, bits: int | None, sparsity: float | str, held_tokens: int = 0,
-         taught_tokens: int = 0) -> Plan:
+         taught_tokens: int = 0, seqlen: int = STEP_TOKENS) -> Plan:
     """tokens: of all calibration windows; batch_tokens: of one batch; held_tokens: of the windows
     held out of the Hessians; taught_tokens: whose last states in the dense model healing keeps on
-    disk. On a CPU, device and host memory are one: add them."""
+    disk; seqlen: of a window. On a CPU, device and host memory are one: add them."""
     c = checkpoint.config
     size = dtype.itemsize
     block = checkpoint.skeleton().blocks[0]
@@ -558,9 +807,24 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
     kept = 1 - parse_sparsity(sparsity)[0]
     width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + 0.05
     disk = c.n_layer * weights * width / 8 + 2 * ends + 2 * taught_tokens * c.d_embed
-    host = 2 * ((1 + twin) * tokens + held_tokens) * c.d_model + ends * size + 2 * weights
-    device = 1.1 * (copies + others + max(solving, summing))    # a GPU's allocator keeps some more
-    return Plan(c.n_layer, int(device), int(host), int(disk))
+    streams = (1 + twin) * tokens + held_tokens
+    device = copies + others + max(solving, summing)
+    tuning, flops = 0, 0
+    if settings.reconstruct:
+        streams += held_tokens
+        matrices = [[block.get_submodule(n).weight.numel() for n in half.reads + half.writes]
+                    for half in block.halves()]
+        most = max(map(sum, matrices))
+        at_once = min(batch_tokens, max(STEP_TOKENS, seqlen))
+        tuning = max(tuning_bytes(sum(m), max(m), at_once, c.d_model, c.d_ff) for m in matrices)
+        tuning += weights * size                    # the block as it runs, and what is still dense
+        # weights before rounding and their mask wait for it
+        device = max(device + 5 * most, tuning)
+        passes = 1.5 * settings.reconstruct * (3 * tokens + held_tokens) + 2 * tokens
+        flops = c.n_layer * (2 * weights * passes + sum(2 * tokens * n * n for _, n in groups))
+    device *= 1.1                                   # a GPU's allocator keeps some more
+    host = 2 * streams * c.d_model + ends * size + 2 * weights
+    return Plan(c.n_layer, int(device), int(host), int(disk), int(tuning), flops)
 
 
 @torch.no_grad()
@@ -572,7 +836,7 @@ def compress_model(model: nn.Module, windows: torch.Tensor, solve: Solve,
     weight = model.embed_tokens.weight
     dtype = dtype or weight.dtype
     walk = Walk(model, windows, bool(settings.correct), batch_size, dtype, str(weight.device),
-                exact, held)
+                exact, held, bool(settings.reconstruct))
     stats = []
     for i, block in enumerate(Progress(list(model.blocks), "compressing blocks")):
         done, found = compress_block(i, block, walk, solve, settings)

@@ -142,18 +142,20 @@ def unchanged(numbers: torch.Tensor) -> nn.Parameter:
 
 
 @contextmanager
-def tuned(model):
-    """Inside, every packed Linear and every norm is a Tuned; after, all are themselves again.
-    Yields {name: Tuned}."""
-    found = {name: Tuned(m) for name, m in list(model.named_modules())
-             if isinstance(m, (PackedLinear, nn.LayerNorm)) or type(m).__name__ == "RMSNorm"}
+def tuned(model, found: dict[str, nn.Module] | None = None):
+    """Inside, every packed Linear and every norm is a Tuned, or those of `found` stand where it
+    says; after, all are themselves again. Yields {name: Tuned}."""
+    if found is None:
+        found = {name: Tuned(m) for name, m in model.named_modules()
+                 if isinstance(m, (PackedLinear, nn.LayerNorm)) or type(m).__name__ == "RMSNorm"}
+    own = {name: model.get_submodule(name) for name in found}
     for name, m in found.items():
         model.set_submodule(name, m)
     try:
         yield found
     finally:
-        for name, m in found.items():
-            model.set_submodule(name, m.base)
+        for name, m in own.items():
+            model.set_submodule(name, m)
 
 
 def heal(model, windows: torch.Tensor, val: torch.Tensor,

@@ -284,21 +284,25 @@ def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Ten
 def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str,
                     bits: int | None = None, groupsize: int = -1, mask: str = "admm",
                     refits: int = 3, grid: str = "auto", act_order: bool = True, descent: int = 2,
-                    percdamp: float = 0.01, blocksize: int = 128, sym: bool = False) -> Compressed:
+                    percdamp: float = 0.01, blocksize: int = 128, sym: bool = False,
+                    held: torch.Tensor | None = None) -> Compressed:
     """Prune W (out, in) with H (in, in) and quantize what is left: mask, refit, searched grid, GPTQ
     with held mask, descent.
 
     mask: "admm" or "sparsegpt"; refits: conjugate gradient iterations, 0 keeps the mask's own
     values; grid, act_order, descent: see gptq.gptq, "auto" being "offset" behind a mask and
     "uniform" without; groups are neighbouring columns. sparsity 0 only quantizes, bits None only
-    prunes. Behind the mask every row is a problem of its own, and large matrices are solved some
-    rows at a time."""
+    prunes. held (out, in), True where pruned: a mask found before, in place of a new one. Behind
+    the mask every row is a problem of its own, and large matrices are solved some rows at a
+    time."""
     check(W, H, bits, blocksize, groupsize)
     if mask not in ("admm", "sparsegpt"):
         raise ValueError(f"mask={mask!r}: known are admm and sparsegpt")
     W, H = (t.to(torch.promote_types(W.dtype, torch.float32)) for t in (W, H))
-    V, pruned = W, None
-    if parse_sparsity(sparsity)[0]:
+    V, pruned = W, held
+    if held is not None:
+        V = W.masked_fill(held, 0)
+    elif parse_sparsity(sparsity)[0]:
         if mask == "admm":
             pruned, V = admm(W, H, sparsity, percdamp=percdamp)
         else:

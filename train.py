@@ -18,7 +18,7 @@ from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, w
 # Flags that do nothing on a model that is compressed already,
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid",
                "act_order", "static_groups", "descent", "true_sequential", "correct", "percdamp",
-               "blocksize", "nsamples", "heal")
+               "blocksize", "nsamples", "reconstruct", "heal")
 # without rounding,
 GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent", "heal")
 # without pruning,
@@ -82,6 +82,9 @@ def flags() -> Flags:
       help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path, or "
            "several as a,b, which share the windows evenly (default c4; tiny models docs)")
     a("--nsamples", type=whole(1, 1 << 24), help="calibration windows (default 128)")
+    a("--reconstruct", type=whole(0, 1000), metavar="PASSES",
+      help="when attention or MLP is solved, so many passes over the windows move its weights, and "
+           "half as many its grids, towards what the dense one gives (default 0: none)")
     a("--heal", type=whole(0, 10**7), metavar="STEPS",
       help="then tune grids, norms and biases of the packed model against the dense one on the "
            "same windows, in so many steps (default 64; tiny models and --bits 16: 0)")
@@ -167,8 +170,9 @@ def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
     folder = resolve(args.model)
     given = {name for name, value in vars(args).items() if value is not None}
-    if args.heal == 0:
-        given.discard("heal")                       # asks for nothing
+    for name in ("heal", "reconstruct"):
+        if getattr(args, name) == 0:
+            given.discard(name)                     # asks for nothing
     args.packed = bool(packed_layers(folder))
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: the one continues what the "
@@ -188,8 +192,8 @@ def settle(args) -> None:
     size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
     settle_prompt(args)
     general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best",
-                   static_groups=False, blocksize=128, seed=0, fused="on", val_windows=8,
-                   prompt_init="text", checkpointing=False)
+                   static_groups=False, blocksize=128, reconstruct=0, seed=0, fused="on",
+                   val_windows=8, prompt_init="text", checkpointing=False)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -201,7 +205,7 @@ def settle(args) -> None:
     refuse_idle(args, given)
     args.device = usable(args.device)
     args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
-    Settings(args.true_sequential, args.correct).check()
+    Settings(args.true_sequential, args.correct, args.reconstruct).check()
     prunes = parse_sparsity(args.sparsity)[0] > 0
     if parse_sparsity(args.sparsity)[0] == 1:
         raise ValueError(f"--sparsity {args.sparsity} leaves no weights: use less than 1")
@@ -326,7 +330,7 @@ class Run:
         self.checkpoint = open_checkpoint(self.folder)
         check_positions(args, self.checkpoint)
         self.bits = None if args.bits == 16 else args.bits
-        self.settings = Settings(args.true_sequential, args.correct)
+        self.settings = Settings(args.true_sequential, args.correct, args.reconstruct)
         self.solve = None
         if not args.packed:
             steps = {name: getattr(args, name) for name in
@@ -376,7 +380,8 @@ class Run:
             return "plan: nothing to compress"
         taught = self.windows.numel() + self.held.numel() if a.heal else 0
         return str(plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen, self.dtype,
-                        self.settings, self.bits, a.sparsity, self.judges().numel(), taught))
+                        self.settings, self.bits, a.sparsity, self.judges().numel(), taught,
+                        a.seqlen))
 
     def judges(self) -> torch.Tensor:
         """Held-out windows that layers' errors are told on too: one for 16, which costs little."""
@@ -431,11 +436,14 @@ class Run:
         if parallel.rank() == 0:
             self.made.mkdir(parents=True, exist_ok=True)
             copy_tokenizer(self.folder, self.made)
+        spent = {}
         self.report.layers = compress(self.checkpoint, self.made, self.windows, self.solve,
                                       self.settings, a.batch_size, self.dtype, a.device,
-                                      held=self.judges())
+                                      held=self.judges(), spent=spent)
         self.report.save()
         self.measure_made("compressed", time.monotonic() - start)
+        self.report.seconds["compressed"].update(spent)
+        self.report.save()
 
     def heal(self) -> None:
         """The row of the healed model. It is written beside compressed/, and takes its place when

@@ -1,0 +1,312 @@
+"""Reconstruction of half-blocks in compress.py: against a naive version, what it keeps, and that it
+never does harm.
+
+    python -m pytest -q tests/test_reconstruct.py
+"""
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import compress as walks
+from compress import (Kept, Settings, Walk, compress, compress_block, compress_model, make_solver,
+                      plan, stream_errors)
+from data.config import Config
+from heal import Tuned, tuned
+from kernels.linear import PackedLinear
+from kernels.packing import count_kept
+from model import Transformer, open_checkpoint, rotate, save_model
+from test_compress import Counted
+from test_prompt import TOKENS, tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+WINDOWS, HELD = TOKENS[:96].view(6, 16), TOKENS.flip(0)[:32].view(2, 16)
+FAMILIES = [("llama", {}), ("opt", {}), ("opt", {"pre_norm": False})]
+
+
+def compressed(family="llama", passes=2, bits=4, sparsity=0.5, recipe="best", changes={},
+               dtype=torch.float32):
+    """A tiny model behind the walk, and what the walk tells of its Linears."""
+    model = tiny(family, **changes)
+    stats = compress_model(model, WINDOWS, make_solver(bits, sparsity, recipe),
+                           Settings(reconstruct=passes), 2, dtype, held=HELD)
+    return model, stats
+
+
+def same_weights(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def naive_half(half, h, weights, biases, norm, rope):
+    """h + out(mix(norm(h))) written by hand."""
+    def linear(name, x):
+        bias = biases[name]
+        return x @ weights[name].T + (0 if bias is None else bias)
+
+    x = h
+    if half.pre_norm:
+        x = norm(h)
+    if half.name == "mlp":
+        y = linear("up", x)
+        y = y.relu() if half.part.gate is None else y * linear("gate", x) * linear("gate", x).sigmoid()
+        out = h + linear("down", y)
+    else:
+        q, k, v = (linear(n, x).unflatten(-1, (4, -1)).transpose(1, 2) for n in "qkv")
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        out = h + linear("o", y)
+    return out if half.pre_norm else norm(out)
+
+
+@pytest.mark.parametrize("family, changes", FAMILIES)
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_equal_those_of_a_half_block_written_by_hand(family, changes, which, packed):
+    """In fp64: of kept weights, of scales and zeros, of norms and biases, all away from where they
+    start."""
+    model, dense = compressed(family, 0, changes=changes)[0], tiny(family, **changes)
+    g = torch.Generator().manual_seed(1)
+    h = torch.randn(2, 16, 32, generator=g)
+    wanted = h + 0.5 * torch.randn(2, 16, 32, generator=g)
+    half, rope = dense.blocks[0].halves()[which], dense.rope(0, 16, "cpu")
+    stored = model.blocks[0].halves()[which]
+    parts, exact, weights, biases, numbers = {}, {}, {}, {}, {}
+    for name in [*half.part.reads, half.part.writes]:
+        linear = half.part.get_submodule(name)
+        layer = stored.part.get_submodule(name)
+        mask = layer.weight_dequantized(torch.float32) == 0
+        parts[name] = Tuned(layer) if packed else Kept(linear.weight.masked_fill(mask, 0), mask,
+                                                       linear.bias)
+        exact[name] = layer.weight_dequantized(torch.float32).double() if packed else linear.weight.double()
+    norm = Tuned(copy.deepcopy(half.norm))
+    every = {**parts, "norm": norm}
+    for part in every.values():
+        for p in part.parameters(recurse=False):
+            p.data = 0.1 * torch.randn(p.shape, generator=g)
+    for name, part in every.items():
+        leaf = {n: p.detach().double().requires_grad_() for n, p in part.named_parameters(recurse=False)}
+        numbers.update({f"{name}.{n}": p for n, p in leaf.items()})
+        if name == "norm":
+            continue
+        bias = half.part.get_submodule(name).bias
+        if packed:
+            layer = part.base
+            bias = layer.bias
+            scale, zero = layer.scale.double(), layer.zero.double()
+            sign = exact[name].sign()
+            k = exact[name].abs() / scale - zero                # of an offset grid
+            moved = sign * scale * (1 + leaf["u"]) * (k + zero + leaf["v"])
+        else:
+            kept = ~part.mask
+            unit = exact[name][kept].square().mean().sqrt()
+            moved = (exact[name] + unit * leaf["u"]) * kept
+        weights[name] = moved
+        biases[name] = None
+        if bias is not None:
+            unit = max(float(bias.float().std(correction=0)), 1e-3)
+            biases[name] = bias.double() + unit * leaf["b"]
+
+    def exact_norm(x):
+        weight = half.norm.weight.double() * (1 + numbers["norm.u"])
+        if family == "llama":
+            return weight * x / (x.square().mean(-1, keepdim=True) + half.norm.eps).sqrt()
+        unit = max(float(half.norm.bias.float().std(correction=0)), 1e-3)
+        bias = half.norm.bias.double() + unit * numbers["norm.b"]
+        return F.layer_norm(x, (32,), weight, bias, half.norm.eps)
+
+    out = naive_half(half, h.double(), weights, biases, exact_norm, rope)
+    errors = (out - wanted.double()).square().mean(-1) / wanted.double().square().mean(-1)
+    want = torch.autograd.grad(errors.mean(), list(numbers.values()))
+    with tuned(half.part, parts):
+        found = stream_errors(half._replace(norm=norm), h, wanted, rope)
+        mine = [p for part in every.values() for p in part.parameters(recurse=False)]
+        got = torch.autograd.grad(found.mean(), mine)
+    assert torch.allclose(found.double(), errors, rtol=1e-4)
+    for name, a, b in zip(numbers, got, want):
+        assert b.abs().max() > 1e-6 or name == "k.b"            # which softmax does not see
+        assert torch.allclose(a.double(), b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-7), name
+        if name.endswith(".u") and not packed and name != "norm.u":
+            assert (a[every[name[:-2]].mask] == 0).all()
+
+
+@pytest.mark.parametrize("family, changes", FAMILIES)
+@pytest.mark.parametrize("bits, sparsity", [(4, 0.5), (4, "2:4"), (None, 0.5), (4, 0), (3, 0.3)])
+def test_the_masks_of_the_walk_and_their_exact_sparsity_are_kept(family, changes, bits, sparsity):
+    (on, stats), (off, _) = (compressed(family, passes, bits, sparsity, changes=changes)
+                             for passes in (2, 0))
+    assert any(s["error_half"] < s["error_half_before"] for s in stats)
+    assert all(s["error_half"] <= s["error_half_before"] for s in stats)
+    fraction = 0.5 if sparsity == "2:4" else sparsity
+    for block in on.blocks:
+        for half in block.halves():
+            for names in (half.reads, half.writes):             # solved as one matrix
+                linears = [block.get_submodule(name) for name in names]
+                size = sum(m.in_features * m.out_features for m in linears)
+                kept = sum(int((m.weight != 0).sum()) if bits is None else count_kept(m.packed)
+                           for m in linears)
+                assert kept == size - round(fraction * size), names
+    if bits and sparsity:                                       # later ones see other inputs
+        for name in "qkvo":
+            masks = [m.blocks[0].attn.get_submodule(name).packed.tensors["mask"] for m in (on, off)]
+            assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("family, changes", FAMILIES)
+def test_the_errors_told_are_those_of_the_half_block_on_held_out_windows(family, changes):
+    """Counted by hand on the first half-block, whose input is the dense model's: with
+    reconstruction, and without on the same windows."""
+    dense, h = tiny(family, **changes), None
+    stats = compressed(family, 3, changes=changes)[1][0]
+    found = []
+    for passes in (0, 3):
+        model = compressed(family, passes, changes=changes)[0]
+        h = dense.stem(dense.embed(HELD)).half().float()        # as it is parked
+        rope = dense.rope(0, 16, "cpu")
+        run = lambda m: (lambda half: half.write(h, half.mix(h, rope)))(m.blocks[0].halves()[0])
+        wanted = run(dense).half().float()
+        e = (run(model) - wanted).square().sum(-1) / wanted.square().sum(-1)
+        found.append(float(e.mean()))
+    assert found == pytest.approx([stats["error_half_before"], stats["error_half"]], rel=1e-3)
+    assert found[1] < found[0]
+
+
+@pytest.mark.parametrize("family, changes", FAMILIES)
+@pytest.mark.parametrize("bits", [4, None])
+def test_what_does_not_pay_is_taken_back_to_the_bit(family, changes, bits, monkeypatch):
+    """Adam gone mad: the model is that of a walk without reconstruction."""
+    tune = walks.tune
+
+    def mad(half, parts, norm, *rest):
+        with torch.no_grad():
+            for part in [*parts.values(), norm]:
+                for p in part.parameters(recurse=False):
+                    p.normal_()
+    monkeypatch.setattr(walks, "tune", mad)
+    on, stats = compressed(family, 2, bits, changes=changes)
+    assert all(s["error_half"] == s["error_half_before"] for s in stats)
+    off, told = compressed(family, 0, bits, changes=changes)
+    assert same_weights(on, off)
+    for s in stats:
+        del s["error_half"], s["error_half_before"]
+    assert stats == told
+    monkeypatch.setattr(walks, "tune", tune)
+    assert not same_weights(compressed(family, 2, bits, changes=changes)[0], off)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_wins_too(dtype):
+    stats = compressed(passes=3, dtype=dtype)[1]
+    assert all(s["error_half"] <= s["error_half_before"] for s in stats)
+    assert stats[-1]["error_half"] < stats[-1]["error_half_before"]
+
+
+@pytest.mark.parametrize("family, bits", [("llama", 4), ("opt", 4), ("opt", None)])
+def test_a_killed_walk_ends_in_the_same_bytes(family, bits, tmp_path):
+    save_model(tiny(family), tmp_path / "dense", torch.float32)
+    checkpoint, spent = open_checkpoint(tmp_path / "dense"), {}
+    solve, settings = make_solver(bits, 0.5), Settings(reconstruct=2)
+    stats = compress(checkpoint, tmp_path / "a", WINDOWS, solve, settings, 2, held=HELD, spent=spent)
+    assert 0 < spent["reconstructing"] < 60
+
+    def kill(i):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        compress(checkpoint, tmp_path / "b", WINDOWS, solve, settings, 2, held=HELD, after_block=kill)
+    assert compress(checkpoint, tmp_path / "b", WINDOWS, solve, settings, 2, held=HELD) == stats
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    memory = tiny(family)
+    assert compress_model(memory, WINDOWS, solve, settings, 2, held=HELD) == stats
+
+
+def test_between_blocks_only_the_streams_live():
+    """Counted: every tensor of a window's length that is alive after a block."""
+    import gc
+    model, seen = tiny(), []
+    windows, held = TOKENS[:90].view(6, 15), TOKENS[:30].view(2, 15)
+    walk = Walk(model, windows, True, 2, torch.float32, "cpu", held=held, judged=True)
+    for i, block in enumerate(model.blocks):
+        compress_block(i, block, walk, make_solver(4, 0.5), Settings(reconstruct=1))
+        gc.collect()
+        alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                 for t in gc.get_objects()
+                 if isinstance(t, torch.Tensor) and t.dim() == 3 and t.shape[1] == 15}
+        seen.append(sum(alive.values()))
+    assert seen == [2 * (6 + 2) * 15 * 32 * 2] * 2
+
+
+@pytest.mark.parametrize("family, nsamples, seqlen", [("llama", 8, 64), ("llama", 16, 64),
+                                                      ("opt", 4, 512)])
+def test_the_device_holds_a_half_block_and_its_sums(family, nsamples, seqlen, tmp_path, monkeypatch):
+    """Counted: what `plan` says of all and of reconstruction, each block as much as the other, and
+    no more for more windows."""
+    bias = family == "opt"
+    config = Config(family, 64, 192, 2, 4, 512, max_positions=512, attention_bias=bias,
+                    mlp_bias=bias, tied=bias)
+    torch.manual_seed(0)
+    save_model(Transformer(config), tmp_path)
+    checkpoint, settings = open_checkpoint(tmp_path), Settings(reconstruct=1)
+    windows = torch.randint(0, 64, (nsamples, seqlen))
+    walk = Walk(checkpoint.ends(torch.float32), windows, True, 4, torch.float32, "cpu",
+                held=windows[:1], judged=True)
+    streams = (nsamples + 1) * seqlen * config.d_model * 2 * 2
+    planned = plan(checkpoint, windows.numel(), 4 * seqlen, torch.float32, settings, 4, 0.5,
+                   seqlen, 0, seqlen)
+    tune, peaks, tuning = walks.tune, [], []
+
+    def measured(*args):
+        before, counted.peak = counted.peak, counted.now
+        tune(*args)
+        tuning.append(counted.peak - streams)
+        counted.peak = max(before, counted.peak)
+    monkeypatch.setattr(walks, "tune", measured)
+    for i in range(2):
+        with Counted() as counted:
+            compress_block(i, checkpoint.block(i), walk, make_solver(4, 0.5), settings)
+        peaks.append(counted.peak - streams)
+    assert 0.5 * planned.device < peaks[0] <= planned.device, (peaks, planned)
+    assert 0.5 * planned.tuning < max(tuning) <= planned.tuning, (tuning, planned)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
+
+
+def test_products_are_planned_from_shapes(tmp_path):
+    """Twice a weight and token forwards, twice that backwards; the windows held out only forwards."""
+    save_model(tiny(), tmp_path, torch.float32)
+    told = [plan(open_checkpoint(tmp_path), 96, 32, torch.float32, Settings(reconstruct=n), 4, 0.5, 32)
+            for n in (0, 2, 4)]
+    weights = sum(m.weight.numel() for _, m in tiny().linears()) + 2 * 2 * 32   # with the norms
+    assert told[0].flops == told[0].tuning == 0 and "reconstruction" not in str(told[0])
+    assert told[2].flops - told[1].flops == 2 * weights * 3 * (3 * 96 + 32)
+    assert "reconstruction" in str(told[1])
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--reconstruct -1", "between 0 and"), ("--reconstruct nan", "whole number"),
+    ("--reconstruct 2 --bits 16 --sparsity 0", "nothing"),
+    ("--reconstruct 2 --recipe plain", "--correct above 0"),
+    ("--reconstruct 2 --correct 0", "--correct above 0")])
+def test_what_cannot_be_is_refused_in_one_line(flags, said):
+    done = subprocess.run([sys.executable, "train.py", "--steps", "0", "--plan", *flags.split()],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_it_needs_held_out_windows_and_one_process(monkeypatch):
+    with pytest.raises(ValueError, match="held-out"):
+        compress_model(tiny(), WINDOWS, make_solver(4, 0.5), Settings(reconstruct=1), 2)
+    monkeypatch.setattr(walks.parallel, "world", lambda: 2)
+    with pytest.raises(ValueError, match="one process"):
+        Settings(reconstruct=1).check()
+
+
+def test_the_plain_recipe_with_the_dense_stream_beside_it_works():
+    stats = compressed("llama", 2, recipe="plain")[1]
+    assert stats[0]["error_half"] < stats[0]["error_half_before"]

@@ -68,7 +68,7 @@ def rotary_table(c: Config, start: int | torch.Tensor, length: int,
 def rotate(x, rope):
     """Rotary embedding of x (B, heads, T, head_dim): a channel of the first half is paired with one
     of the second, (a, b) -> (a cos - b sin, b cos + a sin)."""
-    cos, sin = rope
+    cos, sin = (t.to(x.dtype) for t in rope)
     other = x.roll(x.shape[-1] // 2, -1)            # the halves exchanged
     return torch.addcmul(x * cos, other, sin)
 
@@ -281,12 +281,10 @@ class Transformer(nn.Module):
         return h
 
     def rope(self, start: int | torch.Tensor, length: int, device):
-        """rotary_table of these positions in the model's dtype; None where positions are
-        learned."""
+        """rotary_table of these positions; None where positions are learned."""
         if self.config.family != "llama":
             return None
-        dtype = self.embed_tokens.weight.dtype
-        return tuple(t.to(dtype) for t in rotary_table(self.config, start, length, device))
+        return rotary_table(self.config, start, length, device)
 
     def hidden(self, x, cache: Cache | None = None):
         """Tokens (B, T) or embeddings (B, T, d_embed) -> the last block's output (B, T,
@@ -296,6 +294,8 @@ class Transformer(nn.Module):
         embeds = x if x.is_floating_point() else self.embed(x)
         h = self.stem(embeds.to(self.embed_tokens.weight.dtype), start)
         rope = self.rope(start, h.shape[1], h.device)
+        if rope is not None:
+            rope = tuple(t.to(h.dtype) for t in rope)           # once for all blocks
         mask = cache.mask(h.dtype) if cache else None
         for i, block in enumerate(self.blocks):
             kv = cache.block(i, mask) if cache else None

@@ -276,9 +276,12 @@ def test_kernels_compile_as_cheap_as_the_table_says(arch, tokens, format, grid):
 
 
 def cheap(line: dict[str, str]) -> None:
+    # A register or two, on the stack from before the loop to its end; inside are no other loads than
+    # those of words and x.
     spilled = int(line["spilled"])
-    if spilled:                                             # outside the loop: inside are the loads of words and x alone
-        assert (line["triton"], line["format"], line["lsu"]) == ("3.6.0", "nm", "0.094") and spilled <= 32, line
+    assert spilled <= 16, line
+    if spilled and line["tokens"] == "8" and line["group"] == "row":
+        assert line["format"] != "unstructured" and line["lsu"] == "0.094", line
     if line["counted"] == "loop":
         assert line["exchanges"] == line["barriers"] == "0", line
     if [line[k] for k in ("tokens", "x", "group", "shape")] == ["8", "fp16", "row", "4096x11008"]:

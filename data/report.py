@@ -93,7 +93,7 @@ class Report:
         self.losses = held.get("losses")
         seconds = self.folder / "seconds.json"
         self.seconds = read_json(seconds) if seconds.exists() else {}
-        is_whole = (is_table(self.rows) and isinstance(self.layers, list)
+        is_whole = (is_table(self.rows) and are_layers(self.layers)
                     and isinstance(self.losses, dict))
         is_timed = all(has_numbers(row, SECONDS) and all(map(is_number, row.values()))
                        for row in self.seconds.values())
@@ -151,6 +151,14 @@ def is_table(rows) -> bool:
     numbers = ("perplexity", "scored_tokens", "prompt_tokens", *SIZES)
     return isinstance(rows, list) and all(
         has_numbers(row, numbers) and isinstance(row.get("name"), str) for row in rows)
+
+
+def are_layers(layers) -> bool:
+    """Are these the Linears of a report, of each its names and numbers?"""
+    return isinstance(layers, list) and all(
+        has_numbers(layer, ("error",)) and layer.keys() == layers[0].keys()
+        and all(isinstance(value, str) or is_number(value) for value in layer.values())
+        for layer in layers)
 
 
 def difference(theirs, ours, name: str = "") -> str:

@@ -268,14 +268,16 @@ def test_gptqmodel_gives_our_logits(family, format, bits, groupsize, shuffled, z
         packed.blocks[0].mlp.down.zero.fill_(zero)
     save_model(packed, tmp_path / "packed")
     export.to_gptq(open_checkpoint(tmp_path / "packed"), tmp_path / "gptq")
-    chosen = {}
-    # the kernel it chooses on a CPU knows groups of 32, 64, 128 and 256 columns only
+    # The kernel it chooses on a CPU knows groups of 32, 64, 128 and 256 columns only, and computes in
+    # bfloat16 where the processor does.
+    chosen, tolerance = {}, 2e-2
     if groupsize == -1:
         chosen["quantization_config"] = GPTQConfig(bits=bits, backend="gptq_torch")
+        tolerance = 5e-3
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "gptq", dtype=torch.float32,
                                                   device_map="cpu", **chosen)
     want = load_model(tmp_path / "packed")(TOKENS)
-    assert (logits(theirs, input_ids=TOKENS).float() - want).abs().max() < 5e-3 * want.abs().max()
+    assert (logits(theirs, input_ids=TOKENS).float() - want).abs().max() < tolerance * want.abs().max()
 
 
 # ---- Meta

@@ -3,6 +3,7 @@
     python -m pytest -q tests/test_faults.py
 """
 import errno
+import math
 import os
 import resource
 import shutil
@@ -164,3 +165,15 @@ def test_the_end_of_memory_is_one_line(error, capsys):
         run_program(work, None)
     said = capsys.readouterr().err
     assert e.value.code == BAD_INPUT and said.count("\n") == 1 and "memory" in said and ": lower --batch-size" in said
+
+
+def test_layers_of_a_report_are_names_and_numbers():
+    """What a resumed run goes on with: anything else in report.json is refused there."""
+    from data.report import are_layers
+    layer = {"name": "blocks.0.attn.q", "error": 0.1, "error_heldout": 0.2, "against": "weights"}
+    assert are_layers([]) and are_layers([layer, dict(layer)])
+    for odd in (None, "0.2", [0.2], math.nan, True):
+        assert not are_layers([layer, {**layer, "error": odd}])
+    assert not are_layers([layer, {**layer, "error_heldout": [0.2]}])
+    assert not are_layers([layer, {"name": "blocks.0.attn.k", "error": 0.1}])
+    assert not are_layers({"0": layer})

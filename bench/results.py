@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BAR = re.compile(r"[#-]{20} \d+/\d+")                          # of a progress bar
 
 # Flags that several commands share.
-TINY = ("--max-tokens 8192 --steps 40 --fused off --nsamples 64 --dtype float32 --device cpu "
-        "--batch-size 4")
+TINY = "--max-tokens 8192 --steps 40 {}--nsamples 64 --dtype float32 --device cpu --batch-size 4"
+PACKED, PRUNED = TINY.format("--fused off "), TINY.format("")
 WIKI = "--data {wikitext}/wiki.test.raw --dtype float32 --device cpu"
 CALIBRATED = "--calib {wikitext}/wiki.valid.raw --nsamples 32 --seqlen 512 --max-tokens 40960"
 TAUGHT = ("--train-data {wikitext}/wiki.valid.raw --seqlen 256 --max-tokens 6144 --batch-size 1 "
@@ -200,12 +200,15 @@ def gpu_table(_: Path) -> str:
 # -------------------------------------------------------------------------------------------------
 # Parts, in the order of RESULTS.md.
 
-ONE = Family("4bit-0.5", f"train.py {TINY} --control")
+ONE = Family("4bit-0.5", f"train.py {PACKED} --control")
 LEVELS = Family(
     "{bits}bit-{sparsity}",
-    f"train.py {TINY} --bits {{bits}} --sparsity {{sparsity}} --no-control",
-    {"bits": (2, 3, 4, 16), "sparsity": ("0", "0.5", "0.625", "0.75", "2:4")},
-    without=("16bit-0", "4bit-0.5"))                            # the dense model; and ONE
+    f"train.py {PACKED} --bits {{bits}} --sparsity {{sparsity}} --no-control",
+    {"bits": (2, 3, 4), "sparsity": ("0", "0.5", "0.625", "0.75", "2:4")},
+    without=("4bit-0.5",))                                      # ONE
+ONLY_PRUNED = Family(
+    "16bit-{sparsity}", f"train.py {PRUNED} --bits 16 --sparsity {{sparsity}} --no-control",
+    {"sparsity": ("0.5", "0.625", "0.75", "2:4")})
 CALIBRATION = Family(
     "{model}-{nsamples}-{seed}",
     "train.py --model {model} --nsamples {nsamples} --seed {seed} --steps 0 --max-tokens 16384 "
@@ -254,9 +257,9 @@ def studied(name: str, families: list[Family], runs: list[str], options: str = "
 
 TRANSFERRED = ["4bit-0.5", "4bit-0", "3bit-0.5", "4bit-0.625", "16bit-0.5", "4bit-2:4"]
 PARTS = {
-    "levels": studied("levels", [ONE, LEVELS], names(ONE, LEVELS)),
+    "levels": studied("levels", [ONE, LEVELS, ONLY_PRUNED], names(ONE, LEVELS, ONLY_PRUNED)),
     "recipes": studied("recipes", [ONE], names(ONE)),
-    "transfer": studied("transfer", [ONE, LEVELS], TRANSFERRED),
+    "transfer": studied("transfer", [ONE, LEVELS, ONLY_PRUNED], TRANSFERRED),
     "length": studied("length", [ONE], names(ONE)),
     "hard": studied("hard", [ONE], names(ONE), " --limit 60"),
     "robust": studied("robust", [ONE], names(ONE)),

@@ -337,10 +337,10 @@ class Steps:
 
     def __init__(self, model, cache):
         self.model, self.cache, self.taken, self.graph = model, cache, 0, None
-        device = model.embed_tokens.weight.device
-        self.on_gpu = device.type == "cuda"
+        self.device = model.embed_tokens.weight.device
+        self.on_gpu = self.device.type == "cuda"
         if self.on_gpu:
-            cache.start = torch.tensor([cache.start], device=device)
+            cache.start = torch.tensor([cache.start], device=self.device)
 
     def compute(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.head(self.model.hidden(tokens, self.cache)[:, -1])
@@ -350,9 +350,11 @@ class Steps:
         if not self.on_gpu or self.taken == 1:
             return self.compute(tokens)
         if self.graph is None:
-            self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):              # records, computes nothing
-                self.logits = self.compute(self.tokens)
+            self.tokens = tokens.clone()
+            with torch.cuda.device(self.device):
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):          # records, computes nothing
+                    self.logits = self.compute(self.tokens)
         self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits

@@ -159,6 +159,23 @@ def test_a_batch_gives_what_single_texts_give(family, temperature):
     assert (made[0] == made[4]) == (temperature == 0)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_steps_whose_position_is_a_tensor_decode_the_same(family, monkeypatch):
+    """What a CUDA graph replays; on a GPU from the graph, elsewhere one by one."""
+    model = tiny(family)
+    rows = [[1, 5, 9, 40], [1, 7, 8, 20, 31]]
+    plain = list(evaluation.decode(model, rows, 20))
+
+    class Positioned(evaluation.Steps):
+        def __init__(self, model, cache):
+            super().__init__(model, cache)
+            cache.start = torch.tensor([int(cache.start)], device=self.device)
+    monkeypatch.setattr(evaluation, "Steps", Positioned)
+    device = evaluation.default_device()
+    assert list(evaluation.decode(model.to(device), rows, 20)) == plain
+    assert len(plain) == 42                                 # two rows, and their ends
+
+
 def test_generation_ends_at_the_end_of_text_token():
     model, tokenizer = tiny(), Letters()
     free = continued(model, "hello", 20)

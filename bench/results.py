@@ -144,6 +144,21 @@ def calibration_table(out: Path) -> str:
     return markdown(head, rows)
 
 
+def reconstruction_table(out: Path) -> str:
+    """A row a model and text: dense, and compressed without and with reconstruction."""
+    passes = RECONSTRUCTED.values["passes"]
+    head = ["model", "text", "dense", *(f"{n} passes" if n else "without" for n in passes),
+            *(f"made, s, {n} passes" for n in passes)]
+    rows = []
+    for model, data in itertools.product(*(RECONSTRUCTED.values[k] for k in ("model", "data"))):
+        runs = [rows_of(out, fill(RECONSTRUCTED.name, {"model": model, "data": data, "passes": n}))
+                for n in passes]
+        rows.append([model, data, f"{runs[0]['dense']['perplexity']:.2f}",
+                     *(f"{run['compressed']['perplexity']:.2f}" for run in runs),
+                     *(f"{run['compressed']['seconds']:.0f}" for run in runs)])
+    return markdown(head, rows)
+
+
 def smollm2_table(out: Path) -> str:
     """Every level of bits and sparsity, below the dense model."""
     head = ["bits", "sparsity", "bits a weight in Linears", "MB", "compressed", "made, s",
@@ -215,6 +230,11 @@ CALIBRATION = Family(
     "--dtype float32 --device cpu",
     {"model": ("tiny-llama", "tiny-opt"), "nsamples": (32, 64, 128, 256, 512, 1024),
      "seed": (0, 1)})
+RECONSTRUCTED = Family(
+    "{model}-{data}-{passes}-passes",
+    "train.py --model {model} --data {data} --reconstruct {passes} --steps 0 --max-tokens 16384 "
+    "--dtype float32 --device cpu",
+    {"model": ("tiny-llama", "tiny-opt"), "data": ("docs", "headers", "code"), "passes": (0, 2)})
 SMOLLM2 = Family(
     "smollm2-{bits}bit-{sparsity}",
     f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 0 --bits {{bits}} "
@@ -265,6 +285,7 @@ PARTS = {
     "robust": studied("robust", [ONE], names(ONE)),
     "tasks": studied("tasks", [ONE], names(ONE), " --limit 60"),
     "calibration": Part([CALIBRATION], calibration_table),
+    "reconstruction": Part([RECONSTRUCTED], reconstruction_table),
     "prompt learning": Part([EXPORTED, BESIDE_PEFT], printed("prompts")),
     "smollm2": Part([SMOLLM2], smollm2_table),
     "smollm2 healed": Part([HEALED], healed_table),

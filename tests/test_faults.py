@@ -119,7 +119,7 @@ def test_places_that_cannot_be_written(kind, tmp_path):
 def test_memory_that_ends_while_a_program_works(tmp_path):
     """RLIMIT_AS: one line, exit code 2, and nothing half-written."""
     hf("llama")(tmp_path)
-    (tmp_path / "a.txt").write_text("hello shell " * 2000)
+    (tmp_path / "a.txt").write_text("hello shell " * 20_000)
     script = """
 import resource, sys, torch, eval, export
 import data.flags as flags

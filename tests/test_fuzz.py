@@ -1,7 +1,9 @@
-"""tests/fuzz.py in small: a few hundred damaged folders, and headers judged beside the safetensors package.
+"""tests/fuzz.py in small: a few hundred damaged folders, and headers judged beside the safetensors
+package.
 
     python -m pytest -q tests/test_fuzz.py
 """
+import os
 import random
 import shutil
 
@@ -24,32 +26,53 @@ def threads():
 def test_damaged_folders_are_refused_in_one_line(tmp_path):
     counts, bad = run(330, [20], tmp_path, show=lambda line: None)
     assert not bad, bad[0]
-    assert counts["refused"] > 200                                           # and the damage is no pretence
+    assert counts["refused"] > 200                              # and the damage is no pretence
 
 
 def test_the_fuzzer_notices(tmp_path):
     """Each kind of finding, shown by a loader that misbehaves."""
     bed = Bed(tmp_path, ["vocab-merges"])
-    kind, folder = bed.kinds[0], tmp_path / "whole/vocab-merges"
+    kind = bed.kinds[0]
+    folder = tmp_path / "whole/vocab-merges"
 
     def outcome(load):
-        return next(apart([lambda watch: load_here(kind._replace(load=load), folder, watch)])).get("finding", "")
+        def job(watch):
+            return load_here(kind._replace(load=load), folder, watch)
+        out = next(apart([job]))
+        return out.get("finding", "")
 
     def refuse(message):
         def load(folder):
             raise ValueError(message.format(folder))
         return load
+
+    def breaks(folder):
+        return {}["x"]
+
+    def looks_outside(folder):
+        return {"x": (tmp_path / "outside/config.json").read_text()}
+
+    def starts_a_program(folder):
+        return {"x": os.system("true")}
+
+    def dies(folder):
+        os._exit(3)
+
     assert outcome(refuse("{}/vocab.json is bad")) == ""
-    assert outcome(refuse("bad")) == "no file named" and outcome(refuse("{}:\nbad")) == "more than one line"
-    assert outcome(lambda folder: {}["x"]).startswith("KeyError at test_fuzz.py")
-    assert outcome(lambda folder: {"x": (tmp_path / "outside/config.json").read_text()}).startswith("opened ")
-    assert outcome(lambda folder: {"x": __import__("os").system("true")}).startswith("os.system")
-    assert outcome(lambda folder: __import__("os")._exit(3)).startswith("the process died")
+    assert outcome(refuse("bad")) == "no file named"
+    assert outcome(refuse("{}:\nbad")) == "more than one line"
+    assert outcome(breaks).startswith("KeyError at test_fuzz.py")
+    assert outcome(looks_outside).startswith("opened ")
+    assert outcome(starts_a_program).startswith("os.system")
+    assert outcome(dies).startswith("the process died")
 
 
 def test_headers_that_the_package_refuses_are_refused(tmp_path):
     hf("llama")(tmp_path)
-    whole, path, r, refused = tmp_path / "model.safetensors", tmp_path / "x.safetensors", random.Random(0), [0, 0]
+    whole = tmp_path / "model.safetensors"
+    path = tmp_path / "x.safetensors"
+    r = random.Random(0)
+    by_them = by_us = 0
     for _ in range(400):
         shutil.copy(whole, path)
         header_damage(path, r)
@@ -58,11 +81,11 @@ def test_headers_that_the_package_refuses_are_refused(tmp_path):
                 theirs = set(f.keys())
         except (SafetensorError, UnicodeError):
             theirs = None
-        refused[0] += theirs is None
+        by_them += theirs is None
         try:
             assert set(read_safetensors(path)) == theirs
         except ValueError:
-            refused[1] += 1
+            by_us += 1
             continue
         assert theirs is not None
-    assert refused[1] >= refused[0] > 100
+    assert by_us >= by_them > 100

@@ -1,4 +1,5 @@
-"""PackedLinear on the CPU; Triton kernels in the interpreter; compilation for GPUs that are not there.
+"""PackedLinear on the CPU; Triton kernels in the interpreter; compilation for GPUs that are not
+there.
 
     python -m pytest -q tests/test_kernels.py
 """
@@ -22,7 +23,8 @@ from kernels.unpacking import unpack
 from test_packing import example
 
 TESTS = Path(__file__).resolve().parent
-FORMATS, GRIDS = ("dense", "nm", "unstructured"), ("uniform", "offset")
+FORMATS = ("dense", "nm", "unstructured")
+GRIDS = ("uniform", "offset")
 
 
 @pytest.fixture(autouse=True)
@@ -41,21 +43,33 @@ def layer(shape=(64, 256), grid="uniform", groupsize=-1, format="unstructured", 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_reference_equals_unpack(bits, grid, format):
-    for shape, groupsize in (((5, 4100), -1), ((33, 130), 32), ((3, 8), -1), ((16, 576), 128)):
+    for shape, groupsize in (((5, 4100), -1),
+                             ((33, 130), 32),
+                             ((3, 8), -1),
+                             ((16, 576), 128)):
         packed = pack(*example(shape, bits, grid, groupsize, format), bits, grid, groupsize, format)
         assert torch.equal(dequantize(packed), unpack(packed))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-6),
+    (torch.float16, 5e-4),
+    (torch.bfloat16, 6e-3),
+])
 def test_linear_on_the_cpu(dtype, tolerance, grid, format):
-    for groupsize, tokens, shape in ((-1, 1, (64, 256)), (64, 4, (64, 256)), (-1, 80, (64, 256)), (-1, 3, (33, 130))):
+    for groupsize, tokens, shape in ((-1, 1, (64, 256)),
+                                     (64, 4, (64, 256)),
+                                     (-1, 80, (64, 256)),
+                                     (-1, 3, (33, 130))):
         packed = layer(shape, grid, groupsize, format, bias=True).to(dtype)
         x = torch.randn(1, tokens, shape[1]).to(dtype)
-        exact = x.double() @ packed.weight_dequantized(torch.float64).T + packed.bias.double()
+        weight = packed.weight_dequantized(torch.float64)
+        exact = x.double() @ weight.T + packed.bias.double()
         y = packed(x)
-        assert y.dtype == dtype and y.shape == (1, tokens, shape[0])
+        assert y.dtype == dtype
+        assert y.shape == (1, tokens, shape[0])
         assert (y.double() - exact).norm() < tolerance * exact.norm()
         packed.fused = False
         assert (packed(x).double() - exact).norm() < tolerance * exact.norm()
@@ -65,13 +79,15 @@ def test_linear_on_the_cpu(dtype, tolerance, grid, format):
 def test_other_bit_widths_multiply_too(bits):
     packed = layer(bits=bits)
     x = torch.randn(2, 256)
-    assert torch.allclose(packed(x), F.linear(x, packed.weight_dequantized(torch.float32)), rtol=1e-4, atol=1e-5)
+    dense = F.linear(x, packed.weight_dequantized(torch.float32))
+    assert torch.allclose(packed(x), dense, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_the_input():
     for format in FORMATS:
         packed = layer((8, 64), "offset", format=format)
-        assert torch.autograd.gradcheck(packed, torch.randn(3, 64, dtype=torch.float64, requires_grad=True))
+        x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(packed, x)
         x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
         packed(x).sum().backward()
         exact = packed.weight_dequantized(torch.float64).sum(0).expand(3, 64)
@@ -83,61 +99,82 @@ def test_any_batch_and_any_strides(dtype):
     """No tokens, one without a batch dimension, and views: the same as their copies."""
     packed = layer(grid="offset", bias=True).to(dtype)
     wide = torch.randn(2, 4, 512).to(dtype)
-    assert packed(wide[:0, :, :256]).shape == (0, 4, 64) and packed(wide[0, 0, :256]).shape == (64,)
-    for view in (wide[:, :, 3:259], wide[:, ::2, ::2], wide[0].t()[:256].t(), wide[:1, :1, :256].expand(3, 5, 256)):
+    assert packed(wide[:0, :, :256]).shape == (0, 4, 64)
+    assert packed(wide[0, 0, :256]).shape == (64,)
+    views = (
+        wide[:, :, 3:259],
+        wide[:, ::2, ::2],
+        wide[0].t()[:256].t(),
+        wide[:1, :1, :256].expand(3, 5, 256),
+    )
+    for view in views:
         assert torch.equal(packed(view), packed(view.contiguous()))
 
 
 def test_nothing_dense_is_saved_for_backward():
-    packed, kept = layer((64, 256)), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    packed = layer((64, 256))
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         packed(torch.randn(5, 256, requires_grad=True)).sum()
     assert not any(t.numel() >= 64 * 256 for t in kept)
 
 
 def test_decoding_makes_a_small_form_and_counts_it():
-    packed, x = layer((64, 256)), torch.randn(1, 256)
+    packed = layer((64, 256))
+    x = torch.randn(1, 256)
     packed(x.expand(65, -1))
     packed(x.requires_grad_())
-    assert packed.decode_bytes() == 0                                               # neither is a decoding step
+    assert packed.decode_bytes() == 0                       # neither is a decoding step
     x = x.detach()
-    bits = lambda made: 8 * made.decode_bytes() / (64 * 256)
-    for grid, bags, int4 in (("uniform", 4, 4), ("offset", 6, 8)):                  # zero is a level, or it is not
+
+    def bits(made):
+        return 8 * made.decode_bytes() / (64 * 256)
+
+    for grid, bags, int4 in (("uniform", 4, 4),             # zero is a level,
+                             ("offset", 6, 8)):             # or it is not
         made = layer((64, 256), grid)
         made(x)
-        assert bags <= bits(made) < bags + 2, grid                                  # 64 outputs a strip: long for its grid
+        assert bags <= bits(made) < bags + 2, grid          # 64 outputs a strip: long for its grid
         made(x.bfloat16())
         assert int4 <= bits(made) < 1.2 * int4, grid
     odd = layer((33, 130))
     odd(torch.randn(1, 130).bfloat16())
-    assert odd.decode_bytes() < 33 * 130                                            # no shape for torch's int4
+    assert odd.decode_bytes() < 33 * 130                    # no shape for torch's int4
     eight = layer(bits=8)
     eight(x)
     assert eight.decode_bytes() == 64 * 256 * 4
-    packed.to(torch.float32)                                                        # moving drops it
+    packed.to(torch.float32)                                # moving drops it
     packed.decode_cache = False
     packed(x.bfloat16())
     assert packed.decode_bytes() == 0
-    assert sum(b.numel() * b.element_size() for b in packed.buffers()) == nbytes(packed.packed)
+    stored = sum(b.numel() * b.element_size() for b in packed.buffers())
+    assert stored == nbytes(packed.packed)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_bags_are_exact_in_fp32(bits):
-    """Every grid and grouping, groups in any order too, more outputs than a strip has, against float64."""
-    for grid, format, (shape, groupsize) in itertools.product(GRIDS, FORMATS, (((200, 576), 128), ((33, 130), 32), ((5, 8), -1))):
-        for shuffled in {False, groupsize > 0}:
+    """Every grid and grouping, groups in any order too, more outputs than a strip has, against
+    float64."""
+    shapes = (((200, 576), 128), ((33, 130), 32), ((5, 8), -1))
+    for grid, format, (shape, groupsize) in itertools.product(GRIDS, FORMATS, shapes):
+        for shuffled in (False, True) if groupsize > 0 else (False,):
             codes, mask, scale, zero = example(shape, bits, grid, groupsize, format)
             g_idx = torch.randperm(shape[1]) // groupsize if shuffled else None
-            packed = pack(codes, mask, scale, zero, bits, grid, groupsize, format, g_idx)
             x = torch.randn(2, shape[1])
-            exact = x.double() @ unpack(packed, torch.float64).T
-            for kept in (packed, pack(codes, mask, scale, zero.round(), bits, grid, groupsize, format, g_idx)):
-                exact = x.double() @ unpack(kept, torch.float64).T
-                assert (Bags(kept)(x) - exact).norm() < 4e-6 * exact.norm()
+            for each in (zero, zero.round()):
+                packed = pack(codes, mask, scale, each, bits, grid, groupsize, format, g_idx)
+                exact = x.double() @ unpack(packed, torch.float64).T
+                assert (Bags(packed)(x) - exact).norm() < 4e-6 * exact.norm()
 
 
 def test_autocast_multiplies_in_its_own_dtype():
-    """As nn.Linear does: fp32 activations are cast, the output is bf16, and the gradient comes back in fp32."""
+    """As nn.Linear does: fp32 activations are cast, the output is bf16, and the gradient comes back
+    in fp32."""
     packed = layer(grid="offset", bias=True)
     x = torch.randn(70, 256, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -145,11 +182,13 @@ def test_autocast_multiplies_in_its_own_dtype():
         dense = F.linear(x, packed.weight_dequantized(torch.float32), packed.bias)
         assert y.dtype == dense.dtype == torch.bfloat16
         y.float().sum().backward()
-    assert x.grad.dtype == torch.float32 and (y - dense).abs().max() < 2e-2 * dense.abs().max()
+    assert x.grad.dtype == torch.float32
+    assert (y - dense).abs().max() < 2e-2 * dense.abs().max()
 
 
 def test_a_model_that_is_compiled_goes_around_packed_layers():
-    packed, x = layer(bias=True), torch.randn(70, 256)
+    packed = layer(bias=True)
+    x = torch.randn(70, 256)
     program = torch.compile(lambda x: packed(x * 2).relu() + 1, backend="eager")
     assert torch.equal(program(x), packed(x * 2).relu() + 1)
 
@@ -165,54 +204,70 @@ def test_moving_to_another_dtype_keeps_the_grid():
 
 
 def test_other_weights_replace_the_decode_cache():
-    packed, other, x = layer(format="nm"), layer(format="nm"), torch.randn(1, 256)
+    packed = layer(format="nm")
+    other = layer(format="nm")
+    x = torch.randn(1, 256)
     other.codes.bitwise_not_()
     other.zero.fill_(100)
     before = packed(x)
     packed.load_state_dict(other.state_dict())
-    assert torch.equal(packed(x), other(x)) and not torch.allclose(packed(x), before)
+    assert torch.equal(packed(x), other(x))
+    assert not torch.allclose(packed(x), before)
 
 
 def test_triton_gets_only_four_bits_in_neighbouring_groups():
-    for grid, zero, groupsize in (("uniform", 300, -1), ("offset", 40, -1), ("uniform", 8, 20)):
+    for grid, zero, groupsize in (("uniform", 300, -1),
+                                  ("offset", 40, -1),
+                                  ("uniform", 8, 20)):
         codes, mask, scale, zeros = example((8, 64), 4, grid, groupsize, "nm")
-        assert triton_reads(pack(codes, mask, scale, zeros * 0 + zero, 4, grid, groupsize))
+        same = torch.full_like(zeros, zero)
+        assert triton_reads(pack(codes, mask, scale, same, 4, grid, groupsize))
     assert not triton_reads(pack(*example((8, 64), 3, "uniform", -1, "nm"), 3))
     g_idx = torch.arange(64) % 4
-    assert not triton_reads(pack(*example((8, 64), 4, "uniform", 16, "nm"), 4, "uniform", 16, g_idx=g_idx))
+    parts = example((8, 64), 4, "uniform", 16, "nm")
+    assert not triton_reads(pack(*parts, 4, "uniform", 16, g_idx=g_idx))
 
 
 def test_a_nibble_lies_where_fragments_draws_it():
     """The example of its docstring: row 5, column 83, of which the row keeps two columns before."""
     from kernels.fragments import from_fragments, to_fragments
-    mask, codes = torch.ones(16, 128, dtype=torch.bool), torch.zeros(16, 128, dtype=torch.uint8)
+    mask = torch.ones(16, 128, dtype=torch.bool)
+    codes = torch.zeros(16, 128, dtype=torch.uint8)
     for column, code in ((80, 3), (82, 7), (83, 9)):
-        mask[5, column], codes[5, column] = False, code
+        mask[5, column] = False
+        codes[5, column] = code
     ones = torch.ones(16, 1)
     packed = pack(codes, mask, ones, ones, 4, format="nm")
     fragments = to_fragments(packed)
-    words, bits = (fragments.tensors[name].long() & 0xFFFFFFFF for name in ("codes", "mask"))
-    assert words.shape == (1, 32, 4) and bits.shape == (1, 32, 2)
-    assert int(bits[0, 21, 0]) == 1 << 2 | 1 << 10 | 1 << 14 and int(bits.sum()) == int(bits[0, 21, 0])
-    assert int(words[0, 21, 1]) == 3 | 7 << 8 | 9 << 4 * 2 * 2 and int(words.sum()) == int(words[0, 21, 1])
+    words = fragments.tensors["codes"].long() & 0xFFFFFFFF
+    bits = fragments.tensors["mask"].long() & 0xFFFFFFFF
+    assert words.shape == (1, 32, 4)
+    assert bits.shape == (1, 32, 2)
+    assert int(bits[0, 21, 0]) == 1 << 2 | 1 << 10 | 1 << 14
+    assert int(bits.sum()) == int(bits[0, 21, 0])           # and no other bit is set
+    assert int(words[0, 21, 1]) == 3 | 7 << 8 | 9 << 4 * 2 * 2
+    assert int(words.sum()) == int(words[0, 21, 1])
     back = from_fragments(fragments)
     assert all(torch.equal(back.tensors[name], t) for name, t in packed.tensors.items())
 
 
 def run(*command, **environment):
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=TESTS.parent,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    result = subprocess.run([sys.executable, *command], cwd=TESTS.parent,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     return result.stdout
 
 
 def test_import_needs_no_triton():
-    run("-c", "import sys; sys.modules['triton'] = None; import kernels, torch; from kernels import pack, PackedLinear")
+    run("-c", "import sys; sys.modules['triton'] = None; import kernels, torch; "
+              "from kernels import pack, PackedLinear")
 
 
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    assert "layers agree" in run(str(TESTS / "kernels_interpreted.py"), TRITON_INTERPRET="1")
+    said = run(str(TESTS / "kernels_interpreted.py"), TRITON_INTERPRET="1")
+    assert "layers agree" in said
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -220,10 +275,17 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("grid", GRIDS)
 def test_kernels_on_a_gpu(grid, format):
     """Forward and backward against float64, and no room taken for a dense weight."""
-    cases = [((64, 256), 1, -1), ((33, 130), 5, -1), ((40, 576), 16, 128), ((64, 160), 40, 32), ((70, 400), 200, -1),
-             ((4096, 11008), 1, -1), ((4096, 11008), 24, 128)]
-    for (shape, tokens, groupsize), (dtype, tolerance) in itertools.product(cases, ((torch.float16, 2 ** -10),
-                                                                                    (torch.bfloat16, 2 ** -6))):
+    cases = [                                               # shape, tokens, groupsize
+        ((64, 256), 1, -1),
+        ((33, 130), 5, -1),
+        ((40, 576), 16, 128),
+        ((64, 160), 40, 32),
+        ((70, 400), 200, -1),
+        ((4096, 11008), 1, -1),
+        ((4096, 11008), 24, 128),
+    ]
+    dtypes = ((torch.float16, 2 ** -10), (torch.bfloat16, 2 ** -6))
+    for (shape, tokens, groupsize), (dtype, tolerance) in itertools.product(cases, dtypes):
         packed = layer(shape, grid, groupsize, format).cuda()
         x = torch.randn(2, tokens, shape[1], device="cuda", dtype=dtype, requires_grad=True)
         dy = torch.randn(2, tokens, shape[0], device="cuda", dtype=dtype)
@@ -232,36 +294,52 @@ def test_kernels_on_a_gpu(grid, format):
         before = torch.cuda.memory_allocated()
         y = packed(x)
         if shape[0] == 4096:
-            assert torch.cuda.max_memory_allocated() - before < 2 * y.nbytes + 1e6
+            taken = torch.cuda.max_memory_allocated() - before
+            assert taken < 2 * y.nbytes + 1e6
         y.backward(dy)
         if shape[0] == 4096:                                # a slab
-            assert torch.cuda.max_memory_allocated() - before < 0.7 * 2 * shape[0] * shape[1]
+            taken = torch.cuda.max_memory_allocated() - before
+            assert taken < 0.7 * 2 * shape[0] * shape[1]
         weight = packed.weight_dequantized(torch.float64)
-        for got, exact in ((y, x.double() @ weight.T), (x.grad, dy.double() @ weight)):
+        for got, exact in ((y, x.double() @ weight.T),
+                           (x.grad, dy.double() @ weight)):
             assert (got.double() - exact).abs().max() < tolerance * exact.abs().max()
 
 
 def test_bench_prints_a_line_per_case():
     options = "--device cpu --shapes 64x128 33x130 --batches 1 70 --repeats 1".split()
-    lines = [line for line in run("-m", "bench.kernels", *options).splitlines() if "F.linear" in line]
+    printed = run("-m", "bench.kernels", *options).splitlines()
+    lines = [line for line in printed if "F.linear" in line]
     assert len(lines) == 2 * 3 * 2 * 2
     for line in lines:
-        took, limit, share = (float(re.search(pattern, line)[1]) for pattern in (
-            r"([\d.]+) us ", r"limit +([\d.]+) us", r"share +([\d.]+)"))
+        took = float(re.search(r"([\d.]+) us ", line)[1])
+        limit = float(re.search(r"limit +([\d.]+) us", line)[1])
+        share = float(re.search(r"share +([\d.]+)", line)[1])
         assert share == pytest.approx(limit / took, abs=0.02 + 0.1 / took), line
         assert float(line.split()[-1]) < 0.01, line
-        int4 = "64x128" in line and line.split()[2:4] == ["1", "forward"]           # no other case fits torch's
-        assert ("nan x torch" in line) != int4, line
+        int4 = "64x128" in line and line.split()[2:4] == ["1", "forward"]
+        assert ("nan x torch" in line) != int4, line        # no other case fits torch's int4
 
 
-# instructions and, of them, ALU instructions a weight: fp16, one grid a row, up to 8 tokens, 4096 x 11008
-MOST = {("dense", "uniform"): (1.8, 1.25), ("nm", "uniform"): (2.7, 2.1), ("unstructured", "uniform"): (3.8, 2.8),
-        ("dense", "offset"): (2.45, 1.75), ("nm", "offset"): (3.5, 2.6), ("unstructured", "offset"): (4.6, 3.3)}
+# instructions and, of them, ALU instructions a weight: fp16, one grid a row, up to 8 tokens,
+# 4096 x 11008
+MOST = {
+    ("dense", "uniform"): (1.8, 1.25),
+    ("nm", "uniform"): (2.7, 2.1),
+    ("unstructured", "uniform"): (3.8, 2.8),
+    ("dense", "offset"): (2.45, 1.75),
+    ("nm", "offset"): (3.5, 2.6),
+    ("unstructured", "offset"): (4.6, 3.3),
+}
 
 
 @pytest.mark.parametrize("arch, tokens, format, grid", [
-    (90, 8, "nm", "uniform"), (90, 8, "unstructured", "offset"), (80, 8, "unstructured", "uniform"), (90, 16, "nm", "offset"),
-    (90, 0, "unstructured", "offset")])
+    (90, 8, "nm", "uniform"),
+    (90, 8, "unstructured", "offset"),
+    (80, 8, "unstructured", "uniform"),
+    (90, 16, "nm", "offset"),
+    (90, 0, "unstructured", "offset"),
+])
 def test_kernels_compile_as_cheap_as_the_table_says(arch, tokens, format, grid):
     """In this version of triton: `python -m kernels.compile` does all of them."""
     pytest.importorskip("triton")
@@ -276,17 +354,20 @@ def test_kernels_compile_as_cheap_as_the_table_says(arch, tokens, format, grid):
 
 
 def cheap(line: dict[str, str]) -> None:
-    # A register or two, on the stack from before the loop to its end; inside are no other loads than
-    # those of words and x.
+    """A register or two, on the stack from before the loop to its end; inside are no other loads
+    than those of words and x."""
     spilled = int(line["spilled"])
     assert spilled <= 16, line
     if spilled and line["tokens"] == "8" and line["group"] == "row":
-        assert line["format"] != "unstructured" and line["lsu"] == "0.094", line
+        assert line["format"] != "unstructured", line
+        assert line["lsu"] == "0.094", line
     if line["counted"] == "loop":
         assert line["exchanges"] == line["barriers"] == "0", line
-    if [line[k] for k in ("tokens", "x", "group", "shape")] == ["8", "fp16", "row", "4096x11008"]:
+    case = [line[k] for k in ("tokens", "x", "group", "shape")]
+    if case == ["8", "fp16", "row", "4096x11008"]:
         instructions, alu = MOST[line["format"], line["grid"]]
-        assert float(line["per_weight"]) <= instructions and float(line["alu"]) <= alu, line
+        assert float(line["per_weight"]) <= instructions, line
+        assert float(line["alu"]) <= alu, line
 
 
 def test_table_holds_every_kernel_in_two_versions():
@@ -294,30 +375,37 @@ def test_table_holds_every_kernel_in_two_versions():
     from kernels import compile
     lines = compile.table()
     versions = {line["triton"] for line in lines}
-    assert "3.6.0" in versions and len(versions) == 2
-    assert len({compile.key_of(line) for line in lines}) == len(lines) == 2 * len(list(compile.variants()))
+    assert "3.6.0" in versions
+    assert len(versions) == 2
+    keys = {compile.key_of(line) for line in lines}
+    assert len(keys) == len(lines)
+    assert len(lines) == 2 * len(list(compile.variants()))
     for line in lines:
         cheap(line)
 
 
 def test_predictions_come_from_the_table():
-    """More bandwidth or a shorter kernel is faster, and each time is at least what memory allows."""
+    """More bandwidth or a shorter kernel is faster, and each time is at least what memory
+    allows."""
     pytest.importorskip("triton")
     from kernels import predict
-    shape, gpu = (4096, 11008), predict.GPUS["H100"]
+    gpu = predict.GPUS["H100"]
+    shape = (4096, 11008)
     for line in run("-m", "kernels.predict", "--gpu", "H100").splitlines():
         if line.startswith("H100") and "tokens" not in line:
             _, format, grid, tokens, us, times, *_ = line.split()
+            seconds = float(us) * 1e-6
             least = predict.moved(shape, int(tokens), predict.BITS[format]) / gpu.memory
-            assert float(us) * 1e-6 > least, line
+            assert seconds > least, line
             fp16 = predict.cublas(gpu, shape, int(tokens), gpu.memory) + predict.FIXED
-            assert float(times) == pytest.approx(fp16 / (float(us) * 1e-6), rel=0.02), line
+            assert float(times) == pytest.approx(fp16 / seconds, rel=0.02), line
     lines = predict.lines_of("3.6.0", 90, "nm", "uniform")
     seconds, bound = predict.packed(gpu, shape, 1, lines, 3.0)
     assert bound in ("alu", "memory", "issue", "l1")
     slow = gpu._replace(memory=gpu.memory / 100)
-    assert predict.packed(slow, shape, 1, lines, 3.0)[1] == "memory"
-    assert predict.packed(slow, shape, 1, lines, 3.0)[0] > seconds
+    slower, by = predict.packed(slow, shape, 1, lines, 3.0)
+    assert by == "memory"
+    assert slower > seconds
     with pytest.raises(ValueError, match="has no line of triton 1.0"):
         predict.lines_of("1.0", 90, "nm", "uniform")
 
@@ -332,7 +420,8 @@ def test_predictions_are_what_an_h200_took():
     assert len(measured) == 12
     for line in measured:
         size, format, grid, _, tokens, _ = line["case"].split()
-        shape, tokens = tuple(map(int, size.split("x"))), int(tokens)
+        shape = tuple(map(int, size.split("x")))
+        tokens = int(tokens)
         lines = predict.lines_of("3.6.0", 90, format, grid)
         seconds, _ = predict.packed(gpu, shape, tokens, lines, predict.BITS[format])
         assert seconds == pytest.approx(float(line["value"]), rel=0.2), line
@@ -341,20 +430,28 @@ def test_predictions_are_what_an_h200_took():
 
 
 def test_a_gpu_day_without_a_gpu(tmp_path):
-    """One clear line, no file; the order of the cases; lines are written at once and nothing begins after the time."""
+    """One clear line, no file; the order of the cases; lines are written at once and nothing begins
+    after the time."""
     from bench import day
     if not torch.cuda.is_available():
-        command = [sys.executable, "-m", "bench.kernels", "--minutes", "8", "--out", str(tmp_path / "gpu.csv")]
+        table = tmp_path / "gpu.csv"
+        command = [sys.executable, "-m", "bench.kernels", "--minutes", "8", "--out", str(table)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
-        assert result.returncode == 1 and not (tmp_path / "gpu.csv").exists()
-        assert result.stderr.count("\n") == 1 and "torch finds none here" in result.stderr
+        assert result.returncode == 1
+        assert not table.exists()
+        assert result.stderr.count("\n") == 1
+        assert "torch finds none here" in result.stderr
     cases = day.cases()
-    assert len(set(cases)) == len(cases) and str(cases[0]) == "4096x11008 nm uniform batch 1 forward"
-    whole = set(itertools.product(day.SHAPES, day.FORMATS, day.GRIDS, day.BATCHES, ("forward", "backward")))
-    assert {case[:5] for case in cases} == whole
+    assert len(set(cases)) == len(cases)
+    assert str(cases[0]) == "4096x11008 nm uniform batch 1 forward"
+    ways = ("forward", "backward")
+    whole = itertools.product(day.SHAPES, day.FORMATS, day.GRIDS, day.BATCHES, ways)
+    assert {case[:5] for case in cases} == set(whole)
 
-    path, clock = tmp_path / "day.csv", iter(range(10))
-    record, seen = day.Record(path), []
+    path = tmp_path / "day.csv"
+    clock = iter(range(10))
+    record = day.Record(path)
+    seen = []
 
     def measure():
         record.add("product", cases[0], 1e-5, 3e-5)
@@ -362,10 +459,20 @@ def test_a_gpu_day_without_a_gpu(tmp_path):
 
     def fail():
         raise RuntimeError("out of memory\nand more")
-    day.until(3, [("a", measure), ("b", fail), ("c", measure), ("d", measure), ("e", fail)], record, lambda: next(clock))
-    assert [len(lines) for lines in seen] == [2, 4] and seen[0][1] == f"product,{cases[0]},1e-05,3e-05,"
+
+    work = [
+        ("a", measure),
+        ("b", fail),
+        ("c", measure),
+        ("d", measure),
+        ("e", fail),
+    ]
+    day.until(3, work, record, lambda: next(clock))
+    assert [len(lines) for lines in seen] == [2, 4]
+    assert seen[0][1] == f"product,{cases[0]},1e-05,3e-05,"
     lines = path.read_text().splitlines()
-    assert lines[2] == "failed,b,out of memory,," and lines[4] == 'left out,"2 cases, from d on",no time left,,'
+    assert lines[2] == "failed,b,out of memory,,"
+    assert lines[4] == 'left out,"2 cases, from d on",no time left,,'
 
 
 def test_checks_of_a_gpu_day_notice_a_wrong_kernel(tmp_path, monkeypatch):

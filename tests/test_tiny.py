@@ -1,4 +1,5 @@
-"""The two tiny checkpoints that ship: their size, their logits against transformers, what they have learned.
+"""The two tiny checkpoints that ship: their size, their logits against transformers, what they have
+learned.
 
     python -m pytest -q tests/test_tiny.py
 """
@@ -17,13 +18,27 @@ from model import META, Transformer, half_split, load_model, published_name
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
 WEIGHTS = {"llama": "consolidated.00.pth", "opt": "model.safetensors"}
-TEXT = "Return a copy of the array in one dimension.\n\nParameters\n----------\norder : {'C', 'F'}, optional\n"
+TEXT = ("Return a copy of the array in one dimension.\n\n"
+        "Parameters\n----------\norder : {'C', 'F'}, optional\n")
+# Meta's names of a block's tensors behind transformers' own, written by hand.
+META_NAMES = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
 @pytest.fixture(params=["llama", "opt"])
 def name(request):
     if not (TINY / request.param / WEIGHTS[request.param]).exists():
-        pytest.skip(f"data/tiny/{request.param} has no weights: write them with data/tiny/pretrain.py")
+        pytest.skip(f"data/tiny/{request.param} has no weights: "
+                    "write them with data/tiny/pretrain.py")
     return request.param
 
 
@@ -36,7 +51,8 @@ def test_sizes(name):
 
 
 def test_logits_match_transformers(name):
-    """Weights go to transformers by hand-written names, not by model.py's tables; largest difference 1e-4 in fp32."""
+    """Weights go to transformers by hand-written names, not by model.py's tables; largest
+    difference 1e-4 in fp32."""
     transformers = pytest.importorskip("transformers")
     c = read_config(TINY / name)
     if name == "opt":
@@ -45,29 +61,37 @@ def test_logits_match_transformers(name):
         raw = torch.load(TINY / name / WEIGHTS[name], weights_only=True)
         p = json.loads((TINY / name / "params.json").read_text())
         theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            vocab_size=p["vocab_size"], hidden_size=p["dim"], intermediate_size=raw["layers.0.feed_forward.w1.weight"].shape[0], num_hidden_layers=p["n_layers"],
-            num_attention_heads=p["n_heads"], num_key_value_heads=p["n_kv_heads"], rms_norm_eps=p["norm_eps"],
-            max_position_embeddings=p["max_seq_len"], tie_word_embeddings=False))
-        state = {"model.embed_tokens.weight": raw["tok_embeddings.weight"], "model.norm.weight": raw["norm.weight"],
-                 "lm_head.weight": raw["output.weight"]}
-        table = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-                 "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-                 "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-                 "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
-                 "post_attention_layernorm": "ffn_norm"}
+            vocab_size=p["vocab_size"],
+            hidden_size=p["dim"],
+            intermediate_size=len(raw["layers.0.feed_forward.w1.weight"]),
+            num_hidden_layers=p["n_layers"],
+            num_attention_heads=p["n_heads"],
+            num_key_value_heads=p["n_kv_heads"],
+            rms_norm_eps=p["norm_eps"],
+            max_position_embeddings=p["max_seq_len"],
+            tie_word_embeddings=False,
+        ))
+        state = {
+            "model.embed_tokens.weight": raw["tok_embeddings.weight"],
+            "model.norm.weight": raw["norm.weight"],
+            "lm_head.weight": raw["output.weight"],
+        }
         for i in range(p["n_layers"]):
-            for hf, meta in table.items():
+            for hf, meta in META_NAMES.items():
                 w = raw[f"layers.{i}.{meta}.weight"]
-                if meta in ("attention.wq", "attention.wk"):              # channel pairs (2i, 2i+1) -> (i, i + half)
+                if meta in ("attention.wq", "attention.wk"):
                     d = p["dim"] // p["n_heads"]
-                    order = [h + j for h in range(0, len(w), d) for j in [*range(0, d, 2), *range(1, d, 2)]]
-                    w = w[order]
+                    halves = [*range(0, d, 2), *range(1, d, 2)]     # channels (2i, 2i+1) go
+                    w = w[[head + j for head in range(0, len(w), d) for j in halves]]  # to (i, i + half)
                 state[f"model.layers.{i}.{hf}.weight"] = w
         theirs.load_state_dict({k: w.float() for k, w in state.items()})
-    tokens = torch.randint(0, c.vocab_size, (2, 100), generator=torch.Generator().manual_seed(0))
-    tokens[0, :60] = torch.tensor((load_tokenizer(TINY / name).encode(TEXT) * 3)[:60])
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, c.vocab_size, (2, 100), generator=g)
+    ids = load_tokenizer(TINY / name).encode(TEXT)
+    tokens[0, :60] = torch.tensor((ids * 3)[:60])
     with torch.no_grad():
-        difference = (load_model(TINY / name)(tokens) - theirs.eval()(tokens).logits).abs().max()
+        ours = load_model(TINY / name)(tokens)
+        difference = (ours - theirs.eval()(tokens).logits).abs().max()
     assert difference < 1e-4, difference
 
 
@@ -76,18 +100,23 @@ def test_tokenizers_match_transformers(name):
     texts = [TEXT, "def f(x=10, *a):\n    return x ** 2  # naïve ½ ☃\n\n\n", "  two"]
     for text in texts:
         assert t.decode(t.encode(text)) == text
-    assert t.encode("a")[0] == {"llama": 1, "opt": 2}[name] and t.eos_id == 2
+    assert t.encode("a")[0] == {"llama": 1, "opt": 2}[name]
+    assert t.eos_id == 2
     if name == "opt":
         transformers = pytest.importorskip("transformers")
-        theirs = transformers.GPT2Tokenizer.from_pretrained(TINY / name, bos_token="</s>", eos_token="</s>")
+        theirs = transformers.GPT2Tokenizer.from_pretrained(TINY / name, bos_token="</s>",
+                                                            eos_token="</s>")
         for text in texts:
-            assert t.encode(text, bos=False) == theirs(text, add_special_tokens=False)["input_ids"]
+            ids = theirs(text, add_special_tokens=False)["input_ids"]
+            assert t.encode(text, bos=False) == ids
 
 
 def test_has_learned_documentation(name):
-    """Far better on text of the test split than a guess without the context (about 3 bits per byte)."""
+    """Far better on text of the test split than a guess without the context (about 3 bits per
+    byte)."""
     from data.harvest import harvest
-    t, model = load_tokenizer(TINY / name), load_model(TINY / name)
+    model = load_model(TINY / name)
+    t = load_tokenizer(TINY / name)
     text = "\n".join(harvest("docstrings", "test"))[:40_000]
     ids = torch.tensor(t.encode(text))
     stream = [(ids, len(text.encode()) / len(ids))]
@@ -98,12 +127,14 @@ def test_loss_log(name):
     lines = (TINY / name / "loss.csv").read_text().splitlines()
     assert lines[0] == "step,tokens,train_loss,docs,docstrings,code,cpu_seconds"
     first, last = (list(map(float, line.split(","))) for line in (lines[1], lines[-1]))
-    assert last[2] < first[2] and all(b < a for a, b in zip(first[3:6], last[3:6]))
+    assert last[2] < first[2]                                       # of training
+    assert all(b < a for a, b in zip(first[3:6], last[3:6]))        # of each text
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_export_round_trip(family, tmp_path):
-    """What export writes loads as the trained model, and its rotary channels are Meta's interleaved pairs."""
+    """What export writes loads as the trained model, and its rotary channels are Meta's interleaved
+    pairs."""
     torch.manual_seed(0)
     model = Transformer(CONFIGS[family])
     initialize(model)
@@ -117,7 +148,8 @@ def test_export_round_trip(family, tmp_path):
     if family == "llama":
         raw = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
         assert set(raw) == {published_name(n, META) for n, _ in model.named_parameters()}
-        assert torch.equal(half_split(raw["layers.0.attention.wq.weight"], CONFIGS[family].n_head).float(), loaded.blocks[0].attn.q.weight)
+        query = half_split(raw["layers.0.attention.wq.weight"], CONFIGS[family].n_head)
+        assert torch.equal(query.float(), loaded.blocks[0].attn.q.weight)
 
 
 def test_loss_is_that_of_the_model():
@@ -125,15 +157,21 @@ def test_loss_is_that_of_the_model():
     model = Transformer(CONFIGS["opt"])
     initialize(model)
     windows = torch.randint(0, CONFIGS["opt"].vocab_size, (2, 33))
-    assert abs(loss_of(model, windows).item() - math.log(CONFIGS["opt"].vocab_size)) < 0.2
-    assert abs(loss_of(model, windows).item() - model.nll(windows[:, :-1], windows[:, 1:]).mean().item()) < 0.02
+    loss = loss_of(model, windows).item()
+    nll = model.nll(windows[:, :-1], windows[:, 1:]).mean().item()
+    assert abs(loss - math.log(CONFIGS["opt"].vocab_size)) < 0.2
+    assert abs(loss - nll) < 0.02
 
 
-GREEDY = {"llama": ", name, value) -> None:\n    def __init__(self, name, value) -> None:\n",
-          "opt": ", *args, **kwargs):\n    return (\n        self.args,\n        self.args,\n"}
+GREEDY = {
+    "llama": ", name, value) -> None:\n    def __init__(self, name, value) -> None:\n",
+    "opt": ", *args, **kwargs):\n    return (\n        self.args,\n        self.args,\n",
+}
 
 
 def test_greedy_continuation_letter_by_letter(name):
-    model, tokenizer = load_model(TINY / name), load_tokenizer(TINY / name)
-    made = "".join(piece for _, piece in generate(model, tokenizer, ["def __init__(self"], 32))
+    model = load_model(TINY / name)
+    tokenizer = load_tokenizer(TINY / name)
+    pieces = generate(model, tokenizer, ["def __init__(self"], 32)
+    made = "".join(piece for _, piece in pieces)
     assert made.startswith(GREEDY[name])

@@ -19,20 +19,30 @@ from data.tokenizer import copy_tokenizer
 from model import load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
-needs_tiny = pytest.mark.skipif(not all((p / "tokenizer.model").exists() or (p / "vocab.json").exists() for p in SHIPPED.values()),
+PLAIN_CPU = ["--device", "cpu", "--dtype", "float32"]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.model").exists() or (folder / "vocab.json").exists()
+
+
+needs_tiny = pytest.mark.skipif(not all(has_tokenizer(folder) for folder in SHIPPED.values()),
                                 reason="data/tiny holds no trained checkpoints")
 
 
 def run(*args, ok=True):
     """A program in a process of its own."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode == 0) == ok, done.stderr + done.stdout
     return done
 
 
 def here(*args) -> dict[str, dict]:
-    """train.py without a process of its own, which would take seconds to begin: {name: row} of its table."""
-    return {row["name"]: row for row in train.main(train.flags().parse_args(list(map(str, args))))["rows"]}
+    """train.py in this process, another would take seconds to begin: {name: row} of its table."""
+    words = list(map(str, args))
+    report = train.main(train.flags().parse_args(words))
+    return {row["name"]: row for row in report["rows"]}
 
 
 def refused(*args) -> str:
@@ -61,78 +71,146 @@ def other(tmp_path_factory):
 @needs_tiny
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
 def test_main_job_end_to_end(model, text, other, tmp_path, capsys):
-    args = ["train.py", "--model", model, "--bits", 4, "--sparsity", 0.5, "--nsamples", 16, "--seqlen", 128, "--calib", text, "--data", text,
-            "--max-tokens", 2048, "--heal", 8, "--steps", 16, "--prompt-tokens", 16, "--batch-size", 2, "--val-windows", 4, "--train-data", other,
-            "--device", "cpu", "--dtype", "float32"]
-    done = run(*args, "--out", tmp_path / "a")
-    report = json.loads((tmp_path / "a/report.json").read_text())
+    args = [
+        "train.py",
+        "--model", model,
+        "--bits", 4,
+        "--sparsity", 0.5,
+        "--nsamples", 16,
+        "--seqlen", 128,
+        "--calib", text,
+        "--data", text,
+        "--max-tokens", 2048,
+        "--heal", 8,
+        "--steps", 16,
+        "--prompt-tokens", 16,
+        "--batch-size", 2,
+        "--val-windows", 4,
+        "--train-data", other,
+        *PLAIN_CPU,
+    ]
+    folder = tmp_path / "a"
+    done = run(*args, "--out", folder)
+    report = json.loads((folder / "report.json").read_text())
     rows = {r["name"]: r for r in report["rows"]}
-    assert list(rows) == ["dense", "compressed", "compressed + healed", "compressed + initial prompt", "compressed + learned prompt",
-                          "dense + initial prompt", "dense + learned prompt"]
-    assert rows["compressed + learned prompt"]["perplexity"] < 0.97 * rows["compressed + initial prompt"]["perplexity"]
-    assert rows["dense"]["perplexity"] < rows["compressed"]["perplexity"]
-    gaps = [kl for _, kl in report["losses"]["compressed"]["validation"]]                 # to the dense model, held-out windows
-    assert 0 < min(gaps) < gaps[0] and rows["compressed + healed"]["perplexity"] < 1.02 * rows["compressed"]["perplexity"]
+    assert list(rows) == [
+        "dense",
+        "compressed",
+        "compressed + healed",
+        "compressed + initial prompt",
+        "compressed + learned prompt",
+        "dense + initial prompt",
+        "dense + learned prompt",
+    ]
+    made = {name: r["perplexity"] for name, r in rows.items()}
+    assert made["compressed + learned prompt"] < 0.97 * made["compressed + initial prompt"]
+    assert made["dense"] < made["compressed"]
+    gaps = [kl for _, kl in report["losses"]["compressed"]["validation"]]     # to the dense model,
+    assert 0 < min(gaps) < gaps[0]                                # on held-out windows
+    assert made["compressed + healed"] < 1.02 * made["compressed"]
     assert rows["compressed + healed"]["megabytes"] == rows["compressed"]["megabytes"]
+    columns = {"name", "perplexity", "megabytes", "bits_per_weight", "linear_bits_per_weight"}
     for r in rows.values():
-        assert {"name", "perplexity", "megabytes", "bits_per_weight", "linear_bits_per_weight"} <= set(r)
+        assert columns <= set(r)
         assert f"{r['perplexity']:.3f}" in done.stdout
         assert r["scored_tokens"] == 16 * 127
-    assert report["settings"]["seed"] == 0 and report["settings"]["nsamples"] == 16
+    assert report["settings"]["seed"] == 0
+    assert report["settings"]["nsamples"] == 16
     assert {layer["against"] for layer in report["layers"]} == {"corrected weights"}
-    assert all(0 < layer["error_heldout"] < 1 for layer in report["layers"]) and ", held out 0." in done.stdout
+    assert all(0 < layer["error_heldout"] < 1 for layer in report["layers"])
+    assert ", held out 0." in done.stdout
     assert report["losses"]["prompt.safetensors"] != report["losses"]["prompt-dense.safetensors"]
-    seconds = json.loads((tmp_path / "a/seconds.json").read_text())
-    assert set(seconds) == set(rows) and all(s["measuring"] > 0 for s in seconds.values())
+    seconds = json.loads((folder / "seconds.json").read_text())
+    assert set(seconds) == set(rows)
+    assert all(s["measuring"] > 0 for s in seconds.values())
 
-    out = load_model(tmp_path / "a/compressed", packed=False)     # loads again, half of every Linear exactly zero
-    for block in out.blocks:                                      # Linears that share an input share the half
-        for names in (("attn.q", "attn.k", "attn.v"), ("attn.o",), ("mlp.up",) if block.mlp.gate is None else ("mlp.gate", "mlp.up"), ("mlp.down",)):
+    out = load_model(folder / "compressed", packed=False)         # loads again
+    for block in out.blocks:
+        up = ("mlp.up",) if block.mlp.gate is None else ("mlp.gate", "mlp.up")
+        for names in (("attn.q", "attn.k", "attn.v"), ("attn.o",), up, ("mlp.down",)):
             weights = torch.cat([block.get_submodule(n).weight for n in names])
-            assert int((weights == 0).sum()) >= weights.numel() // 2 > 0.99 * int((weights == 0).sum()), names
+            zeros = int((weights == 0).sum())                     # Linears with one input share
+            half = weights.numel() // 2                           # the half that is exactly zero
+            assert zeros >= half > 0.99 * zeros, names
 
     def measured(*words) -> str:
         evaluation.main(evaluation.flags().parse_args([*map(str, words), "--device", "cpu"]))
         return capsys.readouterr().out
+
     data = ["--data", text, "--seqlen", 128]
-    last = json.loads(measured(tmp_path / "a/compressed", *data, "--max-tokens", 2048, "--prompt", tmp_path / "a/prompt.safetensors", "--json")
-                      .strip().split("\n")[-1])
-    assert last["perplexity"] == pytest.approx(rows["compressed + learned prompt"]["perplexity"], rel=1e-4)
-    assert (last["tokens"], last["seqlen"], last["prompt_tokens"]) == (16 * 127, 128, 16) and last["data"] == str(text)
-    assert "perplexity" in measured(tmp_path / "a/compressed", *data, "--max-tokens", 1024, "--hard-prompt", "Weights have errors.")
+    prompted = ["--max-tokens", 2048, "--prompt", folder / "prompt.safetensors", "--json"]
+    said = measured(folder / "compressed", *data, *prompted)
+    last = json.loads(said.strip().split("\n")[-1])
+    assert last["perplexity"] == pytest.approx(made["compressed + learned prompt"], rel=1e-4)
+    assert last["tokens"] == 16 * 127
+    assert last["seqlen"] == 128
+    assert last["prompt_tokens"] == 16
+    assert last["data"] == str(text)
+    hard = ["--max-tokens", 1024, "--hard-prompt", "Weights have errors."]
+    assert "perplexity" in measured(folder / "compressed", *data, *hard)
     words = measured(model, "--generate", "Return the", "--max-new", 10)
-    assert words.startswith("Return the") and len(words) > 15
+    assert words.startswith("Return the")
+    assert len(words) > 15
 
 
-SMALL = ["--seqlen", 64, "--max-tokens", 512, "--prompt-tokens", 4, "--batch-size", 2, "--val-windows", 2, "--device", "cpu",
-         "--dtype", "float32"]
+SMALL = [
+    "--seqlen", 64,
+    "--max-tokens", 512,
+    "--prompt-tokens", 4,
+    "--batch-size", 2,
+    "--val-windows", 2,
+    *PLAIN_CPU,
+]
 
 
 @needs_tiny
 def test_killed_twice_and_gone_on_to_the_same_bytes(text, other, tmp_path):
-    args = [*SMALL, "--nsamples", 4, "--calib", text, "--data", text, "--train-data", other, "--heal", 2, "--steps", 6]
+    args = [
+        *SMALL,
+        "--nsamples", 4,
+        "--calib", text,
+        "--data", text,
+        "--train-data", other,
+        "--heal", 2,
+        "--steps", 6,
+    ]
     run("train.py", *args, "--out", tmp_path / "a")
     for moment in ("compressed/model-00003-of-*", "prompt.state"):
-        kill_when("train.py", *args, "--out", tmp_path / "b", "--resume", there=lambda: list((tmp_path / "b").glob(moment)))
+        kill_when("train.py", *args, "--out", tmp_path / "b", "--resume",
+                  there=lambda: list((tmp_path / "b").glob(moment)))
     assert not (tmp_path / "b/prompt.safetensors").exists()
     run("train.py", *args, "--out", tmp_path / "b", "--resume")
     assert same_files(tmp_path / "a", tmp_path / "b") == []
 
     said = refused(*args, "--out", tmp_path / "a")                # a folder belongs to one run
-    assert "--resume" in said and "--overwrite" in said
+    assert "--resume" in said
+    assert "--overwrite" in said
     assert "seed was 0, now 1" in refused(*args, "--out", tmp_path / "a", "--resume", "--seed", 1)
-    packed = ["--model", tmp_path / "a/compressed", *SMALL, "--data", text, "--train-data", other, "--steps", 2]
+    packed = [
+        "--model", tmp_path / "a/compressed",
+        *SMALL,
+        "--data", text,
+        "--train-data", other,
+        "--steps", 2,
+    ]
     assert "lies inside --out" in refused(*packed, "--out", tmp_path / "a", "--overwrite")
     assert same_files(tmp_path / "a", tmp_path / "b") == []
     said = refused(*packed, "--bits", 3, "--out", tmp_path / "c")
-    assert "compressed already" in said and "--bits" in said      # a packed model: a prompt only
-    assert list(here(*packed, "--dense", "tiny-llama", "--out", tmp_path / "c")) == [
-        "dense", "compressed", "compressed + initial prompt", "compressed + learned prompt"]
+    assert "compressed already" in said                           # a packed model: a prompt only
+    assert "--bits" in said
+    rows = here(*packed, "--dense", "tiny-llama", "--out", tmp_path / "c")
+    assert list(rows) == [
+        "dense",
+        "compressed",
+        "compressed + initial prompt",
+        "compressed + learned prompt",
+    ]
 
 
 def kill_when(*args, there) -> None:
     """SIGKILL as soon as there() finds something."""
-    process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not there():
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.02)
@@ -142,24 +220,60 @@ def kill_when(*args, there) -> None:
 
 def same_files(one: Path, other: Path) -> list[str]:
     """Names of the files, seconds aside, that are not the same byte for byte."""
-    names = {p.relative_to(folder) for folder in (one, other) for p in folder.rglob("*") if p.is_file()}
-    return [str(n) for n in sorted(names) if n.name != "seconds.json"
-            and not ((one / n).exists() and (other / n).exists() and (one / n).read_bytes() == (other / n).read_bytes())]
+    names = set()
+    for folder in (one, other):
+        names |= {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
+    different = []
+    for name in sorted(names):
+        if name.name == "seconds.json":
+            continue
+        both = (one / name).exists() and (other / name).exists()
+        if not both or (one / name).read_bytes() != (other / name).read_bytes():
+            different.append(str(name))
+    return different
 
 
 @needs_tiny
 def test_two_processes_make_a_table_and_resume_it(text, tmp_path):
-    """torchrun: all processes skip what the first one finds done, else they would wait for each other for ever."""
-    args = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", "--nsamples", 4, "--seqlen", 64, "--calib", text,
-            "--data", text, "--max-tokens", 512, "--train-data", text, "--heal", 2, "--steps", 2, "--prompt-tokens", 4, "--batch-size", 2, "--val-windows", 2,
-            "--no-control", "--device", "cpu", "--out", tmp_path / "o"]
+    """torchrun: all processes skip what the first one finds done, else they would wait for each
+    other for ever."""
+    args = [
+        "-m", "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node", 2,
+        "train.py",
+        "--nsamples", 4,
+        "--seqlen", 64,
+        "--calib", text,
+        "--data", text,
+        "--max-tokens", 512,
+        "--train-data", text,
+        "--heal", 2,
+        "--steps", 2,
+        "--prompt-tokens", 4,
+        "--batch-size", 2,
+        "--val-windows", 2,
+        "--no-control",
+        "--device", "cpu",
+        "--out", tmp_path / "o",
+    ]
+
+    def table_of(done) -> list[str]:
+        return [line for line in done.stdout.split("\n") if line.startswith(tuple(names))]
+
     first = run(*args)
-    names = [r["name"] for r in json.loads((tmp_path / "o/report.json").read_text())["rows"]]
-    assert names == ["dense", "compressed", "compressed + healed", "compressed + initial prompt", "compressed + learned prompt"]
-    table = [line for line in first.stdout.split("\n") if line.startswith(tuple(names))]
-    assert len(table) == 5                                        # and only one process prints
+    report = json.loads((tmp_path / "o/report.json").read_text())
+    names = [r["name"] for r in report["rows"]]
+    assert names == [
+        "dense",
+        "compressed",
+        "compressed + healed",
+        "compressed + initial prompt",
+        "compressed + learned prompt",
+    ]
+    assert len(table_of(first)) == 5                              # and only one process prints
     again = run(*args, "--resume")
-    assert [line for line in again.stdout.split("\n") if line.startswith(tuple(names))] == table
+    assert table_of(again) == table_of(first)
 
 
 @needs_tiny
@@ -168,16 +282,26 @@ def test_weights_that_cannot_be_stored_are_found_before_any_work(text, tmp_path,
     model.blocks[1].mlp.up.weight.data[3, 5] = 1e6
     save_model(model, tmp_path / "m", torch.float32)
     copy_tokenizer(SHIPPED["tiny-opt"], tmp_path / "m")
-    said = refused("--model", tmp_path / "m", "--nsamples", 2, "--seqlen", 64, "--calib", text, "--data", text, "--steps", 0,
-                   "--device", "cpu", "--out", tmp_path / "o")
+    said = refused(
+        "--model", tmp_path / "m",
+        "--nsamples", 2,
+        "--seqlen", 64,
+        "--calib", text,
+        "--data", text,
+        "--steps", 0,
+        "--device", "cpu",
+        "--out", tmp_path / "o",
+    )
     assert "blocks.1.mlp.up.weight holds 1e+06, beyond float16" in said
     assert "measuring" not in capsys.readouterr().err
 
 
 def test_a_second_run_in_one_folder_is_refused(tmp_path):
     first = Report(tmp_path / "o", {"settings": {}})
-    code = f"from data.report import Report; Report({str(tmp_path / 'o')!r}, {{}}, resume=True)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    folder = str(tmp_path / "o")
+    code = f"from data.report import Report; Report({folder!r}, {{}}, resume=True)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "in use by another run" in done.stderr
     first.lock.close()
 
@@ -185,48 +309,118 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path):
 @needs_tiny
 def test_near_the_defaults_compression_hurts_and_the_prompt_helps(tmp_path):
     """With fewer steps and less text, to be quick."""
-    rows = here("--nsamples", 16, "--max-tokens", 4096, "--steps", 12, "--batch-size", 4, "--val-windows", 4, "--device", "cpu",
-                "--dtype", "float32", "--out", tmp_path)
+    rows = here(
+        "--nsamples", 16,
+        "--max-tokens", 4096,
+        "--steps", 12,
+        "--batch-size", 4,
+        "--val-windows", 4,
+        *PLAIN_CPU,
+        "--out", tmp_path,
+    )
     made = {name: row["perplexity"] for name, row in rows.items()}
     assert made["compressed"] > 1.04 * made["dense"]
-    assert made["compressed + learned prompt"] < 0.95 * min(made["compressed"], made["compressed + initial prompt"])
+    without = min(made["compressed"], made["compressed + initial prompt"])
+    assert made["compressed + learned prompt"] < 0.95 * without
     assert made["dense + learned prompt"] < made["compressed + learned prompt"]
 
 
+NO_COMPRESSION = ["--sparsity", "0", "--bits", "16"]
+OTHER_SETTINGS = [
+    ["--sparsity", "0", "--bits", "3"],
+    ["--sparsity", "2:4", "--bits", "16"],
+    ["--sparsity", "0.625", "--true-sequential", "--groupsize", "64"],
+    ["--recipe", "plain", "--sparsity", "0", "--act-order", "--static-groups",
+     "--groupsize", "64", "--sym"],
+    ["--recipe", "plain"],
+    ["--mask", "sparsegpt", "--refits", "0", "--grid", "uniform", "--no-act-order",
+     "--correct", "0"],
+    NO_COMPRESSION,
+]
+
+
 @needs_tiny
-@pytest.mark.parametrize("options", [["--sparsity", "0", "--bits", "3"], ["--sparsity", "2:4", "--bits", "16"],
-                                     ["--sparsity", "0.625", "--true-sequential", "--groupsize", "64"],
-                                     ["--recipe", "plain", "--sparsity", "0", "--act-order", "--static-groups", "--groupsize", "64", "--sym"],
-                                     ["--recipe", "plain"], ["--mask", "sparsegpt", "--refits", "0", "--grid", "uniform", "--no-act-order", "--correct", "0"],
-                                     ["--sparsity", "0", "--bits", "16"]])
+@pytest.mark.parametrize("options", OTHER_SETTINGS)
 def test_other_settings_without_a_prompt(options, text, tmp_path):
-    nothing = options == ["--sparsity", "0", "--bits", "16"]
-    calibration = [] if nothing else ["--nsamples", 4, "--calib", text]
-    healed = [] if "16" in options else ["--heal", 2]
-    rows = here("--model", "tiny-llama", *options, *calibration, *healed, "--seqlen", 64, "--data", text, "--max-tokens", 512,
-                "--steps", 0, "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
-    assert list(rows) == ["dense", *([] if nothing else ["compressed"]), *(["compressed + healed"] if healed else [])]
+    names = ["dense"]
+    more = []
+    if options != NO_COMPRESSION:
+        names.append("compressed")
+        more += ["--nsamples", 4, "--calib", text]
+    if "16" not in options:
+        names.append("compressed + healed")
+        more += ["--heal", 2]
+    rows = here(
+        "--model", "tiny-llama",
+        *options,
+        *more,
+        "--seqlen", 64,
+        "--data", text,
+        "--max-tokens", 512,
+        "--steps", 0,
+        *PLAIN_CPU,
+        "--out", tmp_path,
+    )
+    assert list(rows) == names
     assert not (tmp_path / "prompt.safetensors").exists()
 
 
+BAD_SETTINGS = [
+    (["--model", "nowhere"], "no checkpoint folder nowhere"),
+    (["--model", "llama-7b"], "hf download huggyllama/llama-7b"),
+    (["--sparsity", "2"], "between 0 and 1"),
+    (["--sparsity", "1"], "--sparsity 1 leaves no weights"),
+    (["--sparsity", "5:4"], "n:m"),
+    (["--data", "nothing"], "unknown text set"),
+    (["--data", "nothing.txt"], "nothing.txt"),
+    (["--seqlen", "100000"], "--seqlen"),
+    (["--seqlen", "500", "--prompt-tokens", "100"], "600 positions"),
+    (["--recipe", "plain", "--static-groups", "--groupsize", "64"], "--act-order"),
+    (["--no-true-sequential"], "--correct 0"),
+    (["--prompt-tokens", "0"], "--prompt-tokens"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--correct", "nan"], "--correct"),
+    (["--lr", "-1"], "--lr"),
+    (["--sym"], "--sym does nothing"),
+    (["--device", "nowhere"], "--device nowhere"),
+    (["--resume", "--overwrite"], "exclude"),
+    (["--no-true-sequential", "--correct", "1"], "--correct 0"),
+    (["--bits", "16", "--heal", "8"], "--heal does nothing with --bits 16"),
+]
+
+
 @needs_tiny
-@pytest.mark.parametrize("options,message", [
-    (["--model", "nowhere"], "no checkpoint folder nowhere"), (["--model", "llama-7b"], "hf download huggyllama/llama-7b"),
-    (["--sparsity", "2"], "between 0 and 1"), (["--sparsity", "1"], "--sparsity 1 leaves no weights"), (["--sparsity", "5:4"], "n:m"), (["--data", "nothing"], "unknown text set"),
-    (["--data", "nothing.txt"], "nothing.txt"), (["--seqlen", "100000"], "--seqlen"), (["--seqlen", "500", "--prompt-tokens", "100"], "600 positions"), (["--recipe", "plain", "--static-groups", "--groupsize", "64"], "--act-order"),
-    (["--no-true-sequential"], "--correct 0"), (["--prompt-tokens", "0"], "--prompt-tokens"), (["--batch-size", "0"], "--batch-size"), (["--correct", "nan"], "--correct"),
-    (["--lr", "-1"], "--lr"), (["--sym"], "--sym does nothing"), (["--device", "nowhere"], "--device nowhere"), (["--resume", "--overwrite"], "exclude"), (["--no-true-sequential", "--correct", "1"], "--correct 0"), (["--bits", "16", "--heal", "8"], "--heal does nothing with --bits 16")])
+@pytest.mark.parametrize("options,message", BAD_SETTINGS)
 def test_bad_settings_are_one_line_and_leave_nothing(options, message, text, tmp_path, capsys):
-    """What `run_program` prints behind "error: "; without a process of its own, which would take most of the time."""
-    words = ["--model", "tiny-llama", "--calib", text, "--data", text, "--device", "cpu", *options, "--out", tmp_path / "o"]
+    """What `run_program` prints behind "error: "; without a process of its own, which would take
+    most of the time."""
+    args = [
+        "--model", "tiny-llama",
+        "--calib", text,
+        "--data", text,
+        "--device", "cpu",
+        *options,
+        "--out", tmp_path / "o",
+    ]
+    words = list(map(str, args))
     with pytest.raises((ValueError, OSError, SystemExit)) as raised:
-        train.main(train.flags().parse_args(list(map(str, words))))
+        train.main(train.flags().parse_args(words))
     said = capsys.readouterr().err if raised.type is SystemExit else str(raised.value)
-    assert message in said and len(said.strip().split("\n")) == 1
+    assert message in said
+    assert len(said.strip().split("\n")) == 1
     assert not (tmp_path / "o").exists()
 
 
 @needs_tiny
 def test_an_error_of_the_program_is_one_line_and_exit_code_2(text, tmp_path):
-    done = run("train.py", "--calib", text, "--data", "nothing.txt", "--device", "cpu", "--out", tmp_path / "o", ok=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.strip().split("\n")) == 1
+    done = run(
+        "train.py",
+        "--calib", text,
+        "--data", "nothing.txt",
+        "--device", "cpu",
+        "--out", tmp_path / "o",
+        ok=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().split("\n")) == 1

@@ -1,15 +1,19 @@
-"""A seeded fuzzer of everything that is read: many kinds of folder, each damaged in one way, loaded in a process of its own.
+"""A seeded fuzzer of everything that is read: many kinds of folder, each damaged in one way, loaded
+in a process of its own.
 
-    python tests/fuzz.py --cases 6000 --seeds 0 1 2          # thousands by hand; test_fuzz.py runs a few hundred
-    python tests/fuzz.py --only packed-nm-offset/1/17        # one case again, with its traceback
+    python tests/fuzz.py --cases 6000 --seeds 0 1 2      # thousands; test_fuzz.py: hundreds
+    python tests/fuzz.py --only packed-nm-offset/1/17    # one case again, with its traceback
 
-A load may end in two ways: one line (ValueError or OSError) that names a file of the folder, or a model. Everything else
-is a finding: other exceptions, more than 10 seconds of computing, a file opened outside the folder, a program started, a message
-without its file. Loads that end in a model are compared with the undamaged one:
+A load may end in two ways: one line (ValueError or OSError) that names a file of the folder, or a
+model. Everything else is a finding: other exceptions, more than 10 seconds of computing, a file
+opened outside the folder, a program started, a message without its file. Loads that end in a model
+are compared with the undamaged one:
 
     same        the damage changed nothing that is used
-    bytes       bytes inside a tensor changed, or whole tensors were exchanged, in a file without checksums
-    other       the folder is a valid other model: a number in a configuration, a merge or a score in a tokenizer
+    bytes       bytes inside a tensor changed, or whole tensors were exchanged, in a file without
+                checksums
+    other       the folder is a valid other model: a number in a configuration, a merge or a score
+                in a tokenizer
     unnoticed   a finding: none of these, such as changed bytes under a checksum
 
 Left out: what the operating system does to a file that shrinks while it is mapped.
@@ -38,7 +42,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,21 +64,25 @@ from kernels.unpacking import unpack
 from model import Transformer, load_model, save_index, save_model, save_shard
 from prompt import load_prompt, save_prompt
 
-LIMIT = 10                                                      # seconds of computing a load may take,
-STUCK = 60                                                      # and of waiting, which a busy machine makes longer
-MEMORY = 4 << 30                                                # bytes it may take
+LIMIT = 10                                  # seconds of computing a load may take,
+STUCK = 60                                  # and of waiting, which a busy machine makes longer
+MEMORY = 4 << 30                            # bytes it may take
 SAMPLES = [" hello hell\u00e9\0\n", "aZ 12 \u4e2d </s> <|eot_id|>", "def f(x):\n    return x\n"]
 TOKENS = torch.arange(12).view(1, 12)
 
 
 class Kind(NamedTuple):
     name: str
-    build: callable                                             # build(folder) writes it
-    load: callable                                              # load(folder) -> {what: digest}
-    writes: bool = False                                        # loading may write into the folder
+    build: callable                         # build(folder) writes it
+    load: callable                          # load(folder) -> {what: digest}
+    writes: bool = False                    # loading may write into the folder
 
 
-# --------------------------------------------------------------------------------------------------------------------
+def write_json(file: Path, value) -> None:
+    file.write_text(json.dumps(value))
+
+
+# --------------------------------------------------------------------------------------------------
 # The kinds of folder
 
 def digest(value) -> str:
@@ -82,36 +91,39 @@ def digest(value) -> str:
 
 def read_model(folder: Path) -> dict:
     """All that a model is, in a few digests."""
+    def whole(tensor) -> str:
+        return hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()
+
     model = load_model(folder)
-    weights = []
-    for name, p in sorted(model.named_parameters()):
-        weights.append((name, hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()))
+    weights = [(name, whole(p)) for name, p in sorted(model.named_parameters())]
     for name, m in model.linears():
         if isinstance(m, PackedLinear):
-            weights.append((name, hashlib.sha256(unpack(m.packed, torch.float32).numpy().tobytes()).hexdigest()))
+            weights.append((name, whole(unpack(m.packed, torch.float32))))
+    tokens = TOKENS[:, :min(12, model.config.max_positions)]
     with torch.no_grad():
-        model(TOKENS[:, :min(12, model.config.max_positions)] % model.config.vocab_size)
-    return {"config": digest(dataclasses.asdict(model.config)), "weights": digest(weights)}
+        model(tokens % model.config.vocab_size)
+    config = dataclasses.asdict(model.config)
+    return {"config": digest(config), "weights": digest(weights)}
 
 
 def read_tokens(folder: Path) -> dict:
     t = load_tokenizer(folder)
-    texts = [t.encode(text) for text in SAMPLES]
-    return {"tokenizer": digest((t.bos_id, t.eos_id, t.vocab_size, texts, [t.decode(ids) for ids in texts]))}
+    ids = [t.encode(text) for text in SAMPLES]
+    texts = [t.decode(each) for each in ids]
+    return {"tokenizer": digest((t.bos_id, t.eos_id, t.vocab_size, ids, texts))}
 
 
 def read_both(folder: Path) -> dict:
     return {**read_model(folder), **read_tokens(folder)}
 
 
-def read_prompt(folder: Path) -> dict:
-    prompt, settings = load_prompt(folder / "prompt.safetensors")
+def read_prompt(folder: Path, name: str = "prompt.safetensors") -> dict:
+    prompt, settings = load_prompt(folder / name)
     return {"weights": digest(prompt.numpy().tobytes()), "config": digest(settings)}
 
 
 def read_prompt_pt(folder: Path) -> dict:
-    prompt, settings = load_prompt(folder / "prompt.pt")
-    return {"weights": digest(prompt.numpy().tobytes()), "config": digest(settings)}
+    return read_prompt(folder, "prompt.pt")
 
 
 def read_adapter(folder: Path) -> dict:
@@ -119,26 +131,55 @@ def read_adapter(folder: Path) -> dict:
 
 
 def read_chat(folder: Path) -> dict:
-    tokenizer, template = load_tokenizer(folder), ChatTemplate.of(folder)
-    talk = [{"role": role, "content": "hello"} for role in ("system", "user", "assistant", "user")]
-    return {"tokenizer": digest(template and (template.encode(tokenizer, talk), sorted(template.stops(tokenizer))))}
+    tokenizer = load_tokenizer(folder)
+    template = ChatTemplate.of(folder)
+    roles = ("system", "user", "assistant", "user")
+    talk = [{"role": role, "content": "hello"} for role in roles]
+    said = template
+    if template:
+        said = template.encode(tokenizer, talk), sorted(template.stops(tokenizer))
+    return {"tokenizer": digest(said)}
 
 
 def resume(folder: Path, *more: str) -> dict:
     """Go on with the run in folder/out; folder/m is its model."""
+    words = [
+        "--model", "m",
+        "--data", "a.txt",
+        "--calib", "a.txt",
+        "--seqlen", "16",
+        "--max-tokens", "32",
+        "--nsamples", "2",
+        "--batch-size", "2",
+        "--steps", "8",
+        "--lr", "0.1",
+        "--train-data", "a.txt",
+        "--prompt-tokens", "3",
+        "--val-windows", "1",
+        "--heal", "2",
+        "--device", "cpu",
+        "--dtype", "float32",
+        "--out", "out",
+        *more,
+    ]
     before = os.getcwd()
-    os.chdir(folder)                                            # a run knows its model by the path that was given
+    os.chdir(folder)                        # a run knows its model by the path that was given
     try:
-        words = ("--model m --data a.txt --calib a.txt --seqlen 16 --max-tokens 32 --nsamples 2 --batch-size 2 --steps 8 --lr 0.1 "
-                 "--train-data a.txt --prompt-tokens 3 --val-windows 1 --heal 2 --device cpu --dtype float32 --out out").split()
         with contextlib.redirect_stdout(io.StringIO()):
-            train.main(train.flags().parse_args([*words, *more]))
+            train.main(train.flags().parse_args(words))
     finally:
         os.chdir(before)
     out = folder / "out"
-    weights = [(f.name, digest(sorted((n, t.flatten().view(torch.uint8).numpy().tobytes()) for n, t in load_file(f).items())))
-               for f in sorted(out.rglob("*.safetensors")) if "twin" not in f.name]
-    rows = [(row["name"], row["perplexity"]) for row in json.loads((out / "report.json").read_text())["rows"]]
+    weights = []
+    for file in sorted(out.rglob("*.safetensors")):
+        if "twin" in file.name:
+            continue
+        tensors = []
+        for name, t in load_file(file).items():
+            tensors.append((name, t.flatten().view(torch.uint8).numpy().tobytes()))
+        weights.append((file.name, digest(sorted(tensors))))
+    report = json.loads((out / "report.json").read_text())
+    rows = [(row["name"], row["perplexity"]) for row in report["rows"]]
     return {"weights": digest(weights), "config": digest(rows)}
 
 
@@ -157,7 +198,11 @@ def killed(where: str):
                 if i == 3 and title == "learning the prompt":
                     stop()
                 yield i
-        place, name, instead = {"learning": (train, "Progress", stop_later), "walking": (compress, "save_index", stop)}[where]
+
+        if where == "learning":
+            place, name, instead = train, "Progress", stop_later
+        else:                               # walking
+            place, name, instead = compress, "save_index", stop
         kept = getattr(place, name)
         setattr(place, name, instead)
         try:
@@ -177,8 +222,19 @@ def go_on(folder: Path) -> dict:
 def dense(family: str, **changes) -> Transformer:
     torch.manual_seed(0)
     opt = family == "opt"
-    config = Config(family, **{"vocab_size": 264, "d_model": 32, "n_layer": 2, "n_head": 4, "d_ff": 64, "max_positions": 64,
-                               "tied": opt, "attention_bias": opt, "mlp_bias": opt, **changes})
+    settings = {
+        "vocab_size": 264,
+        "d_model": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "d_ff": 64,
+        "max_positions": 64,
+        "tied": opt,
+        "attention_bias": opt,
+        "mlp_bias": opt,
+        **changes,
+    }
+    config = Config(family, **settings)
     model = Transformer(config).eval().requires_grad_(False)
     for p in model.parameters():
         p.data = torch.randn_like(p) * 0.2
@@ -187,62 +243,85 @@ def dense(family: str, **changes) -> Transformer:
 
 def hf(family: str, **changes):
     def build(folder: Path):
+        file = folder / "model.safetensors"
         save_model(dense(family, **changes), folder)
-        tensors = load_file(folder / "model.safetensors")
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})      # as others write it: without checksums
+        save_file(load_file(file), file, {"format": "pt"})      # as others do: without checksums
         tiny_files(folder)
         for name in ("tokenizer.json",) if family == "opt" else ("vocab.json", "merges.txt"):
             (folder / name).unlink()
-        settings = {"bos_token": "</s>", "eos_token": {"content": "</s>", "lstrip": False}, "add_bos_token": True}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": [2, 3], "top_p": 0.9}))
+        write_json(folder / "tokenizer_config.json", {
+            "bos_token": "</s>",
+            "eos_token": {"content": "</s>", "lstrip": False},
+            "add_bos_token": True,
+        })
+        write_json(folder / "generation_config.json", {
+            "bos_token_id": 2,
+            "eos_token_id": [2, 3],
+            "top_p": 0.9,
+        })
     return build
 
 
 def shards(build, suffix: str, old: bool = False):
-    """The same folder with its weights in two files and an index; suffix "bin": torch files; "": one torch file."""
+    """The same folder with its weights in two files and an index; suffix "bin": torch files; "":
+    one torch file."""
     def split(folder: Path):
         build(folder)
         tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         if not suffix:
-            return torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
-        stem, names = {"bin": "pytorch_model", "safetensors": "model"}[suffix], sorted(tensors)
+            new = not old
+            torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new)
+            return
+        stem = "pytorch_model" if suffix == "bin" else "model"
+        names = sorted(tensors)
         files = {name: f"{stem}-0000{1 + i % 2}-of-00002.{suffix}" for i, name in enumerate(names)}
         for file in sorted(set(files.values())):
             part = {name: tensors[name] for name in names if files[name] == file}
-            torch.save(part, folder / file) if suffix == "bin" else save_file(part, folder / file)
-        whole = "pytorch_model.bin" if suffix == "bin" else "model.safetensors"
-        (folder / f"{whole}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+            if suffix == "bin":
+                torch.save(part, folder / file)
+            else:
+                save_file(part, folder / file)
+        index = {"metadata": {"total_size": 1}, "weight_map": files}
+        write_json(folder / f"{stem}.{suffix}.index.json", index)
     return split
 
 
 def meta(n: int):
     def build(folder: Path):
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as name:
+            place = Path(name)
             save_model(dense("llama", vocab_size=400), place)
-            to_meta(Path(place), Path(place) / "meta", n, False)
-            shutil.copytree(Path(place) / "meta", folder, dirs_exist_ok=True)
+            to_meta(place, place / "meta", n, False)
+            shutil.copytree(place / "meta", folder, dirs_exist_ok=True)
         sentencepiece(folder)
         (folder / "config.json").unlink()
     return build
 
 
-def packed(family: str, format: str, grid: str, groupsize: int = -1, shuffled: bool = False, old: bool = False):
+def packed(family: str, format: str, grid: str, groupsize: int = -1, shuffled: bool = False,
+           old: bool = False):
     def build(folder: Path):
-        save_model(models(family, format, grid, 4, groupsize, shuffled)[0], folder)
-        if old:                                                 # format 1: no checksums, no version
-            save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
+        model, *_ = models(family, format, grid, 4, groupsize, shuffled)
+        save_model(model, folder)
+        if old:                             # format 1: no checksums, no version
+            file = folder / "model.safetensors"
+            save_file(load_file(file), file)
             config = json.loads((folder / "config.json").read_text())
             layers = config["quantization_config"]["layers"]
-            config.update(model_type=family, quantization_config={"quant_method": "compress-then-prompt", "layers": layers})
-            (folder / "config.json").write_text(json.dumps(config))
+            config["model_type"] = family
+            config["quantization_config"] = {
+                "quant_method": "compress-then-prompt",
+                "layers": layers,
+            }
+            write_json(folder / "config.json", config)
     return build
 
 
 def packed_shards(folder: Path):
     model = models("llama", "unstructured", "offset")[0]
-    blocks, model.blocks = list(model.blocks), torch.nn.ModuleList()
+    blocks = list(model.blocks)
+    model.blocks = torch.nn.ModuleList()
     for part, module in enumerate([model, *blocks]):
         save_shard(folder, module, part, model.config)
     save_index(folder, model.config)
@@ -263,7 +342,8 @@ def adapter(folder: Path):
 
 
 def sentencepiece(folder: Path):
-    words = [" ".join(["hello", "hell", "shell", "fell", "12", "return", "def", "x"][i % 8:]) for i in range(80)]
+    every = ["hello", "hell", "shell", "fell", "12", "return", "def", "x"]
+    words = [" ".join(every[i % 8:]) for i in range(80)]
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(words, 300))
     (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 400}')
 
@@ -271,17 +351,26 @@ def sentencepiece(folder: Path):
 def ranks(folder: Path):
     import base64
     tokens = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell", b" hell"]
-    (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(tokens) + len(LLAMA3_SPECIAL)}))
+    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    vocab_size = len(tokens) + len(LLAMA3_SPECIAL)
+    write_json(folder / "config.json", {"model_type": "llama", "vocab_size": vocab_size})
 
 
-TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] | trim }}]{% elif loop.first %}"
-            "{{ m['content'] ~ '\\n' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}")
+TEMPLATE = ("{% for m in messages %}"
+            "{% if m['role'] == 'user' %}[{{ m['content'] | trim }}]"
+            "{% elif loop.first %}{{ m['content'] ~ '\\n' }}"
+            "{% else %}{{ m.content + eos_token }}"
+            "{% endif %}{% endfor %}")
 
 
 def chat(folder: Path):
     tokenizer_files("tokenizer.json")(folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "</s>", "eos_token": "</s>", "chat_template": TEMPLATE}))
+    write_json(folder / "tokenizer_config.json", {
+        "bos_token": "</s>",
+        "eos_token": "</s>",
+        "chat_template": TEMPLATE,
+    })
 
 
 def chat_file(folder: Path):
@@ -294,53 +383,94 @@ def tokenizer_files(*unwanted: str):
         tiny_files(folder)
         for name in unwanted:
             (folder / name).unlink()
-        (folder / "config.json").write_text('{"model_type": "opt", "vocab_size": 264, "eos_token_id": 2}')
-        (folder / "tokenizer_config.json").write_text('{"bos_token": "</s>", "add_bos_token": true}')
+        config = {"model_type": "opt", "vocab_size": 264, "eos_token_id": 2}
+        write_json(folder / "config.json", config)
+        settings = {"bos_token": "</s>", "add_bos_token": True}
+        write_json(folder / "tokenizer_config.json", settings)
     return build
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def packed_kinds():
+    """Every format on both grids, with groups, and as format 1 wrote it."""
+    for format in ("dense", "nm", "unstructured"):
+        yield Kind(f"packed-{format}-uniform", packed("opt", format, "uniform"), read_model)
+        yield Kind(f"packed-{format}-offset", packed("llama", format, "offset"), read_model)
+    for format, grid in (("dense", "uniform"), ("nm", "offset"), ("unstructured", "uniform")):
+        yield Kind(f"packed-{format}-groups", packed("llama", format, grid, 32), read_model)
+    yield Kind("packed-g_idx", packed("opt", "dense", "uniform", 32, True), read_model)
+    for format, grid, groupsize, shuffled in (("dense", "uniform", 32, True),
+                                              ("nm", "offset", -1, False),
+                                              ("unstructured", "offset", 32, False)):
+        build = packed("opt", format, grid, groupsize, shuffled, old=True)
+        yield Kind(f"packed-old-{format}", build, read_model)
+
+
 KINDS = [
-    Kind("hf-llama", hf("llama"), read_both), Kind("hf-llama-gqa", hf("llama", n_kv_head=2, tied=True), read_both),
-    Kind("hf-llama-rope", hf("llama", rope_theta=5e5, rope_scaling={
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16}), read_both),
+    Kind("hf-llama", hf("llama"), read_both),
+    Kind("hf-llama-gqa", hf("llama", n_kv_head=2, tied=True), read_both),
+    Kind("hf-llama-rope", hf("llama", rope_theta=5e5, rope_scaling=LLAMA3_ROPE), read_both),
     Kind("hf-llama-shards", shards(hf("llama"), "safetensors"), read_both),
-    Kind("hf-llama-bin", shards(hf("llama"), ""), read_both), Kind("hf-opt-old-bin", shards(hf("opt"), "", old=True), read_both),
-    Kind("hf-opt-bin-shards", shards(hf("opt"), "bin"), read_both), Kind("hf-opt", hf("opt"), read_both),
+    Kind("hf-llama-bin", shards(hf("llama"), ""), read_both),
+    Kind("hf-opt-old-bin", shards(hf("opt"), "", old=True), read_both),
+    Kind("hf-opt-bin-shards", shards(hf("opt"), "bin"), read_both),
+    Kind("hf-opt", hf("opt"), read_both),
     Kind("hf-opt-350m", hf("opt", d_embed=16, pre_norm=False, final_norm=False), read_both),
-    Kind("meta", meta(1), read_both), Kind("meta-shards", meta(2), read_both),
-    *(Kind(f"packed-{f}-{g}", packed("llama" if g == "offset" else "opt", f, g), read_model)
-      for f in ("dense", "nm", "unstructured") for g in ("uniform", "offset")),
-    *(Kind(f"packed-{f}-groups", packed("llama", f, g, 32), read_model)
-      for f, g in (("dense", "uniform"), ("nm", "offset"), ("unstructured", "uniform"))),
-    Kind("packed-g_idx", packed("opt", "dense", "uniform", 32, True), read_model),
-    *(Kind(f"packed-old-{f}", packed("opt", f, g, n, n > 0 and f == "dense", old=True), read_model)
-      for f, g, n in (("dense", "uniform", 32), ("nm", "offset", -1), ("unstructured", "offset", 32))),
+    Kind("meta", meta(1), read_both),
+    Kind("meta-shards", meta(2), read_both),
+    *packed_kinds(),
     Kind("packed-shards", packed_shards, read_model),
-    Kind("prompt", prompt_file("prompt.safetensors"), read_prompt), Kind("prompt-pt", prompt_file("prompt.pt"), read_prompt_pt),
+    Kind("prompt", prompt_file("prompt.safetensors"), read_prompt),
+    Kind("prompt-pt", prompt_file("prompt.pt"), read_prompt_pt),
     Kind("adapter", adapter, read_adapter),
-    Kind("sentencepiece", sentencepiece, read_tokens), Kind("ranks", ranks, read_tokens),
+    Kind("sentencepiece", sentencepiece, read_tokens),
+    Kind("ranks", ranks, read_tokens),
     Kind("tokenizer-json", tokenizer_files("vocab.json", "merges.txt"), read_tokens),
     Kind("vocab-merges", tokenizer_files("tokenizer.json"), read_tokens),
-    Kind("chat", chat, read_chat), Kind("chat-file", chat_file, read_chat),
-    Kind("run-learning", killed("learning"), go_on, writes=True), Kind("run-walking", killed("walking"), go_on, writes=True),
+    Kind("chat", chat, read_chat),
+    Kind("chat-file", chat_file, read_chat),
+    Kind("run-learning", killed("learning"), go_on, writes=True),
+    Kind("run-walking", killed("walking"), go_on, writes=True),
 ]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Damage. Each function changes one file (or the folder) and returns what it did; None: it does not apply here.
+# --------------------------------------------------------------------------------------------------
+# Damage. Each function changes one file (or the folder) and returns what it did. A seed names its
+# case for ever: what is drawn, from how many, and in which order, stays. A way that stands twice in
+# a list is drawn twice as often.
 
-ODD = [None, -1, 0, 1, 1.5, 2, 7, 10 ** 6, 2 ** 31, 2 ** 62, 2 ** 64, -2 ** 63, 10 ** 400, float("nan"), float("inf"), -0.0, 1e-30,
-       1e300, True, False, "", "16", "false", "x" * 5000, "\0", "../outside/model.safetensors", "/etc/passwd", "\ud800", [], [1],
-       [[]], {}, {"a": 1}, {"content": 3}, [None], ["a", "b"], [-1, 3], [2 ** 62, 2 ** 62]]
+ODD = [
+    None, -1, 0, 1, 1.5, 2, 7,
+    10 ** 6, 2 ** 31, 2 ** 62, 2 ** 64, -2 ** 63, 10 ** 400,
+    float("nan"), float("inf"), -0.0, 1e-30, 1e300,
+    True, False,
+    "", "16", "false", "x" * 5000, "\0",
+    "../outside/model.safetensors", "/etc/passwd", "\ud800",
+    [], [1], [[]],
+    {}, {"a": 1}, {"content": 3},
+    [None], ["a", "b"], [-1, 3], [2 ** 62, 2 ** 62],
+]
+
+
+BYTES = ["flip", "flip", "set", "zeros", "ones", "cut", "cut", "drop", "insert", "append", "copy",
+         "swap", "empty", "line"]
 
 
 def bytes_damage(file: Path, r: random.Random) -> str:
-    data, how = bytearray(file.read_bytes()), r.choice(
-        ["flip", "flip", "set", "zeros", "ones", "cut", "cut", "drop", "insert", "append", "copy", "swap", "empty", "line"])
-    n, at = len(data), r.randrange(len(data) or 1)
+    data = bytearray(file.read_bytes())
+    how = r.choice(BYTES)
+    n = len(data)
+    at = r.randrange(n or 1)
     if r.random() < 0.5:
-        at = min(at, r.randrange(1000))                         # headers are where the danger is
+        at = min(at, r.randrange(1000))     # headers are where the danger is
     size = min(r.choice([1, 2, 8, 64, 1000]), max(1, n - at))
     if how == "flip" and n:
         data[at] ^= 1 << r.randrange(8)
@@ -360,14 +490,18 @@ def bytes_damage(file: Path, r: random.Random) -> str:
         data[at:at] = data[at:at + size]
     elif how == "swap":
         other = r.randrange(n or 1)
-        data[at:at + size], data[other:other + size] = data[other:other + size], data[at:at + size]
+        one = data[at:at + size]
+        data[at:at + size] = data[other:other + size]
+        data[other:other + size] = one
     elif how == "empty":
         data.clear()
     elif how == "line":
         lines = data.split(b"\n")
         i = r.randrange(len(lines))
-        lines[i:i + 1] = r.choice([[], [lines[i]] * 2, [lines[i][:r.randrange(len(lines[i]) + 1)]], [lines[i], b""]])
-        data = bytearray(b"\n".join(lines[:i + r.choice([1, len(lines)])]))
+        part = lines[i][:r.randrange(len(lines[i]) + 1)]
+        lines[i:i + 1] = r.choice([[], [lines[i]] * 2, [part], [lines[i], b""]])
+        end = i + r.choice([1, len(lines)])
+        data = bytearray(b"\n".join(lines[:end]))
     file.write_bytes(data)
     return f"bytes:{how} at {at}"
 
@@ -393,7 +527,12 @@ def file_damage(file: Path, r: random.Random) -> str:
 
 def leaves(tree, at=()) -> list[tuple]:
     """Paths to every value of a JSON tree, a thousand at most."""
-    found, items = [at] if at else [], tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    found = [at] if at else []
+    items = ()
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = enumerate(tree)
     for key, value in list(items)[:400]:
         found += leaves(value, (*at, key))
     return found[:1000]
@@ -404,7 +543,10 @@ def tree_damage(tree: dict, r: random.Random) -> str:
     paths = leaves(tree)
     if not paths:
         return "tree:nothing"
-    *above, key = path = r.choice(paths if r.random() < 0.5 else [p for p in paths if len(p) <= 2] or paths)
+    if r.random() >= 0.5:                   # near the top, where there is anything
+        paths = [p for p in paths if len(p) <= 2] or paths
+    path = r.choice(paths)
+    *above, key = path
     parent = tree
     for step in above:
         parent = parent[step]
@@ -414,15 +556,23 @@ def tree_damage(tree: dict, r: random.Random) -> str:
     elif how == "delete":
         del parent[key]
     elif how == "swap":
-        other = r.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+        keys = list(parent) if isinstance(parent, dict) else range(len(parent))
+        other = r.choice(keys)
         parent[key], parent[other] = parent[other], parent[key]
     elif how == "deep":
         parent[key] = json.loads("[" * 400 + "]" * 400)
     elif how == "rename" and isinstance(parent, dict):
-        parent[str(key) + r.choice(["", "x", " "])] = parent.pop(key)
+        value = parent.pop(key)
+        parent[str(key) + r.choice(["", "x", " "])] = value
     else:
         parent[key] = copy.deepcopy(r.choice(ODD))
-    return f"tree:{how} {'.'.join(map(str, path))[:60]}"
+    name = ".".join(map(str, path))
+    return f"tree:{how} {name[:60]}"
+
+
+def with_twice(tree: dict, key, value) -> str:
+    """The JSON of a tree with one key more, which it has already."""
+    return json.dumps(tree)[:-1] + f", {json.dumps(key)}: {json.dumps(value)}}}"
 
 
 def json_damage(file: Path, r: random.Random) -> str:
@@ -433,7 +583,7 @@ def json_damage(file: Path, r: random.Random) -> str:
         text = json.dumps(tree)
     elif how == "double" and tree:
         key = r.choice(list(tree))
-        text = json.dumps(tree)[:-1] + f", {json.dumps(key)}: {json.dumps(r.choice(ODD[:12]))}}}"
+        text = with_twice(tree, key, r.choice(ODD[:12]))
     elif how == "nested":
         text = "{\"a\":" * 100_000
     else:
@@ -442,57 +592,75 @@ def json_damage(file: Path, r: random.Random) -> str:
     return f"json:{how}"
 
 
+HEADER = ["tree"] * 6 + ["length", "offsets", "offsets", "overlap", "gap", "double", "reorder",
+                         "sums"]
+
+
 def header_damage(file: Path, r: random.Random) -> str:
     """The header of a safetensors file, with the tensors where they were."""
     data = file.read_bytes()
     n = struct.unpack("<Q", data[:8])[0]
-    header, body = json.loads(data[8:8 + n]), data[8 + n:]
-    how = r.choice(["tree"] * 6 + ["length", "offsets", "offsets", "overlap", "gap", "double", "reorder", "sums"])
+    header = json.loads(data[8:8 + n])
+    body = data[8 + n:]
+    how = r.choice(HEADER)
     names = [name for name in header if name != "__metadata__"]
     entry = header[r.choice(names)]
     length = None
     if how == "tree":
         how = tree_damage(header, r)
     elif how == "length":
-        length = r.choice([0, 1, n - 1, n + 1, n + 8, len(data), 2 ** 31, 2 ** 40, 2 ** 63, 2 ** 64 - 1])
+        length = r.choice([0, 1, n - 1, n + 1, n + 8, len(data),
+                           2 ** 31, 2 ** 40, 2 ** 63, 2 ** 64 - 1])
     elif how == "offsets":
         move = r.choice([-1, 1, -2, 2, 64, -64, 2 ** 40, -2 ** 40])
         entry["data_offsets"] = [o + move for o in entry["data_offsets"]]
     elif how == "overlap":
         other = header[r.choice(names)]
-        entry.update(data_offsets=list(other["data_offsets"]), dtype=other["dtype"], shape=list(other["shape"]))
+        entry["data_offsets"] = list(other["data_offsets"])
+        entry["dtype"] = other["dtype"]
+        entry["shape"] = list(other["shape"])
     elif how == "gap":
         body += bytes(64)
         if r.random() < 0.5:
             last = max((header[name] for name in names), key=lambda e: e["data_offsets"][1])
             last["data_offsets"] = [o + 64 for o in last["data_offsets"]]
-    elif how == "reorder":                                      # says the same, if nobody minds the order
+    elif how == "reorder":                  # says the same, if nobody minds the order
         header = dict(r.sample(list(header.items()), len(header)))
     elif how == "sums" and "crc32" in header.get("__metadata__", {}):
-        header["__metadata__"]["crc32"] = r.choice(["", "{}", "[]", "{\"a\": \"z\"}", header["__metadata__"]["crc32"][:-9] + "}"])
+        said = header["__metadata__"]
+        said["crc32"] = r.choice(["", "{}", "[]", "{\"a\": \"z\"}", said["crc32"][:-9] + "}"])
     text = json.dumps(header)
     if how == "double":
         name = r.choice(names)
-        text = text[:-1] + f", {json.dumps(name)}: {json.dumps(header[r.choice(names)])}}}"
+        text = with_twice(header, name, header[r.choice(names)])
     text = text.encode()
-    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
+    if length is None:
+        length = len(text)
+    file.write_bytes(struct.pack("<Q", length) + text + body)
     return f"header:{how}"
+
+
+TENSORS = ["nan", "inf", "type", "type", "shape", "shape", "empty", "scalar", "value", "zeros"]
+TYPES = [torch.int8, torch.int64, torch.float64, torch.bool, torch.int32, torch.float16,
+         torch.bfloat16]
 
 
 def odd_tensor(t: torch.Tensor, r: random.Random) -> tuple[str, torch.Tensor]:
     """A tensor damaged, or something in its place."""
-    how = r.choice(["nan", "inf", "type", "type", "shape", "shape", "empty", "scalar", "value", "zeros"])
+    how = r.choice(TENSORS)
     t = t.clone()
     if how in ("nan", "inf", "value", "zeros"):
         if how in ("nan", "inf") and not t.is_floating_point():
             how = "value"
         at = r.randrange(max(1, t.numel()))
         if t.numel():
-            t.view(-1)[at] = {"nan": float("nan"), "inf": float("-inf"), "zeros": 0}.get(how, 3)
+            value = {"nan": float("nan"), "inf": float("-inf"), "zeros": 0}.get(how, 3)
+            t.view(-1)[at] = value
     elif how == "type":
-        t = t.to(r.choice([torch.int8, torch.int64, torch.float64, torch.bool, torch.int32, torch.float16, torch.bfloat16]))
+        t = t.to(r.choice(TYPES))
     elif how == "shape":
-        t = r.choice([t[:-1], t[None], t.reshape(-1), t.T if t.dim() == 2 else t[1:]]).contiguous()
+        turned = t.T if t.dim() == 2 else t[1:]
+        t = r.choice([t[:-1], t[None], t.reshape(-1), turned]).contiguous()
     elif how == "empty":
         t = t[:0]
     else:
@@ -501,10 +669,12 @@ def odd_tensor(t: torch.Tensor, r: random.Random) -> tuple[str, torch.Tensor]:
 
 
 def tensors_damage(file: Path, r: random.Random) -> str:
-    """One tensor of a safetensors file, written again: by the package (no checksums) or by us (right checksums)."""
+    """One tensor of a safetensors file, written again: by the package (no checksums) or by us
+    (right checksums)."""
     tensors = load_file(file)
     names = list(tensors)
-    name, other = r.choice(names), r.choice(names)
+    name = r.choice(names)
+    other = r.choice(names)
     how = r.choice(["odd"] * 5 + ["delete", "swap", "rename", "add"])
     if how == "odd":
         how, tensors[name] = odd_tensor(tensors[name], r)
@@ -513,15 +683,18 @@ def tensors_damage(file: Path, r: random.Random) -> str:
     elif how == "swap":
         tensors[name], tensors[other] = tensors[other].clone(), tensors[name].clone()
     elif how == "rename":
-        tensors[r.choice([name + "x", name.removeprefix("model."), "", "a" * 1000])] = tensors.pop(name)
+        value = tensors.pop(name)
+        new = r.choice([name + "x", name.removeprefix("model."), "", "a" * 1000])
+        tensors[new] = value
     else:
-        tensors[r.choice([name.removeprefix("model."), name.removesuffix("weight") + "g_idx", "x"])] = tensors[name].clone()
+        group_index = name.removesuffix("weight") + "g_idx"
+        new = r.choice([name.removeprefix("model."), group_index, "x"])
+        tensors[new] = tensors[name].clone()
     if r.random() < 0.5:
         save_file(tensors, file)
         return f"tensors:{how} {name}"
-    write = copy.copy(tensors)
     with unchecked():
-        write_safetensors(file, write)
+        write_safetensors(file, copy.copy(tensors))
     return f"tensors+sums:{how} {name}"
 
 
@@ -529,7 +702,8 @@ def tensors_damage(file: Path, r: random.Random) -> str:
 def unchecked():
     """write_safetensors, without a thought for what is written."""
     import data.checkpoint as c
-    kept, c.verify_file = c.verify_file, lambda path: None
+    kept = c.verify_file
+    c.verify_file = lambda path: None
     try:
         yield
     finally:
@@ -543,23 +717,41 @@ class Evil:
         return os.system, ("true",)
 
 
+TORCH = ["odd"] * 4 + ["meta", "sparse", "quantized", "nested", "repeated", "key", "number", "evil",
+                       "list", "delete", "subclass", "complex", "deep", "swap", "tensor"]
+
+
+def strange_tensor(how: str, t: torch.Tensor, r: random.Random) -> torch.Tensor:
+    """A tensor of a kind that no model stores."""
+    if how == "meta":
+        return t.to("meta")
+    if how == "sparse":
+        return t.float().to_sparse()
+    if how == "quantized":
+        return torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)
+    if how == "nested":
+        return torch.nested.nested_tensor([t.float().reshape(-1)])
+    if how == "complex":
+        return t.to(torch.complex64)
+    if how == "repeated":
+        return torch.zeros(1).expand(*t.shape[:-1], r.choice([t.shape[-1], 2 ** 40]))
+    return torch.nn.Parameter(t.float())    # a subclass
+
+
 def torch_damage(file: Path, r: random.Random) -> str:
     """What a torch file holds, written again."""
     held = torch.load(file, weights_only=True)
     names = [n for n in held if torch.is_tensor(held[n])]
     name = r.choice(names)
-    t, how = held[name], r.choice(["odd"] * 4 + ["meta", "sparse", "quantized", "nested", "repeated", "key", "number", "evil", "list",
-                                                 "delete", "subclass", "complex", "deep", "swap", "tensor"])
+    t = held[name]
+    how = r.choice(TORCH)
     if how == "odd":
         how, held[name] = odd_tensor(t, r)
     elif how in ("meta", "sparse", "quantized", "nested", "repeated", "complex", "subclass"):
-        held[name] = {"meta": lambda: t.to("meta"), "sparse": lambda: t.float().to_sparse(),
-                      "quantized": lambda: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
-                      "nested": lambda: torch.nested.nested_tensor([t.float().reshape(-1)]), "complex": lambda: t.to(torch.complex64),
-                      "repeated": lambda: torch.zeros(1).expand(*t.shape[:-1], r.choice([t.shape[-1], 2 ** 40])),
-                      "subclass": lambda: torch.nn.Parameter(t.float())}[how]()
+        held[name] = strange_tensor(how, t, r)
     elif how == "key":
-        held[r.choice([3, None, (1, 2), b"x"])] = held.pop(name)
+        value = held.pop(name)
+        held[r.choice([3, None, (1, 2), b"x"])] = value
     elif how == "number":
         held[name] = r.choice([3, "x", None, [t], {"a": t}])
     elif how == "evil":
@@ -573,61 +765,190 @@ def torch_damage(file: Path, r: random.Random) -> str:
             held = [held]
     elif how == "swap":
         other = r.choice(names)
-        held[name], held[other] = held[other].clone(), t.clone()
+        held[name] = held[other].clone()
+        held[other] = t.clone()
     elif how == "tensor":
         held = t
+    new = r.random() < 0.8
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.save(held, file, _use_new_zipfile_serialization=r.random() < 0.8)
+        torch.save(held, file, _use_new_zipfile_serialization=new)
     return f"torch:{how} {name}"
 
 
 # What the files of one kind may say, and what each other may not.
 
+PATTERNS = [
+    {"Regex": "("},
+    {"Regex": ""},
+    {"Regex": r"(\w+\s?)+$|."},
+    {"Regex": "(?<=a)b"},
+    {"Regex": 3},
+    {"Regex": "a*"},
+    {"String": " "},
+    {"Regex": r"\p{L}+|\P{L}"},
+    {"Regex": "x" * 100_000},
+    {"Regex": "(" * 500 + ")" * 500},
+    {"Regex": "(a{1000}){1000}{1000}|."},
+    {"Regex": "[\\s\\S]"},
+]
+
+
+def sequence(*parts) -> dict:
+    return {"type": "Sequence", "pretokenizers": list(parts)}
+
+
+def byte_level(**more) -> dict:
+    return {"type": "ByteLevel", "add_prefix_space": False, **more}
+
+
+def split_by(pattern) -> dict:
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    return sequence(split, byte_level(use_regex=False))
+
+
+def template_for(bos_id) -> dict:
+    """A post-processor that puts a token of this number before the text."""
+    single = [{"SpecialToken": {"id": "a"}}, {"Sequence": {"id": "A"}}]
+    return {"type": "TemplateProcessing", "single": single,
+            "special_tokens": {"a": {"ids": [bos_id]}}}
+
+
+def added(number: int, content: str, special=True) -> dict:
+    return {"id": number, "content": content, "special": special}
+
+
 PARTS = {
-    "pre_tokenizer": [{"type": "Metaspace", "replacement": "_"}, {"type": "Whitespace"}, {"type": "BertPreTokenizer"},
-                      {"type": "Sequence", "pretokenizers": []}, {"type": "Sequence"},
-                      {"type": "Sequence", "pretokenizers": [{"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}]}]},
-                      {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
-                                                             {"type": "ByteLevel", "add_prefix_space": False}]},
-                      *({"type": "Sequence", "pretokenizers": [
-                          {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
-                          {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]} for pattern in (
-                              {"Regex": "("}, {"Regex": ""}, {"Regex": r"(\w+\s?)+$|."}, {"Regex": "(?<=a)b"}, {"Regex": 3}, {"Regex": "a*"},
-                              {"String": " "}, {"Regex": r"\p{L}+|\P{L}"}, {"Regex": "x" * 100_000}, {"Regex": "(" * 500 + ")" * 500},
-                              {"Regex": "(a{1000}){1000}{1000}|."}, {"Regex": "[\\s\\S]"})),
-                      {"type": "ByteLevel"}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}],
-    "normalizer": [{"type": "NFC"}, {"type": "Sequence", "normalizers": []}, {}, [], "NFC", {"type": None}],
-    "post_processor": [{"type": "ByteLevel"}, {"type": "BertProcessing"}, {"type": "Sequence", "processors": [None]}, [], {},
-                       {"type": "TemplateProcessing"}, {"type": "TemplateProcessing", "single": [], "special_tokens": {}},
-                       {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}, {"Sequence": {"id": "A"}}],
-                        "special_tokens": {"a": {"ids": [10 ** 9]}}},
-                       {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}, {"Sequence": {"id": "A"}}],
-                        "special_tokens": {"a": {"ids": ["2"]}}}],
+    "pre_tokenizer": [
+        {"type": "Metaspace", "replacement": "_"},
+        {"type": "Whitespace"},
+        {"type": "BertPreTokenizer"},
+        sequence(),
+        {"type": "Sequence"},
+        sequence(sequence({"type": "ByteLevel"})),
+        sequence({"type": "Digits", "individual_digits": True}, byte_level()),
+        *map(split_by, PATTERNS),
+        {"type": "ByteLevel"},
+        byte_level(use_regex=False),
+    ],
+    "normalizer": [
+        {"type": "NFC"},
+        {"type": "Sequence", "normalizers": []},
+        {},
+        [],
+        "NFC",
+        {"type": None},
+    ],
+    "post_processor": [
+        {"type": "ByteLevel"},
+        {"type": "BertProcessing"},
+        {"type": "Sequence", "processors": [None]},
+        [],
+        {},
+        {"type": "TemplateProcessing"},
+        {"type": "TemplateProcessing", "single": [], "special_tokens": {}},
+        template_for(10 ** 9),
+        template_for("2"),
+    ],
     "decoder": [None, {"type": "Metaspace"}, 7],
-    "added_tokens": [[], None, {}, [{"id": 2, "content": "</s>", "special": True}] * 2, [{"id": 2, "content": "", "special": True}],
-                     [{"id": 2, "content": "e", "special": False}], [{"id": 300, "content": "\0", "special": "yes"}],
-                     [{"id": 4000, "content": "x" * 100_000, "special": True}], [{"id": -1, "content": "x", "special": True}],
-                     [{"id": i, "content": f"<{i}>", "special": True} for i in range(264, 3000)], [[2, "</s>"]], ["</s>"]],
+    "added_tokens": [
+        [],
+        None,
+        {},
+        [added(2, "</s>")] * 2,
+        [added(2, "")],
+        [added(2, "e", special=False)],
+        [added(300, "\0", special="yes")],
+        [added(4000, "x" * 100_000)],
+        [added(-1, "x")],
+        [added(i, f"<{i}>") for i in range(264, 3000)],
+        [[2, "</s>"]],
+        ["</s>"],
+    ],
 }
-RUINS = ["{% for a in messages %}{% for b in messages %}{% for c in messages %}", "{% for a in 'x' %}" * 300 + "{% endfor %}" * 300,
-         "{% set ns = namespace(x='ab') %}" + "{% for a in messages %}{% for b in messages %}{% for c in messages %}{% for d in messages %}"
-         "{% set ns.x = ns.x + ns.x %}{% endfor %}{% endfor %}{% endfor %}{% endfor %}{{ ns.x }}",
-         "{{ '%1000000000d' % 1 }}", "{{ '%999999999999d' % 1 }}", "{{ 'a'.replace('', messages | string) }}", "{{ 1 % 0 }}", "{{ 9 ** 9 ** 9 ** 9 }}",
-         "{{ " + "(" * 3000 + ")" * 3000 + " }}", "{{ " + "-" * 50_000 + "1 }}", "{{ " + "a." * 20_000 + "b }}", "{{ 'a' 'b }}", "{% if %}", "{{",
-         "{{ ''.__class__.__mro__ }}", "{{ messages[0].__init__ }}", "{{ messages[10 ** 9] }}", "{{ messages[::0] }}", "{% endfor %}",
-         "{% for a, b in messages %}{% endfor %}", "{% set messages = 3 %}{{ messages[0] }}", "{{ messages | join }}", "{{ loop.index }}",
-         "{{ raise_exception() }}", "{{ raise_exception('a\nb') }}", "{{ 'x' | default(1, 2, 3) }}", "{{ {[]: 1} }}", "{% set ns.x = 1 %}",
-         "{% if '" + "a\\" * 5000 + " %}", "{{ \"" * 3000, "{% for a in messages.__class__ %}{% endfor %}", "{{ messages.items() }}",
-         "{{ 'a' < 1 }}", "{{ namespace(**messages) }}", "{{ lambda: 1 }}", "{{ [x for x in messages] }}", "{# never closed", "{{ '\ud800' }}",
-         "{% for a in 'ab'.replace('a', 'b' ~ messages) | list %}{{ messages | string }}{% endfor %}"]
+RUINS = [
+    "{% for a in messages %}{% for b in messages %}{% for c in messages %}",
+    "{% for a in 'x' %}" * 300 + "{% endfor %}" * 300,
+    "{% set ns = namespace(x='ab') %}"
+    "{% for a in messages %}{% for b in messages %}"
+    "{% for c in messages %}{% for d in messages %}"
+    "{% set ns.x = ns.x + ns.x %}"
+    "{% endfor %}{% endfor %}{% endfor %}{% endfor %}{{ ns.x }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%999999999999d' % 1 }}",
+    "{{ 'a'.replace('', messages | string) }}",
+    "{{ 1 % 0 }}",
+    "{{ 9 ** 9 ** 9 ** 9 }}",
+    "{{ " + "(" * 3000 + ")" * 3000 + " }}",
+    "{{ " + "-" * 50_000 + "1 }}",
+    "{{ " + "a." * 20_000 + "b }}",
+    "{{ 'a' 'b }}",
+    "{% if %}",
+    "{{",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages[0].__init__ }}",
+    "{{ messages[10 ** 9] }}",
+    "{{ messages[::0] }}",
+    "{% endfor %}",
+    "{% for a, b in messages %}{% endfor %}",
+    "{% set messages = 3 %}{{ messages[0] }}",
+    "{{ messages | join }}",
+    "{{ loop.index }}",
+    "{{ raise_exception() }}",
+    "{{ raise_exception('a\nb') }}",
+    "{{ 'x' | default(1, 2, 3) }}",
+    "{{ {[]: 1} }}",
+    "{% set ns.x = 1 %}",
+    "{% if '" + "a\\" * 5000 + " %}",
+    "{{ \"" * 3000,
+    "{% for a in messages.__class__ %}{% endfor %}",
+    "{{ messages.items() }}",
+    "{{ 'a' < 1 }}",
+    "{{ namespace(**messages) }}",
+    "{{ lambda: 1 }}",
+    "{{ [x for x in messages] }}",
+    "{# never closed",
+    "{{ '\ud800' }}",
+    "{% for a in 'ab'.replace('a', 'b' ~ messages) | list %}{{ messages | string }}{% endfor %}",
+]
+
+
+INDEX = ["move", "one", "drop", "extra", "odd", "twice", "cross", "inside"]
+
+
+def odd_places(file: str) -> list[str]:
+    """Where an index may say that a file lies."""
+    return [
+        "./" + file,
+        "x/../" + file,
+        "../outside/" + file,
+        "/etc/passwd",
+        "\0",
+        "",
+        ".",
+        "..",
+        file + "/",
+        file.upper(),
+        file + "\0",
+        "\u202e" + file,
+        "a" * 300,
+        "con:",
+        "..\\outside",
+        "~/x",
+        "file:///etc/passwd",
+        "config.json",
+        file + " ",
+        "tokenizer_config.json",
+    ]
 
 
 def index_damage(file: Path, r: random.Random) -> str:
     """An index of shards against the shards beside it."""
     held = json.loads(file.read_text())
-    names, files = held["weight_map"], sorted(set(held["weight_map"].values()))
-    name, how = r.choice(list(names)), r.choice(["move", "one", "drop", "extra", "odd", "twice", "cross", "inside"])
+    names = held["weight_map"]
+    files = sorted(set(names.values()))
+    name = r.choice(list(names))
+    how = r.choice(INDEX)
     if how == "move":
         names[name] = next(f for f in files if f != names[name])
     elif how == "one":
@@ -635,26 +956,48 @@ def index_damage(file: Path, r: random.Random) -> str:
     elif how == "drop":
         del names[name]
     elif how == "extra":
-        names[r.choice(["x", name + "x", name.removeprefix("model."), ""])] = r.choice(files)
+        its = r.choice(files)
+        names[r.choice(["x", name + "x", name.removeprefix("model."), ""])] = its
     elif how == "odd":
-        names[name] = r.choice(["./" + names[name], "x/../" + names[name], "../outside/" + names[name], "/etc/passwd", "\0", "", ".", "..",
-                                names[name] + "/", names[name].upper(), names[name] + "\0", "\u202e" + names[name], "a" * 300, "con:",
-                                "..\\outside", "~/x", "file:///etc/passwd", "config.json", names[name] + " ", "tokenizer_config.json"])
-    elif how == "twice" and file.name.startswith("model."):      # one tensor in both files, and the other's bytes in it
-        part, other = load_file(file.with_name(files[0])), load_file(file.with_name(files[1]))
-        part[r.choice(list(other))] = r.choice(list(other.values())).clone()
+        names[name] = r.choice(odd_places(names[name]))
+    elif how == "twice" and file.name.startswith("model."):
+        part = load_file(file.with_name(files[0]))
+        other = load_file(file.with_name(files[1]))
+        value = r.choice(list(other.values())).clone()
+        part[r.choice(list(other))] = value     # one in both files, with other bytes in it
         save_file(part, file.with_name(files[0]))
-    elif how == "cross":                                        # the files under each other's names
+    elif how == "cross":                    # the files under each other's names
         one, two = (file.with_name(f) for f in files[:2])
         kept = one.read_bytes()
         one.write_bytes(two.read_bytes())
         two.write_bytes(kept)
     elif how == "inside":
+        moved = names[name]
         (file.parent / "sub").mkdir()
-        shutil.move(file.with_name(names[name]), file.parent / "sub" / names[name])
-        held["weight_map"] = {n: f"sub/{f}" if f == names[name] else f for n, f in names.items()}
+        shutil.move(file.with_name(moved), file.parent / "sub" / moved)
+        held["weight_map"] = {n: f"sub/{f}" if f == moved else f for n, f in names.items()}
     file.write_text(json.dumps(held))
     return f"index:{how} {name}"
+
+
+MODELS = [
+    {"type": "Unigram"},
+    {"type": "WordPiece"},
+    {"type": None},
+    {"byte_fallback": True},
+    {"ignore_merges": True},
+    {"unk_token": "e"},
+    {"unk_token": 3},
+    {"dropout": 0.5},
+    {"end_of_word_suffix": "</w>"},
+    {"merges": {}},
+    {"merges": None},
+    {"vocab": []},
+    {"fuse_unk": True},
+]
+MERGES = ["h e", ["h", "e", "l"], ["h"], "he", [["h"], "e"], ["", "he"], "  ", ["ll", "h"], None, 3,
+          ["\0", "e"]]
+NUMBERS = [0, 263, 264, 10 ** 7, 10 ** 9, -5, 2.0, "7", None, [1]]
 
 
 def tokenizer_damage(file: Path, r: random.Random) -> str:
@@ -665,54 +1008,88 @@ def tokenizer_damage(file: Path, r: random.Random) -> str:
     if key in PARTS:
         held[key] = r.choice(PARTS[key])
     elif key == "model":
-        model.update(r.choice([{"type": "Unigram"}, {"type": "WordPiece"}, {"type": None}, {"byte_fallback": True}, {"ignore_merges": True},
-                               {"unk_token": "e"}, {"unk_token": 3}, {"dropout": 0.5}, {"end_of_word_suffix": "</w>"}, {"merges": {}},
-                               {"merges": None}, {"vocab": []}, {"fuse_unk": True}]))
+        model.update(r.choice(MODELS))
     elif key == "merges":
         at = r.randrange(len(model["merges"]))
-        model["merges"][at] = r.choice(["h e", ["h", "e", "l"], ["h"], "he", [["h"], "e"], ["", "he"], "  ", ["ll", "h"], None, 3, ["\0", "e"]])
+        model["merges"][at] = r.choice(MERGES)
     else:
-        model["vocab"][r.choice(list(model["vocab"]))] = r.choice([0, 263, 264, 10 ** 7, 10 ** 9, -5, 2.0, "7", None, [1]])
+        number = r.choice(NUMBERS)
+        model["vocab"][r.choice(list(model["vocab"]))] = number
     file.write_text(json.dumps(held))
     return f"tokenizer:{key}"
 
 
 def template_damage(file: Path, r: random.Random) -> str:
     text = file.read_text()
-    held = {} if file.suffix != ".json" else json.loads(text)
+    held = {}
     if file.suffix == ".json":
+        held = json.loads(text)
         text = held.get("chat_template", "")
     ruin = r.choice([*RUINS, TEMPLATE])
     at = r.randrange(len(text) + 1)
     text = r.choice([ruin, ruin + text, text[:at] + ruin + text[at:], text[:at]])
-    file.write_text(text if not held else json.dumps({**held, "chat_template": text}), "utf-8", errors="surrogatepass")
+    if held:
+        text = json.dumps({**held, "chat_template": text})
+    file.write_text(text, "utf-8", errors="surrogatepass")
     return f"template:{ruin[:30]!r} at {at}"
+
+
+ROPE = ["rope_type", "type", "factor", "low_freq_factor", "high_freq_factor",
+        "original_max_position_embeddings", "rope_theta", "mrope_section", "short_factor"]
+ROPES = ["dynamic", "yarn", "longrope", "su", "linear", "llama3", "default", {"type": "linear"},
+         [8.0]]
 
 
 def rope_damage(file: Path, r: random.Random) -> str:
     held = json.loads(file.read_text())
     scaling = dict(held.get("rope_scaling") or {"rope_type": "linear", "factor": 2.0})
-    key = r.choice(["rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta",
-                    "mrope_section", "short_factor"])
-    scaling[key] = copy.deepcopy(r.choice([*ODD, "dynamic", "yarn", "longrope", "su", "linear", "llama3", "default", {"type": "linear"}, [8.0]]))
+    key = r.choice(ROPE)
+    scaling[key] = copy.deepcopy(r.choice([*ODD, *ROPES]))
     held[r.choice(["rope_scaling", "rope_parameters"])] = scaling
     file.write_text(json.dumps(held))
     return f"rope:{key}"
 
 
+METADATA = [
+    "",
+    "NaN",
+    "{\"lr\": NaN}",
+    "{\"lr\": 1e999}",
+    "[" * 100_000,
+    "{}",
+    "[]",
+    "null",
+    "3",
+    "{\"family\": 3}",
+    "{\"a\": {}}",
+    "prefix",
+    "embedding",
+    "\0",
+    "x" * 10 ** 6,
+    "{\"layers\": 3, \"note\": 3}",
+    "{\"layers\": {}, \"note\": {\"layers\": [3]}}",
+]
+
+
 def metadata_damage(file: Path, r: random.Random) -> str:
     """What a safetensors file says beside its tensors."""
-    tensors, data = load_file(file), file.read_bytes()
-    said = json.loads(data[8:8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__", {})
+    tensors = load_file(file)
+    data = file.read_bytes()
+    n = struct.unpack("<Q", data[:8])[0]
+    said = json.loads(data[8:8 + n]).get("__metadata__", {})
     key = r.choice([*said, "settings", "owner", "kind", "format", "x"])
-    said[key] = r.choice(["", "NaN", "{\"lr\": NaN}", "{\"lr\": 1e999}", "[" * 100_000, "{}", "[]", "null", "3", "{\"family\": 3}", "{\"a\": {}}",
-                          "prefix", "embedding", "\0", "x" * 10 ** 6, "{\"layers\": 3, \"note\": 3}", "{\"layers\": {}, \"note\": {\"layers\": [3]}}"])
+    said[key] = r.choice(METADATA)
     if r.random() < 0.5:
         save_file(tensors, file, said)
         return f"metadata:{key}"
+    ours = {k: v for k, v in said.items() if k not in ("crc32", "format")}
     with unchecked():
-        write_safetensors(file, tensors, {k: v for k, v in said.items() if k not in ("crc32", "format")})
+        write_safetensors(file, tensors, ours)
     return f"metadata+sums:{key}"
+
+
+ZIP = ["drop", "short", "long", "pickle", "pickle", "order", "endian", "packed", "outside", "twice",
+       "names", "version", "empty", "torn", "comment"]
 
 
 def zip_damage(file: Path, r: random.Random) -> str:
@@ -721,59 +1098,78 @@ def zip_damage(file: Path, r: random.Random) -> str:
         return bytes_damage(file, r)
     with zipfile.ZipFile(file) as z:
         held = [(name, z.read(name)) for name in z.namelist()]
-    at, how = r.randrange(len(held)), r.choice(["drop", "short", "long", "pickle", "pickle", "order", "endian", "packed", "outside", "twice",
-                                                "names", "version", "empty", "torn", "comment"])
+    at = r.randrange(len(held))
+    how = r.choice(ZIP)
     name, data = held[at]
     if how == "drop":
         del held[at]
-    elif how in ("short", "long"):
-        held[at] = name, data[:len(data) // 2] if how == "short" else data + bytes(64)
+    elif how == "short":
+        held[at] = name, data[:len(data) // 2]
+    elif how == "long":
+        held[at] = name, data + bytes(64)
     elif how == "pickle":
         data = bytearray(dict(held)[held[0][0]])
         for _ in range(r.choice([1, 1, 3])):
-            data[r.randrange(len(data))] = r.choice([r.randrange(256), *b".cRio0b}(tq"])
+            code = r.choice([r.randrange(256), *b".cRio0b}(tq"])
+            data[r.randrange(len(data))] = code
         held[0] = held[0][0], bytes(data)
     elif how == "order":
         r.shuffle(held)
     elif how == "endian":
-        held = [(n, b"big" if n.endswith("byteorder") else d) for n, d in held]
+        held = [(n, b"big" if n.endswith("byteorder") else d)
+                for n, d in held]
     elif how == "outside":
         held.append((f"{name.split('/')[0]}/../../outside", b"x"))
     elif how == "twice":
         held.append((name, data[::-1]))
     elif how == "names":
-        held[at] = r.choice(["x", name + "\0", name.upper(), "/" + name]), data
+        new = r.choice(["x", name + "\0", name.upper(), "/" + name])
+        held[at] = new, data
     elif how == "version":
-        held = [(n, r.choice([b"", b"99", b"x"]) if n.endswith("version") else d) for n, d in held]
+        held = [(n, r.choice([b"", b"99", b"x"]) if n.endswith("version") else d)
+                for n, d in held]
     elif how == "empty":
         held = []
+    method = zipfile.ZIP_DEFLATED if how == "packed" else zipfile.ZIP_STORED
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if how == "packed" else zipfile.ZIP_STORED) as z:
+        with zipfile.ZipFile(file, "w", method) as z:
             for name, data in held:
                 z.writestr(name, data)
             z.comment = b"x" * 60_000 if how == "comment" else b""
     if how == "torn":
-        file.write_bytes(file.read_bytes()[:-r.choice([1, 22, 100, 1000])])
+        short = r.choice([1, 22, 100, 1000])
+        file.write_bytes(file.read_bytes()[:-short])
     return f"zip:{how} {name}"
 
 
 def state_damage(file: Path, r: random.Random) -> str:
     """The state of a prompt that is being learned: all that it says, one thing changed."""
     held = torch.load(file, weights_only=True)
-    paths = [(key,) for key in held] + [("settings", key) for key in held["settings"]] + [("optimizer", "state"), ("optimizer", "param_groups"),
-             ("params", "moved"), ("best", "moved"), ("optimizer", "state", 0), ("optimizer", "param_groups", 0)]
+    paths = [
+        *((key,) for key in held),
+        *(("settings", key) for key in held["settings"]),
+        ("optimizer", "state"),
+        ("optimizer", "param_groups"),
+        ("params", "moved"),
+        ("best", "moved"),
+        ("optimizer", "state", 0),
+        ("optimizer", "param_groups", 0),
+    ]
     *above, key = r.choice(paths)
     parent = held
     for step in above:
         parent = parent[step]
     how = r.choice(["odd", "odd", "delete", "tensor"])
     if how == "odd":
-        parent[key] = copy.deepcopy(r.choice([*ODD, torch.zeros(2), {"moved": torch.full((3, 32), float("nan"))}, {"moved": 3}]))
+        no_numbers = {"moved": torch.full((3, 32), float("nan"))}
+        values = [*ODD, torch.zeros(2), no_numbers, {"moved": 3}]
+        parent[key] = copy.deepcopy(r.choice(values))
     elif how == "delete":
         del parent[key]
     else:
-        t = r.choice([held["params"], held["best"], held["optimizer"]["state"].get(0, held["params"])])
+        moments = held["optimizer"]["state"].get(0, held["params"])
+        t = r.choice([held["params"], held["best"], moments])
         name = r.choice(list(t))
         if torch.is_tensor(t[name]):
             t[name] = odd_tensor(t[name], r)[1]
@@ -781,44 +1177,59 @@ def state_damage(file: Path, r: random.Random) -> str:
     return f"state:{how} {key}"
 
 
-OWN = {"model.safetensors.index.json": [index_damage], "pytorch_model.bin.index.json": [index_damage], "tokenizer.json": [tokenizer_damage],
-       "chat_template.jinja": [template_damage], "config.json": [rope_damage]}
+OWN = {
+    "model.safetensors.index.json": [index_damage],
+    "pytorch_model.bin.index.json": [index_damage],
+    "tokenizer.json": [tokenizer_damage],
+    "chat_template.jinja": [template_damage],
+    "config.json": [rope_damage],
+}
 
 
 def damage(folder: Path, r: random.Random) -> tuple[str, str]:
     """Damage one file of a folder: (its name, what was done). Of a run, only what it wrote."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.parent.name != "m" and f.name not in ("a.txt", ".lock"))
+    files = sorted(f for f in folder.rglob("*")
+                   if f.is_file() and f.parent.name != "m" and f.name not in ("a.txt", ".lock"))
     file = r.choice(files)
     if r.random() < 0.4:
-        ways, weights = [bytes_damage, file_damage], [4, 1]
+        ways = [bytes_damage, file_damage]
+        weights = [4, 1]
     elif file.suffix == ".json":
         ways = [json_damage, *OWN.get(file.name, [])]
         if file.name == "tokenizer_config.json" and "chat_template" in file.read_text():
             ways.append(template_damage)
         weights = [1] * len(ways)
     elif file.suffix == ".safetensors":
-        ways, weights = [header_damage, tensors_damage, metadata_damage], [3, 3, 2]
+        ways = [header_damage, tensors_damage, metadata_damage]
+        weights = [3, 3, 2]
     elif file.suffix in (".bin", ".pth", ".pt"):
-        ways, weights = [torch_damage, zip_damage], [1, 1]
+        ways = [torch_damage, zip_damage]
+        weights = [1, 1]
     elif file.suffix == ".state":
-        ways, weights = [state_damage, zip_damage], [2, 1]
+        ways = [state_damage, zip_damage]
+        weights = [2, 1]
     else:
-        ways, weights = OWN.get(file.name, [bytes_damage]), [1]
-    return file.name, r.choices(ways, weights)[0](file, r)
+        ways = OWN.get(file.name, [bytes_damage])
+        weights = [1]
+    [way] = r.choices(ways, weights)
+    return file.name, way(file, r)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading in a process of its own
 
 class Watch:
-    """Notes every file that is opened outside a folder, and every program that is started. Hooks cannot be taken back,
-    so a process has one of these at most."""
-    STARTS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect", "os.remove", "os.rename")
+    """Notes every file that is opened outside a folder, and every program that is started. Hooks
+    cannot be taken back, so a process has one of these at most."""
+    MOVES = ("os.remove", "os.rename")
+    STARTS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect")
 
     def __init__(self):
         places = (*sys.path, sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev")
         self.allowed = tuple({str(Path(p).resolve()) for p in places if p})
-        self.inside, self.seen, self.writes = None, [], False
+        self.inside = None
+        self.seen = []
+        self.writes = False
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, args: tuple) -> None:
@@ -826,14 +1237,17 @@ class Watch:
             return
         if event == "open" and isinstance(args[0], (str, bytes)):
             path = os.path.abspath(os.fsdecode(args[0]))
-            if not path.startswith((self.inside, *self.allowed)) or "outside" in path:
+            inside = path.startswith((self.inside, *self.allowed))
+            if not inside or "outside" in path:
                 self.seen.append(f"opened {path}")
-        elif event in self.STARTS and not (self.writes and event in ("os.remove", "os.rename")):
+        elif event in self.STARTS or (event in self.MOVES and not self.writes):
             self.seen.append(f"{event} {args}"[:200])
 
     @contextlib.contextmanager
     def over(self, folder: Path, writes: bool = False):
-        self.inside, self.seen, self.writes = str(folder), [], writes
+        self.inside = str(folder)
+        self.seen = []
+        self.writes = writes
         try:
             yield self.seen
         finally:
@@ -844,31 +1258,39 @@ def load_here(kind: Kind, folder: Path, watch: Watch) -> dict:
     """The outcome of a load, in this process."""
     seen = []
     try:
-        with watch.over(folder, kind.writes) as seen, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            watch.over(folder, kind.writes) as seen,
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             out = {"loaded": kind.load(folder)}
     except (ValueError, OSError) as e:
         message = str(e)
         out = {"refused": message[:500]}
-        if "\n" in message:
-            out["finding"] = "more than one line"
-        elif str(folder) not in message and not (kind.writes and "out/" in message):
-            out["finding"] = "no file named"
-        if isinstance(e, UnicodeError) or type(e).__module__ not in ("builtins", "io"):
+        named = str(folder) in message or kind.writes and "out/" in message
+        meant = type(e).__module__ in ("builtins", "io") and not isinstance(e, UnicodeError)
+        if not meant:
             out["finding"] = f"a {type(e).__name__} that nobody meant"
+        elif "\n" in message:
+            out["finding"] = "more than one line"
+        elif not named:
+            out["finding"] = "no file named"
     except BaseException as e:
         frames = traceback.extract_tb(e.__traceback__)
-        ours = [f for f in frames if str(Path(__file__).parents[1]) in f.filename and "/tests/" not in f.filename] or frames[-1:]
-        where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
-        out = {"finding": f"{type(e).__name__} at {where}", "text": "".join(traceback.format_exception(e))[-3000:]}
+        ours = [f for f in frames if str(ROOT) in f.filename and "/tests/" not in f.filename]
+        last = (ours or frames)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        text = "".join(traceback.format_exception(e))
+        out = {"finding": f"{type(e).__name__} at {where}", "text": text[-3000:]}
     if seen:
-        out = {**out, "finding": seen[0]}
+        out["finding"] = seen[0]
     return out
 
 
 def apart(jobs: list):
-    """job(watch) -> dict of every job, in forked processes with limits on time and memory. A process does one job after the
-    other; the next begins where one that hung or died left off."""
+    """job(watch) -> dict of every job, in forked processes with limits on time and memory. A
+    process does one job after the other; the next begins where one that hung or died left off."""
     done = 0
     while done < len(jobs):
         read, write = os.pipe()
@@ -876,16 +1298,19 @@ def apart(jobs: list):
         if not child:
             try:
                 os.close(read)
-                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                most = pages * resource.getpagesize() + MEMORY
+                resource.setrlimit(resource.RLIMIT_AS, (most, most))
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 watch = Watch()
                 for job in jobs[done:]:
-                    os.write(write, json.dumps(job(watch)).encode()[:60_000] + b"\n")
+                    answer = json.dumps(job(watch)).encode()
+                    os.write(write, answer[:60_000] + b"\n")
             finally:
                 os._exit(0)
         os.close(write)
-        held, ready = b"", True
+        held = b""
+        ready = True
         while done < len(jobs):
             if b"\n" not in held:
                 ready = answers(read, child)
@@ -903,12 +1328,15 @@ def apart(jobs: list):
         _, status = os.waitpid(child, 0)
         if done < len(jobs):
             done += 1
-            yield {"finding": f"the process died, status {status}" if ready else f"no end after {LIMIT} s"}
+            how = f"the process died, status {status}" if ready else f"no end after {LIMIT} s"
+            yield {"finding": how}
 
 
 def answers(read: int, child: int) -> bool:
-    """Wait until there is something to read; False once the child has computed for LIMIT or waited for STUCK seconds."""
-    began, spent = time.monotonic(), computed(child)
+    """Wait until there is something to read; False once the child has computed for LIMIT or waited
+    for STUCK seconds."""
+    began = time.monotonic()
+    spent = computed(child)
     while time.monotonic() - began < STUCK and computed(child) - spent < LIMIT:
         if select.select([read], [], [], 1)[0]:
             return True
@@ -925,15 +1353,17 @@ class Bed:
     """Undamaged folders, one of each kind, and what they load as."""
 
     def __init__(self, place: Path, names: list[str] | None = None):
-        torch.set_num_threads(1)                                # a fork keeps no threads
-        self.place, self.kinds, self.whole = place, [k for k in KINDS if not names or k.name in names], {}
+        torch.set_num_threads(1)            # a fork keeps no threads
+        self.place = place
+        self.kinds = [k for k in KINDS if not names or k.name in names]
+        self.whole = {}
         (place / "outside").mkdir(parents=True)
         for kind in self.kinds:
             folder = place / "whole" / kind.name
             folder.mkdir(parents=True)
             kind.build(folder)
-            shutil.copytree(folder, place / "case")             # a run goes on where it is loaded
-            out, = apart([lambda watch: load_here(kind, place / "case", watch)])
+            shutil.copytree(folder, place / "case")     # a run goes on where it is loaded
+            [out] = apart([lambda watch: load_here(kind, place / "case", watch)])
             shutil.rmtree(place / "case")
             if "loaded" not in out:
                 raise SystemExit(f"{kind.name} does not load as it is: {out}")
@@ -946,51 +1376,64 @@ class Bed:
         folder = self.place / "case"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.place / "whole" / kind.name, folder)
-        r = random.Random(f"{kind.name}/{seed}/{number}")
+        name = f"{kind.name}/{seed}/{number}"
+        r = random.Random(name)
         file, how = damage(folder, r)
         out = load_here(kind, folder, watch)
-        return {"case": f"{kind.name}/{seed}/{number}", "file": file, "how": how, **out,
-                "class": self.classify(kind, folder, file, how, out)}
+        group = self.classify(kind, folder, file, how, out)
+        return {"case": name, "file": file, "how": how, **out, "class": group}
 
     def classify(self, kind: Kind, folder: Path, file: str, how: str, out: dict) -> str:
         if "finding" in out:
             return "finding"
         if "refused" in out:
             return "refused"
-        changed = {key for key, value in out["loaded"].items() if value != self.whole[kind.name].get(key)}
-        if not changed:
+        whole = self.whole[kind.name]
+        if all(value == whole.get(key) for key, value in out["loaded"].items()):
             return "same"
         if file.endswith((".json", ".jinja")) or file in ("merges.txt", "tokenizer.model"):
             return "other"
         path = folder / file
-        summed = file.endswith(".safetensors") and path.is_file() and b'"crc32"' in path.read_bytes()[:200_000]
-        if how.startswith(("tensors", "metadata", "header:tree", "file:other")) or not summed:
-            free = kind.name.startswith(("hf", "meta", "prompt", "adapter", "packed-old"))
-            if free and how.startswith("metadata"):             # what a file says of its tensors has no checksum
-                return "other"
-            return "bytes" if free or kind.writes and "+sums" in how else "unnoticed"        # a shard with sums is a shard
+        summed = False
+        if file.endswith(".safetensors") and path.is_file():
+            summed = b'"crc32"' in path.read_bytes()[:200_000]
+        written = how.startswith(("tensors", "metadata", "header:tree", "file:other"))
+        if summed and not written:
+            return "unnoticed"
+        if kind.name.startswith(("hf", "meta", "prompt", "adapter", "packed-old")):
+            # what a file says of its tensors has no checksum
+            return "other" if how.startswith("metadata") else "bytes"
+        if kind.writes and "+sums" in how:  # a shard with sums is a shard
+            return "bytes"
         return "unnoticed"
 
 
-def run(cases: int, seeds: list[int], place: Path, names: list[str] | None = None, show=print) -> tuple[collections.Counter, list[dict]]:
-    """Cases spread evenly over kinds and seeds: (how many of each class, the findings and the unnoticed)."""
-    bed, counts, bad = Bed(place, names), collections.Counter(), []
+def run(cases: int, seeds: list[int], place: Path, names: list[str] | None = None,
+        show=print) -> tuple[collections.Counter, list[dict]]:
+    """Cases spread evenly over kinds and seeds: (how many of each class, the findings and the
+    unnoticed)."""
+    bed = Bed(place, names)
+    counts = collections.Counter()
+    bad = []
     each = -(-cases // (len(bed.kinds) * len(seeds)))
     for kind in bed.kinds:
-        mine, numbers = collections.Counter(), [(seed, number) for seed in seeds for number in range(each)]
+        mine = collections.Counter()
+        numbers = [(seed, number) for seed in seeds for number in range(each)]
         jobs = [lambda watch, n=n: bed.case(kind, *n, watch) for n in numbers]
-        for got, (seed, number) in zip(apart(jobs), numbers):       # in this order the last process is waited for
-            got = {"case": f"{kind.name}/{seed}/{number}", "file": "?", "how": "?", "class": "finding", **got}
+        for got, (seed, number) in zip(apart(jobs), numbers):   # the last process is waited for
+            case = f"{kind.name}/{seed}/{number}"
+            got = {"case": case, "file": "?", "how": "?", "class": "finding", **got}
             mine[got["class"]] += 1
             if got["class"] in ("finding", "unnoticed"):
                 bad.append(got)
         counts += mine
-        show(f"{kind.name:24s} " + "  ".join(f"{name} {n}" for name, n in sorted(mine.items())))
+        said = "  ".join(f"{name} {n}" for name, n in sorted(mine.items()))
+        show(f"{kind.name:24s} {said}")
     return counts, bad
 
 
-if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main() -> None:
+    p = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     p.add_argument("--cases", type=int, default=6000)
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--kinds", nargs="+", help="only these kinds of folder")
@@ -1006,9 +1449,16 @@ if __name__ == "__main__":
         counts, bad = run(args.cases, args.seeds, Path(place), args.kinds)
     where = collections.defaultdict(list)
     for got in bad:
-        where[got.get("finding", f"unnoticed: {got['file']}").split(" /tmp")[0]].append(got)
+        finding = got.get("finding", f"unnoticed: {got['file']}")
+        where[finding.split(" /tmp")[0]].append(got)
     for finding, cases in sorted(where.items(), key=lambda item: -len(item[1])):
-        print(f"{len(cases)} x {finding}; such as {cases[0]['case']}: {cases[0]['how']} in {cases[0]['file']}; "
-              f"{cases[0].get('refused', '')[:150]}")
-    print(f"{sum(counts.values())} cases: " + ", ".join(f"{n} {name}" for name, n in counts.most_common()))
+        first = cases[0]
+        print(f"{len(cases)} x {finding}; such as {first['case']}: "
+              f"{first['how']} in {first['file']}; {first.get('refused', '')[:150]}")
+    shares = ", ".join(f"{n} {name}" for name, n in counts.most_common())
+    print(f"{sum(counts.values())} cases: {shares}")
     sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

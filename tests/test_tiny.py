@@ -81,8 +81,9 @@ def test_logits_match_transformers(name):
                 w = raw[f"layers.{i}.{meta}.weight"]
                 if meta in ("attention.wq", "attention.wk"):
                     d = p["dim"] // p["n_heads"]
-                    halves = [*range(0, d, 2), *range(1, d, 2)]     # channels (2i, 2i+1) go
-                    w = w[[head + j for head in range(0, len(w), d) for j in halves]]  # to (i, i + half)
+                    halves = [*range(0, d, 2), *range(1, d, 2)]
+                    order = [head + j for head in range(0, len(w), d) for j in halves]
+                    w = w[order]        # channels (2i, 2i + 1) go to (i, i + half)
                 state[f"model.layers.{i}.{hf}.weight"] = w
         theirs.load_state_dict({k: w.float() for k, w in state.items()})
     g = torch.Generator().manual_seed(0)

@@ -100,7 +100,8 @@ def printed(name: str) -> Callable[[Path], str]:
     """What a command printed, as it stands."""
     def table(out: Path) -> str:
         lines = (out / f"{name}.log").read_text(encoding="utf-8").splitlines()
-        return "\n".join(f"    {line}".rstrip() for line in lines if not BAR.search(line))
+        shown = [line.replace(str(out), "FOLDER") for line in lines if not BAR.search(line)]
+        return "\n".join(f"    {line}".rstrip() for line in shown)
     return table
 
 
@@ -147,15 +148,13 @@ def calibration_table(out: Path) -> str:
 def reconstruction_table(out: Path) -> str:
     """A row a model and text: dense, and compressed without and with reconstruction."""
     passes = RECONSTRUCTED.values["passes"]
-    head = ["model", "text", "dense", *(f"{n} passes" if n else "without" for n in passes),
-            *(f"made, s, {n} passes" for n in passes)]
+    head = ["model", "text", "dense", *(f"{n} passes" if n else "without" for n in passes)]
     rows = []
     for model, data in itertools.product(*(RECONSTRUCTED.values[k] for k in ("model", "data"))):
         runs = [rows_of(out, fill(RECONSTRUCTED.name, {"model": model, "data": data, "passes": n}))
                 for n in passes]
         rows.append([model, data, f"{runs[0]['dense']['perplexity']:.2f}",
-                     *(f"{run['compressed']['perplexity']:.2f}" for run in runs),
-                     *(f"{run['compressed']['seconds']:.0f}" for run in runs)])
+                     *(f"{run['compressed']['perplexity']:.2f}" for run in runs)])
     return markdown(head, rows)
 
 

@@ -336,18 +336,18 @@ class Steps:
     graph is replayed. The position is a tensor there, so that all steps are the same work."""
 
     def __init__(self, model, cache):
-        self.model, self.cache, self.taken, self.graph = model, cache, 0, None
+        self.model, self.cache, self.graph = model, cache, None
         self.device = model.embed_tokens.weight.device
-        self.on_gpu = self.device.type == "cuda"
-        if self.on_gpu:
-            cache.start = torch.tensor([cache.start], device=self.device)
 
-    def compute(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model.head(self.model.hidden(tokens, self.cache)[:, -1])
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of any tokens (B, T) or embeddings, without a graph: logits of the last."""
+        return self.model.head(self.model.hidden(x, self.cache)[:, -1])
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.taken += 1
-        if not self.on_gpu or self.taken == 1:
+        if self.device.type != "cuda":
+            return self.compute(tokens)
+        if not torch.is_tensor(self.cache.start):
+            self.cache.start = torch.tensor([self.cache.start], device=self.device)
             return self.compute(tokens)
         if self.graph is None:
             self.tokens = tokens.clone()
@@ -386,8 +386,8 @@ def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float 
     first = torch.tensor([row[:shortest] for row in rows], device=device)
     x, cache = with_prompt(model, prompt, first, room=max(ends) - shortest)
     running = set(range(len(rows)))
-    logits = model.head(model.hidden(x, cache)[:, -1])                                 # (B, vocab)
     step = Steps(model, cache)
+    logits = step.compute(x)                                                           # (B, vocab)
     for at in range(shortest, max(ends)):
         if logits.isnan().any():
             raise not_finite("generation", f"a logit of token {at}", math.nan, model)

@@ -75,8 +75,8 @@ def rotate(x, rope):
 
 class KV(NamedTuple):
     """Keys and values (B, n_kv_head, length, head_dim) of one block, of which `past` positions are
-    filled. Where past is a tensor (1,), mask (1, length) says what a step of one token may see: 0, or
-    -inf for what is still to come."""
+    filled. Where past is a tensor (1,), mask (1, length) says what a step of one token may see: 0,
+    or -inf for what is still to come."""
     k: torch.Tensor
     v: torch.Tensor
     past: int | torch.Tensor = 0
@@ -237,8 +237,9 @@ class Cache:
         if not torch.is_tensor(self.start):
             return None
         length = self.kv[0][0].shape[2]
-        later = torch.arange(length, device=self.start.device) > self.start
-        return torch.zeros(1, length, dtype=dtype, device=later.device).masked_fill_(later, -math.inf)
+        device = self.start.device
+        later = torch.arange(length, device=device) > self.start
+        return torch.zeros(1, length, dtype=dtype, device=device).masked_fill_(later, -math.inf)
 
 
 class Embedding(nn.Embedding):

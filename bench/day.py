@@ -39,8 +39,8 @@ BATCHES = (1, 16, 64, 512, 4096)
 # shape, groupsize, tokens, dtype of the checks: rows and columns that fill no tile; several steps
 # of a warp; all kernels
 CHECKS = (((33, 130), -1, (1, 12, 100), torch.float16), ((80, 1100), 128, (5, 64), torch.bfloat16))
-WARMED = 36                                                 # cases whose kernels are compiled before
-KEPT = 6                                                    # layers, 0.6 GB each with their copies, not made anew
+WARMED = 36                                                 # cases that are compiled for before
+KEPT = 6                                                    # layers, 0.6 GB each with their copies
 TOLERANCE = {torch.float16: 2 ** -10, torch.bfloat16: 2 ** -6}
 COLUMNS = ("kind", "case", "value", "fp16", "int4")
 

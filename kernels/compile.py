@@ -39,7 +39,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.matmul import launch, steps_of
+from kernels.matmul import launch, of_slab, steps_of
 from kernels.product import product_kernel
 from kernels.slab import slab_kernel
 
@@ -90,17 +90,15 @@ class Built(NamedTuple):
 
 
 def build(v: Variant) -> Built:
-    N, K = v.shape
+    meta = dict(shape=v.shape, format=v.format, grid=v.grid, groupsize=v.group or -1)
     if v.tokens == SLAB:
-        kernel, warps, in_loop, in_all = slab_kernel, 4, 64, 64
-        constants = dict(N=N, K=K, GROUP=v.group, FORMAT=v.format, OFFSET=v.grid == "offset",
-                         EIGHTS=True, WARPS=warps)
+        kernel, constants = slab_kernel, of_slab(meta, True)
+        in_loop = in_all = 64
     else:
-        meta = dict(shape=v.shape, format=v.format, grid=v.grid, groupsize=v.group or -1)
         kernel, constants = product_kernel, launch(meta, v.tokens)[1]
-        warps = constants.pop("num_warps")
         in_loop = 64 * constants["STRIPS"] * constants["UNROLL"]
-        in_all = 64 * constants["STRIPS"] * steps_of(K, v.tokens)
+        in_all = 64 * constants["STRIPS"] * steps_of(v.shape[1], v.tokens)
+    warps = constants.pop("num_warps")
     types = dict(x_ptr=f"*{v.dtype}", y_ptr=f"*{v.dtype}", out_ptr=f"*{v.dtype}", mask_ptr="*i32",
                  codes_ptr="*i32", start_ptr="*i32", at_ptr="*u8", scale_ptr="*fp16",
                  zero_ptr="*fp16", M="i32", first_strip="i32", first_tile="i32", width="i32")

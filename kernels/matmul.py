@@ -26,9 +26,10 @@ from kernels.fragments import Fragments, tiles_of
 from kernels.product import product_kernel
 from kernels.slab import slab_kernel
 
-# the most tokens of product.py; by compile.py's model, untimed
+# the most tokens of product.py; timed on sm_90 alone
 FUSED = {80: 64, 86: 64, 89: 64, 90: 64, 100: 64, 120: 64}
 SLAB_BYTES = 45_000_000
+SLAB_WARPS = 4                                              # a program of slab.py, a tile each
 CHUNK = 15  # tiles of 128 columns that a warp adds up in one go
 UNROLL = 3, 2, 1  # of three: a step's words go round in three sets of registers
 
@@ -64,15 +65,26 @@ def strips_of(tokens: int) -> int:
     return 2 if 8 < tokens <= 32 else 1
 
 
+def of_weight(meta: dict) -> dict:
+    """The constants that tell both kernels what weight they read."""
+    N, K = meta["shape"]
+    return dict(N=N, K=K, GROUP=max(meta["groupsize"], 0), FORMAT=meta["format"],
+                OFFSET=meta["grid"] == "offset")
+
+
+def of_slab(meta: dict, eights: bool) -> dict:
+    """The constants of slab_kernel; eights: it stores eight columns of 16 bits at a time."""
+    return dict(**of_weight(meta), EIGHTS=eights, WARPS=SLAB_WARPS, num_warps=SLAB_WARPS)
+
+
 def launch(meta: dict, tokens: int) -> tuple[tuple[int], dict]:
     """-> grid and constants of product_kernel for up to 8, 16, 32 or 64 tokens."""
-    N, K = meta["shape"]
+    K = meta["shape"][1]
     warps, strips, unroll = warps_of(K, tokens), strips_of(tokens), 1
     if tokens == 8:                                         # a loop of one pass would spill
         unroll = next((n for n in UNROLL if 2 * n <= steps_of(K, tokens)), 1)
-    constants = dict(N=N, K=K, GROUP=max(meta["groupsize"], 0), FORMAT=meta["format"],
-                     OFFSET=meta["grid"] == "offset", PLANES=tokens == 8, STRIPS=strips,
-                     TOKENS=tokens // 8, WARPS=warps, CHUNK=CHUNK, UNROLL=unroll, num_warps=warps)
+    constants = dict(**of_weight(meta), PLANES=tokens == 8, STRIPS=strips, TOKENS=tokens // 8,
+                     WARPS=warps, CHUNK=CHUNK, UNROLL=unroll, num_warps=warps)
     return (-(-tiles_of(meta)[0] // strips),), constants
 
 
@@ -103,16 +115,13 @@ class Plan:
     def unpack(self, dtype: torch.dtype, rows: tuple[int, int],
                columns: tuple[int, int]) -> torch.Tensor:
         """W[rows, columns]; both begin at whole tiles."""
-        meta = self.meta
         width = columns[1] - columns[0]
         out = torch.empty(rows[1] - rows[0], width, dtype=dtype, device=self.pointers[0].device)
-        grid = (-(-out.shape[0] // 16), -(-width // 512))
+        grid = (-(-out.shape[0] // 16), -(-width // (128 * SLAB_WARPS)))
         eights = dtype.itemsize == 2 and width % 8 == 0
-        constants = dict(N=meta["shape"][0], K=meta["shape"][1], GROUP=max(meta["groupsize"], 0),
-                         FORMAT=meta["format"], OFFSET=meta["grid"] == "offset", EIGHTS=eights,
-                         WARPS=4, num_warps=4)
         self.run((dtype, eights, width % 16), slab_kernel, grid,
-                 (out, *self.pointers, rows[0] // 16, columns[0] // 128, width), constants)
+                 (out, *self.pointers, rows[0] // 16, columns[0] // 128, width),
+                 of_slab(self.meta, eights))
         return out
 
     def run(self, key: tuple, kernel, grid: tuple[int, ...], args: tuple, constants: dict) -> None:

@@ -194,8 +194,8 @@ def product_kernel(x_ptr, y_ptr, mask_ptr, codes_ptr, start_ptr, at_ptr, scale_p
                 for s in tl.static_range(STRIPS):
                     part = sums[(t * STRIPS + s) * PARTS * 4:(t * STRIPS + s + 1) * PARTS * 4]
                     if PLANES:
-                        new = new + multiply_planes(part, one, a[32 * s:32 * s + 32], FORMAT, OFFSET,
-                                                    FP16)
+                        new = new + multiply_planes(part, one, a[32 * s:32 * s + 32], FORMAT,
+                                                    OFFSET, FP16)
                     else:
                         new = new + multiply(part, one, a[32 * s:32 * s + 32], P_FP16, P_BF16, FP16)
             sums = new

@@ -27,6 +27,7 @@ devices.
 import copy
 import time
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -102,6 +103,9 @@ def fast_products(x: torch.Tensor):
         place.matmul.fp32_precision = before
 
 
+CHUNK = 512                             # tokens of a product on a CPU: nearly twice as fast as 8192
+
+
 class Moments:
     """Sums over tokens, in fp32, of what one group of Linears reads, x (..., in), and of an error e
     that goes with it.
@@ -115,22 +119,28 @@ class Moments:
 
     def add(self, x: torch.Tensor, e: torch.Tensor | None = None) -> None:
         """Add x (..., in) and, each time or never, e (..., any)."""
-        x32 = x.reshape(-1, x.shape[-1]).float()
-        n = x32.shape[1]
-        self.count += len(x32)
+        tokens, n = x.numel() // x.shape[-1], x.shape[-1]
+        self.count += tokens
         if self.H is None:
-            self.H, self.x = x32.new_zeros(n, n), x32.new_zeros(n)
+            new = dict(dtype=torch.float32, device=x.device)
+            self.H, self.x = torch.zeros(n, n, **new), torch.zeros(n, **new)
             if e is not None:
-                self.E, self.e = x32.new_zeros(e.shape[-1], n), x32.new_zeros(e.shape[-1])
+                self.E = torch.zeros(e.shape[-1], n, **new)
+                self.e = torch.zeros(e.shape[-1], **new)
+        at_once = tokens if x.is_cuda else CHUNK
+        pieces = x.reshape(tokens, n).split(at_once)
+        of_e = () if e is None else e.reshape(tokens, -1).split(at_once)
         step = n if n < 1024 else -(-n // 4)
-        with fast_products(x):
-            for s in range(0, n, step):
-                self.H[s:, s:s + step].addmm_(x32[:, s:].T, x32[:, s:s + step])
+        for piece, error in zip_longest(pieces, of_e):
+            x32 = piece.float()
+            with fast_products(x):
+                for s in range(0, n, step):
+                    self.H[s:, s:s + step].addmm_(x32[:, s:].T, x32[:, s:s + step])
+                if error is not None:
+                    self.E.addmm_(error.float().T, x32)
             self.x += x32.sum(0)
-            if e is not None:
-                e32 = e.reshape(-1, e.shape[-1]).float()
-                self.E.addmm_(e32.T, x32)
-                self.e += e32.sum(0)
+            if error is not None:
+                self.e += error.float().sum(0)
 
     def finish(self, alone: bool = False) -> "Moments":
         """Sums become means over all tokens of all processes, or of this one alone, in place, and H

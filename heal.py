@@ -29,7 +29,8 @@ from kernels.unpacking import unpack
 from model import open_checkpoint, read_note, save_index, save_shard, shard_path
 from prompt import Fit, backward_by_parts, fingerprint, fit, mean_loss, text_loss, windows_at_once
 
-FAR = 1024.0                                                    # a zero beyond all codes
+FAR = 1024.0                            # a zero beyond all codes
+AT_ONCE = 2048                          # tokens that share an unpacking on a CPU, half of the work
 
 
 def regrid(packed: Packed, scale: torch.Tensor, zero: torch.Tensor,
@@ -65,10 +66,12 @@ class GridLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, scale, zero = ctx.saved_tensors
         dW = (dy.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        A, T = planes(ctx.packed)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ regrid(ctx.packed, scale, zero, dy.dtype)
-        A, T = planes(ctx.packed)
+            column = ctx.group if scale.shape[1] > 1 else slice(None)
+            W = torch.addcmul(A, zero[:, column], T).mul_(scale[:, column])
+            dx = dy @ W.to(dy.dtype)
         over_A = sum_groups(A.mul_(dW), ctx.group, scale.shape)
         over_T = sum_groups(T.mul_(dW), ctx.group, scale.shape)
         return dx, over_A + zero * over_T, scale * over_T, None, None
@@ -177,7 +180,7 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
                          f"windows")
     device = model.embed_tokens.weight.device
     states, val_states = teacher
-    at_once = windows_at_once(windows, device)
+    at_once = windows_at_once(windows, device, AT_ONCE)
 
     def losses_of(part):
         return text_loss(model, None, windows[part].to(device), states[part])

@@ -453,10 +453,11 @@ def default_rate(model, prompt: torch.Tensor) -> float:
     return 0.05 if prompt.dim() == 5 else 0.35 * float(model.embed_tokens.weight.float().std())
 
 
-def windows_at_once(windows: torch.Tensor, device) -> int:
-    """Windows (N, T) whose activations are kept at a time: on a CPU those of 512 tokens, more is no
-    faster there."""
-    return len(windows) if torch.device(device).type == "cuda" else max(1, 512 // windows.shape[1])
+def windows_at_once(windows: torch.Tensor, device, tokens: int = 512) -> int:
+    """Windows (N, T) whose activations are kept at a time: on a CPU those of so many tokens, more
+    are no faster there."""
+    on_gpu = torch.device(device).type == "cuda"
+    return len(windows) if on_gpu else max(1, tokens // windows.shape[1])
 
 
 def backward_by_parts(losses_of: Callable, index: torch.Tensor, at_once: int) -> float:

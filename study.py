@@ -16,7 +16,7 @@ does not have are learned by train.py's own stages. Losses, answers and prompts 
 Controls: the dense model; the compressed one; behind the prompt's start; behind the learned prompt;
 dense behind a prompt learned the same way; and behind as many tokens of real text, neutral and
 shuffled. Brackets hold 95% bootstrap intervals over windows (items); differences are paired, and a
-star marks those whose interval leaves zero out. Left out: several seeds in one table.
+star marks those whose interval leaves zero out. Left out: means over seeds.
 """
 from data.flags import Flags, read_flags, run_program, whole
 
@@ -539,7 +539,12 @@ def recipes(lab: Lab) -> None:
                   "text", "dense", "compressed", "+ start", "+ learned", "dense + learned",
                   "gap without", "gap with prompts", "healed", "gained, of the gap")
     rows = []
+    seeds = {case.settings.seed for case in lab.cases}
+    models = {case.label for case in lab.cases}
     for case in lab.cases:
+        name = f"{case.settings.kind}, {case.settings.objective}"
+        name += f", seed {case.settings.seed}" if len(seeds) > 1 else ""
+        name += f", {case.label}" if len(models) > 1 else ""
         for label, (_, measure) in lab.texts(case).items():
             tokens = case.measured(measure)
             losses = {name: lab.losses(case, which, prompt, tokens)
@@ -549,7 +554,6 @@ def recipes(lab: Lab) -> None:
             healed = spread(before - after)
             gained = losses["compressed"] - losses["+ learned"]
             recovered = 100 * float(gained.mean() / before.mean())
-            name = f"{case.settings.kind}, {case.settings.objective}"
             numbers = {key: ppl(value) for key, value in losses.items()}
             gaps = spread(before), spread(after)
             table.add(name, label, *(show(v) for v in numbers.values()),

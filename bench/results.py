@@ -1,7 +1,7 @@
 """RESULTS.md from runs: what is missing is run, and the tables go between their marks.
 
     python -m bench.results --folder runs/results              # the tiny models: an hour, once
-    python -m bench.results --folder runs/results --smollm2 FOLDER --wikitext FOLDER   # SmolLM2 too
+    python -m bench.results --folder runs/results --smollm2 FOLDER --texts FOLDER   # SmolLM2 too
     python -m bench.results --folder runs/results --check      # run nothing, write nothing
 
 A command's output is kept in --folder as NAME.log, and how it was made (command, commit, machine,
@@ -32,15 +32,17 @@ BAR = re.compile(r"[#-]{20} \d+/\d+")                          # of a progress b
 # Flags that several commands share.
 TINY = "--max-tokens 8192 --steps 40 {}--nsamples 64 --dtype float32 --device cpu --batch-size 4"
 PACKED, PRUNED = TINY.format("--fused off "), TINY.format("")
-WIKI = "--data {wikitext}/wiki.test.raw --dtype float32 --device cpu"
-CALIBRATED = "--calib {wikitext}/wiki.valid.raw --nsamples 32 --seqlen 512 --max-tokens 40960"
-TAUGHT = ("--train-data {wikitext}/wiki.valid.raw --seqlen 256 --max-tokens 6144 --batch-size 1 "
-          "--steps 80 --val-windows 4 --fused off")
+WIKI = "--data {texts}/wikitext2/wiki.test.raw --dtype bfloat16 --device cpu"
+VALID = "{texts}/wikitext2/wiki.valid.raw"
+CALIBRATED = f"--calib {VALID} --nsamples 32 --seqlen 512 --max-tokens 40960"
+TAUGHT = ("--dense {smollm2} --seqlen 256 --max-tokens 8192 --batch-size 2 --steps 80 "
+          f"--val-windows 4 --fused off {WIKI}")
+ELSEWHERE = f" --texts {VALID}:{{texts}}/wikitext2/wiki.test.raw,ptb,c4 --data-dir {{texts}}"
 
 
 class Family(NamedTuple):
     """Runs of one program that differ in a few values. `{name}` in a command is one of them, or a
-    folder: {out} where the runs are, {smollm2}, {wikitext}."""
+    folder: {out} where the runs are, {smollm2}, {texts}."""
     name: str                           # of one run, with its values in it
     command: str                        # what follows `python`
     values: dict[str, tuple] = {}
@@ -54,7 +56,7 @@ class Family(NamedTuple):
 
     def shown(self) -> str:
         """The command as a reader types it, and which values it was run with."""
-        capitals = {name: name.upper() for name in (*self.values, "smollm2", "wikitext")}
+        capitals = {name: name.upper() for name in (*self.values, "smollm2", "texts")}
         line = fill(f"python {self.command}", {**capitals, "out": "FOLDER"})
         if self.command.startswith("train.py"):
             line += " --out FOLDER/" + fill(self.name, capitals)
@@ -242,12 +244,26 @@ SMOLLM2 = Family(
     without=("smollm2-3bit-0.5", "smollm2-3bit-0.625", "smollm2-3bit-2:4"))
 HEALED = Family(
     "smollm2-healed",
-    f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 32")
+    f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 64")
 PROMPTS = Family(
-    "{kind}-{objective}",
-    f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --dense {{smollm2}} --control "
-    f"--kind {{kind}} --objective {{objective}} {TAUGHT} {WIKI}",
+    "{kind}-{objective}-{seed}",
+    f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --control --kind {{kind}} "
+    f"--objective {{objective}} --seed {{seed}} --train-data {VALID} {TAUGHT}",
+    {"kind": ("embedding", "prefix"), "objective": ("next", "kl"), "seed": (0, 1)})
+ON_HEALED = Family(
+    "healed-{kind}-{objective}",
+    f"train.py --model {{out}}/smollm2-healed/compressed --control --kind {{kind}} "
+    f"--objective {{objective}} --train-data {VALID} {TAUGHT}",
     {"kind": ("embedding", "prefix"), "objective": ("next", "kl")})
+ON_C4 = Family(
+    "prefix-kl-c4",
+    "train.py --model {out}/smollm2-4bit-0.5/compressed --control --kind prefix --objective kl "
+    f"--train-data c4 --data-dir {{texts}} {TAUGHT}")
+ON_OTHERS = Family(
+    "embedding-{bits}bit-{sparsity}",
+    f"train.py --model {{out}}/smollm2-{{bits}}bit-{{sparsity}}/compressed --train-data {VALID} "
+    f"{TAUGHT}",
+    {"bits": (4,), "sparsity": ("0.625", "2:4", "0")})
 EXPORTED = Family("tiny-llama-hf", "export.py tiny-llama --to hf {out}/tiny-llama-hf")
 BESIDE_PEFT = Family(
     "prompts",
@@ -288,12 +304,17 @@ PARTS = {
     "prompt learning": Part([EXPORTED, BESIDE_PEFT], printed("prompts")),
     "smollm2": Part([SMOLLM2], smollm2_table),
     "smollm2 healed": Part([HEALED], healed_table),
-    "smollm2 prompts": studied("recipes", [SMOLLM2, PROMPTS], names(PROMPTS),
-                               folder="study-smollm2"),
+    "smollm2 prompts": studied("recipes", [SMOLLM2, HEALED, PROMPTS, ON_HEALED],
+                               names(PROMPTS, ON_HEALED), folder="study-smollm2"),
+    "smollm2 c4": studied("recipes", [SMOLLM2, ON_C4], names(ON_C4), ELSEWHERE,
+                          folder="study-smollm2-c4"),
+    "smollm2 transfer": studied("transfer", [SMOLLM2, PROMPTS, ON_OTHERS],
+                                ["embedding-next-0", *names(ON_OTHERS)], ELSEWHERE,
+                                folder="study-smollm2"),
     "walk": Part([WALK], printed("walk")),
     "gpu": Part([], gpu_table),
 }
-LONG = ("smollm2", "smollm2 healed", "smollm2 prompts", "walk")     # not without --smollm2
+LONG = tuple(name for name in PARTS if name.startswith("smollm2")) + ("walk",)   # with --smollm2
 
 
 # -------------------------------------------------------------------------------------------------
@@ -377,20 +398,20 @@ def main() -> None:
     a = p.add_argument
     a("--folder", default="runs/results", help="folder of the runs (default runs/results)")
     a("--smollm2", metavar="FOLDER", help="SmolLM2-135M-Instruct; also runs what needs it")
-    a("--wikitext", metavar="FOLDER", help="folder of wiki.valid.raw and wiki.test.raw")
+    a("--texts", metavar="FOLDER", help="folder of the text sets wikitext2, ptb and c4")
     a("--parts", metavar="NAME,NAME,...", help=f"of {', '.join(PARTS)} (default: all that can run)")
     a("--check", action="store_true",
       help="run and write nothing; exit code 1 if a part differs")
     args = p.parse_args()
-    if bool(args.smollm2) != bool(args.wikitext):
-        p.error("--smollm2 and --wikitext belong together")
+    if bool(args.smollm2) != bool(args.texts):
+        p.error("--smollm2 and --texts belong together")
     picked = picked_parts(p, args)
     out = Path(args.folder).resolve()
     out.mkdir(parents=True, exist_ok=True)
     folders = {"out": out}
     if args.smollm2:
         folders["smollm2"] = Path(args.smollm2).resolve()
-        folders["wikitext"] = Path(args.wikitext).resolve()
+        folders["texts"] = Path(args.texts).resolve()
     path = ROOT / "RESULTS.md"
     differing = []
     for name in picked:

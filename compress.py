@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 from data import parallel
 from data.progress import Progress
-from gptq import Compressed, gptq, one_thread
+from gptq import Compressed, gptq, invert_
 from heal import Tuned, tuned
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
@@ -201,10 +201,8 @@ def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_out
         A = (A - torch.outer(a, mean)) * varies
     damped = H.clone()
     damped.diagonal().mul_(1 + damp).add_(1e-6 * H.diagonal().mean() + 1e-12)
-    with one_thread():
-        L = torch.linalg.cholesky(damped)
-    return Target(W + strength * torch.cholesky_solve(A.T, L).T, H, mean if biased else None,
-                  wanted)
+    aimed = torch.addmm(W, A, invert_(damped), alpha=strength)
+    return Target(aimed, H, mean if biased else None, wanted)
 
 
 class Stream:

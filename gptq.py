@@ -226,6 +226,27 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
+def invert_(M: torch.Tensor) -> torch.Tensor:
+    """The inverse of a symmetric positive definite M (n, n), in its place: by halves, so that most
+    of the work is products, which use all threads. With S = C - B A^-1 B^T,
+
+        [A B^T]^-1   [A^-1 + X^T Y   -Y^T]
+        [B  C ]    = [    -Y         S^-1]      X = B A^-1,   Y = S^-1 X
+    """
+    n = len(M)
+    if n <= 512:
+        with one_thread():
+            return M.copy_(torch.cholesky_inverse(torch.linalg.cholesky(M)))
+    A, B, C = M[:n // 2, :n // 2], M[n // 2:, :n // 2], M[n // 2:, n // 2:]
+    invert_(A)
+    X = B @ A
+    invert_(C.addmm_(X, B.T, alpha=-1))
+    B.copy_(C @ X)
+    A.addmm_(X.T, B)
+    M[:n // 2, n // 2:] = B.neg_().T
+    return M
+
+
 def quick_dtype(like: torch.Tensor) -> torch.dtype:
     """What products that stand noise are fastest in: bfloat16, or like's dtype on a CPU without
     instructions for it, where bfloat16 is 10 to 100 times slower."""

@@ -29,7 +29,7 @@ import math
 import torch
 
 from gptq import (Compressed, Rounder, check, column_groups, column_order, encode, gptq,
-                  inverse_factor, one_thread, quick_dtype, relative_error, static_grids, sweep)
+                  inverse_factor, invert_, quick_dtype, relative_error, static_grids, sweep)
 
 SLAB = 2 ** 25          # weights that `prune_and_round` holds many copies of at a time
 
@@ -243,11 +243,7 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
                 rho *= growth
                 Z = torch.where(keep, Z, Z / growth)            # U is in units of 1 / rho
             shrink = None                                       # make room: H is large
-            shrink = normalized(H, d, percdamp + rho)
-            with one_thread():
-                shrink = torch.linalg.cholesky(shrink)
-                shrink = torch.cholesky_inverse(shrink)
-            shrink = shrink.mul_(rho).to(fast)
+            shrink = invert_(normalized(H, d, percdamp + rho)).mul_(rho).to(fast)
         gap = torch.where(keep, Z, -Z).sub_(Wn).to(fast)        # D - U - W
         Z = Z.masked_fill_(keep, 0).add_(Wn).add_(gap @ shrink)
         del gap                                                 # `kept` needs room too

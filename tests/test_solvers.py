@@ -13,8 +13,8 @@ import torch
 
 from bench.naive import naive_sparsegpt
 from bench.solvers import random_layer, steps
-from gptq import (Compressed, descend, find_grid, gptq, hessian, inverse_factor, nearest, quantize,
-                  relative_error, search_grid)
+from gptq import (Compressed, descend, find_grid, gptq, hessian, inverse_factor, invert_, nearest,
+                  quantize, relative_error, search_grid)
 from sparsegpt import (admm, kth_smallest, parse_sparsity, prune_and_round, prune_smallest, refit,
                        sparsegpt)
 
@@ -177,6 +177,17 @@ def test_factor_is_the_inverse():
     assert torch.equal(U, U.triu())
     assert torch.allclose(U.T @ U @ (H + 0.01 * H.diagonal().mean() * torch.eye(96)),
                           torch.eye(96, dtype=H.dtype), atol=1e-8)
+
+
+@pytest.mark.parametrize("n", [1, 512, 513, 1300])
+def test_the_inverse_by_halves_is_the_inverse(n):
+    x = torch.randn(n // 2 + 1, n, generator=torch.Generator().manual_seed(n))
+    M = x.T @ x / len(x)                            # of half rank
+    M.diagonal().add_(0.2)
+    wanted = torch.linalg.inv(M.double())
+    got = invert_(M)
+    assert got is M                                 # in its place
+    assert (got - wanted).norm() < 5e-6 * wanted.norm()
 
 
 def test_inputs_are_left_alone_and_the_factor_can_be_shared():
@@ -450,12 +461,13 @@ def test_every_step_of_the_stack_lowers_the_error(sparsity, seed):
     assert len(rows) >= 6 and all(b <= a * 1.05 for a, b in zip(errors, errors[1:])), rows
 
 
-def test_the_number_of_threads_changes_nothing():
+@pytest.mark.parametrize("columns", [192, 640])
+def test_the_number_of_threads_changes_nothing(columns):
     """With one thread less, or one more, LAPACK's factors differ in the last bits, and codes would
     follow."""
     torch.manual_seed(0)
-    X = torch.randn(512, 192) * torch.rand(192)
-    W = torch.randn(256, 192)
+    X = torch.randn(512, columns) * torch.rand(columns)
+    W = torch.randn(256, columns)
     H = hessian(X)
     threads = torch.get_num_threads()
     found = []

@@ -35,7 +35,7 @@ PACKED, PRUNED = TINY.format("--fused off "), TINY.format("")
 WIKI = "--data {texts}/wikitext2/wiki.test.raw --dtype bfloat16 --device cpu"
 VALID = "{texts}/wikitext2/wiki.valid.raw"
 CALIBRATED = f"--calib {VALID} --nsamples 32 --seqlen 512 --max-tokens 40960"
-TAUGHT = ("--dense {smollm2} --seqlen 256 --max-tokens 8192 --batch-size 2 --steps 80 "
+TAUGHT = ("--dense {smollm2} --seqlen 256 --max-tokens 8192 --batch-size 1 --steps 100 "
           f"--val-windows 4 --fused off {WIKI}")
 ELSEWHERE = f" --texts {VALID}:{{texts}}/wikitext2/wiki.test.raw,ptb,c4 --data-dir {{texts}}"
 

@@ -20,13 +20,17 @@ and the solver's matrices, whatever the model's size.
 With Settings(reconstruct=PASSES), a half-block that is solved moves as a whole towards the dense
 one's outputs, before pass 3, by gradients (EBFT 2402.12419): see `reconstruct`.
 
+Before the walk, `allocate` may say how much of each group of Linears to prune, at a fixed share of
+all weights: what costs the dense model's loss little is pruned more.
+
 A block whose shard is there is not solved again, only run: so a killed walk continues.
-`compress_block` needs no files. Left out: sparsity chosen per Linear, and splitting a block over
-devices.
+`compress_block` needs no files. Left out: splitting a block over devices.
 """
 import copy
+import math
 import time
 from contextlib import contextmanager
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -43,8 +47,8 @@ from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from kernels.unpacking import unpack
 from model import Block, Checkpoint, Half, load_block, read_note, save_index, save_shard, shard_path
-from prompt import fit
-from sparsegpt import SLAB, parse_sparsity, prune_and_round, refit, sparsegpt
+from prompt import HeadLoss, fit
+from sparsegpt import SLAB, admm, parse_sparsity, prune_and_round, refit, sparsegpt
 
 RECIPES = {
     # as published
@@ -59,11 +63,11 @@ Solve = Callable[..., Compressed]
 def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", groupsize: int = -1,
                 sym: bool = False, blocksize: int = 128, static_groups: bool = False,
                 **steps) -> Solve | None:
-    """solve(W, H, parts, held=None) -> Compressed, or None where nothing is to be done.
+    """solve(W, H, parts, held=None, share=None) -> Compressed, or None where nothing is to be done.
 
     W (rows, in) stacks the Linears that read one input, H (in, in) is that input's Hessian, parts
-    has the Linears' rows, held the mask if there is one already. bits None prunes only, sparsity 0
-    quantizes only; steps (mask, refits, grid, act_order, descent, percdamp) replace the
+    has the Linears' rows, held the mask if there is one already, share how much to prune in place
+    of `sparsity`. bits None prunes only, sparsity 0 quantizes only; steps (mask, refits, grid, act_order, descent, percdamp) replace the
     recipe's."""
     s = {**RECIPES[recipe], **steps}
     fraction, _, m = parse_sparsity(sparsity)
@@ -78,11 +82,12 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
     taken_apart = s["mask"] == "admm" or s["refits"] or s["descent"] or s["grid"] != "minmax"
     taken_apart = taken_apart or fraction and s["act_order"]
 
-    def solve(W, H, parts, held=None):
+    def solve(W, H, parts, held=None, share=None):
+        asked = pattern if share is None else share
         if taken_apart or held is not None:
-            return prune_and_round(W, H, pattern, bits, held=held, **own, **common)
+            return prune_and_round(W, H, asked, bits, held=held, **own, **common)
         if fraction:                                            # one joint pass, as in the paper
-            return sparsegpt(W, H, pattern, bits, parts=parts, **common)
+            return sparsegpt(W, H, asked, bits, parts=parts, **common)
         return gptq(W, H, bits, act_order=s["act_order"], static_groups=static_groups, **common)
     return solve
 
@@ -323,11 +328,12 @@ class Settings(NamedTuple):
                              f"{parallel.world()}: leave torchrun or --reconstruct out")
 
 
-def compress_block(i: int, source: Block, walk: Walk, solve: Solve,
-                   settings: Settings = Settings()) -> tuple[Block, list[dict]]:
+def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Settings = Settings(),
+                   shares: dict[str, float] | None = None) -> tuple[Block, list[dict]]:
     """Compress block i and move the walk's streams behind it.
 
-    source: the dense block, in any dtype, on any device, not changed. Returns the compressed block
+    source: the dense block, in any dtype, on any device, not changed. shares: of `allocate`, where
+    `solve` is not to decide how much to prune. Returns the compressed block
     as it is stored (fp16 and packed, on the CPU) and one dict a Linear: error is of the group that
     shares its input, relative to `against`; error_heldout the same on the walk's held-out windows,
     if it has any; error_dense relative to the dense weights' outputs. All are from before
@@ -341,7 +347,8 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve,
     stats, before = [], {}
 
     def solve_group(names: list[str], moments: Moments, of_outputs: bool, held: Callable) -> None:
-        before.update(solve_linears(source, done, work, names, moments, of_outputs, solve, settings,
+        asked = solve if shares is None else partial(solve, share=shares[f"blocks.{i}.{names[0]}"])
+        before.update(solve_linears(source, done, work, names, moments, of_outputs, asked, settings,
                                     stats, walk, held))
 
     if settings.true_sequential:
@@ -508,6 +515,168 @@ def run_stored(kept: nn.Module, runs: nn.Linear) -> None:
     runs.weight.data = weight.to(runs.weight)
     if kept.bias is not None:
         runs.bias.data = kept.bias.to(runs.bias)
+
+
+# --------------------------------------------------------------------------------------------------
+# Allocation: how much of each group of Linears is pruned, at a fixed share of the whole model.
+
+TOKENS = 4096                           # of the text that tells, one window at least
+REACH = 0.25                            # how far a share may go, in what is pruned or what is kept
+CHEAP = dict(iterations=5, percdamp=0.03)       # of `admm`: a cost needs no good mask
+
+
+class Sensitivity:
+    """Sums over tokens, fp32, of what a group of Linears reads, x (in,), and of the gradient g
+    (out,) of the loss with respect to all that they give.
+
+    Giving e x less costs the loss about E[(g . e x)^2] / 2 (its Fisher information). With squares
+    of gradients taken as a row's mean times a token's, that is
+
+        sum over rows of  rows * e W e^T / 2        W: mean of x x^T, tokens weighted by |g|^2
+    """
+
+    def __init__(self):
+        self.H = self.weighted = self.rows = self.mass = self.count = 0
+
+    def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
+        """x (tokens, in), g (tokens, out)."""
+        x, squares = x.float(), g.float().square()
+        of_token = squares.sum(1)
+        self.count += len(x)
+        self.mass = self.mass + of_token.sum()
+        self.rows = self.rows + squares.sum(0)
+        self.H = self.H + x.T @ x
+        self.weighted = self.weighted + (x * of_token[:, None]).T @ x
+
+    def cost(self, W: torch.Tensor, fraction: float) -> float:
+        """Nats a token that pruning a fraction of W (out, in) costs, about."""
+        V = admm(W, self.H / self.count, fraction, **CHEAP)[1]
+        lost = W - V
+        of_rows = ((lost @ self.weighted) * lost).sum(1) / self.mass.clamp(min=1e-30)
+        return float(of_rows @ self.rows) / self.count / 2
+
+
+@contextmanager
+def watched(block: Block):
+    """Inside, yields {name: (x, y)} of what the block's Linears read and gave last; y keeps its
+    gradient."""
+    seen, handles = {}, []
+    for half in block.halves():
+        for name in half.reads + half.writes:
+            def keep(module, inputs, y, name=name):
+                y.retain_grad()
+                seen[name] = inputs[0].detach(), y
+            handles.append(block.get_submodule(name).register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def costs_of(block: Block, entered: Stream, grads: list[torch.Tensor], rope,
+             fractions: list[float]) -> dict[tuple[str, ...], list[float]]:
+    """{names of a group of Linears: what pruning it to each fraction costs} of a dense block, by
+    the windows that entered it and the loss's gradients behind it; these become those before
+    it."""
+    groups = {tuple(names): Sensitivity() for half in block.halves()
+              for names in (half.reads, half.writes)}
+    with torch.enable_grad(), watched(block) as seen:
+        for k, h in enumerate(entered):
+            h.requires_grad_()
+            block(h, rope).backward(grads[k])
+            grads[k] = h.grad
+            for names, group in groups.items():
+                x = seen[names[0]][0]
+                g = torch.cat([seen[name][1].grad for name in names], -1)
+                group.add(x.flatten(0, -2), g.flatten(0, -2))
+            seen.clear()
+    costs = {}
+    for names in list(groups):
+        group = groups.pop(names)
+        W = torch.cat([block.get_submodule(name).weight.float() for name in names])
+        costs[names] = [group.cost(W, fraction) for fraction in fractions]
+    return costs
+
+
+@torch.no_grad()
+def allocate(ends: nn.Module, block_of: Callable[[int], Block], windows: torch.Tensor,
+             fraction: float) -> dict[str, float]:
+    """How much of each Linear to prune, {its name in the model: share}, so that `fraction` of all
+    their weights is and the dense model's loss grows least.
+
+    ends: a Transformer's embedding and head; block_of(i): its dense block i, both in one dtype on
+    one device; windows (N, T): of which a few are read, forwards and backwards, a block at a time.
+    What pruning a group costs is tried at two shares; between them and a little beyond, up to
+    REACH, its logarithm is taken to be a line. Blocks whose next weight would cost the same are in
+    balance; the same group in all blocks is pruned by `fraction` on average, because between groups
+    of unlike kinds these costs do not tell. The gradient is that of the text's own next tokens."""
+    weight = ends.embed_tokens.weight
+    device, dtype = str(weight.device), weight.dtype
+    count = max(1, TOKENS // windows.shape[1])
+    windows = windows[::max(1, len(windows) // count)][:count].to(device)
+    rope = ends.rope(0, windows.shape[1], device)
+    reach = REACH * min(fraction, 1 - fraction)
+    tried = [fraction - reach / 2, fraction + reach / 2]
+    hs = [ends.stem(ends.embed(window[None])) for window in windows]
+    entered = []                                                # of every block
+    for i in Progress(range(ends.config.n_layer), "what pruning costs, forwards"):
+        block = block_of(i)
+        stream = Stream(dtype, device)
+        for h in hs:
+            stream.append(h)
+        entered.append(stream)
+        hs = [block(h, rope) for h in hs]
+    grads = []
+    for h, window in zip(hs, windows):
+        with torch.enable_grad():
+            h.requires_grad_()
+            losses = HeadLoss.apply(ends.final(h)[0, :-1], ends.unembed, window[1:])
+            losses.sum().backward()
+        grads.append(h.grad)
+    del hs
+    costs = {}                                                  # {names: of every block}
+    for i in Progress(range(ends.config.n_layer)[::-1], "what pruning costs, backwards"):
+        for names, found in costs_of(block_of(i), entered.pop(), grads, rope, tried).items():
+            costs.setdefault(names, []).insert(0, found)
+    shares = {}
+    for names, found in costs.items():
+        for i, share in enumerate(balance(found, fraction, tried, reach)):
+            shares.update({f"blocks.{i}.{name}": share for name in names})
+    return shares
+
+
+def allocate_streamed(checkpoint: Checkpoint, windows: torch.Tensor, fraction: float,
+                      dtype: torch.dtype, device: str) -> dict[str, float]:
+    """`allocate` of a checkpoint, whose blocks come to the device one by one; in fp32 in place of
+    fp16, whose gradients would vanish."""
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    return allocate(checkpoint.ends(dtype, device), lambda i: checkpoint.block(i, dtype, device),
+                    windows, fraction)
+
+
+def balance(costs: list[list[float]], fraction: float, tried: list[float],
+            reach: float) -> list[float]:
+    """Shares, within `reach` of fraction, which is their mean, of matrices of one size by their
+    costs at both shares tried: d cost / d share is the same for all that are not at a bound."""
+    lines = []                                                  # ln d cost / d share at fraction,
+    for found in costs:                                         # and how it rises with the share
+        low, high = (math.log(max(cost, 1e-30)) for cost in found)
+        slope = max((high - low) / (tried[1] - tried[0]), 1.0)
+        lines.append(((low + high) / 2 + math.log(slope), slope))
+
+    def shares_at(price: float) -> list[float]:
+        return [fraction + min(reach, max(-reach, (price - at) / slope)) for at, slope in lines]
+
+    low = min(at - reach * slope for at, slope in lines)
+    high = max(at + reach * slope for at, slope in lines)
+    for _ in range(100):
+        price = (low + high) / 2
+        if sum(shares_at(price)) < fraction * len(lines):
+            low = price
+        else:
+            high = price
+    return shares_at(price)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -697,15 +866,16 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
              settings: Settings = Settings(), batch_size: int = 4,
              dtype: torch.dtype = torch.float32, device: str = "cpu", exact: bool = False,
              after_block: Callable[[int], None] = lambda i: None,
-             held: torch.Tensor | None = None, spent: dict | None = None) -> list[dict]:
+             held: torch.Tensor | None = None, spent: dict | None = None,
+             shares: dict[str, float] | None = None) -> list[dict]:
     """Compress a checkpoint block by block into `folder`, a shard a block, each written when it is
     done; load_model reads the folder once config.json is there, which is last. Shards that are
     there are kept, and only run.
 
     windows (N, T) int64: the calibration text; held (M, T), if given, only measures
     (error_heldout), and judges reconstruction. dtype: of activations; solvers work in fp32. exact:
-    see Stream. spent: gets the seconds of reconstruction, if there is one. Returns one dict a
-    Linear (compress_block)."""
+    see Stream. spent: gets the seconds of reconstruction, if there is one. shares: of `allocate`.
+    Returns one dict a Linear (compress_block)."""
     folder, config = Path(folder), checkpoint.config
     first = parallel.rank() == 0
     if first:
@@ -724,7 +894,7 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
             walk.advance(load_block(path, i, config, dtype, device), twin, settings.true_sequential)
             found = read_note(path)["note"]["layers"]
         else:
-            done, found = compress_block(i, source, walk, solve, settings)
+            done, found = compress_block(i, source, walk, solve, settings, shares)
             parallel.wait()
             if first:
                 save_shard(folder, done, i + 1, config, {"layers": found})
@@ -839,15 +1009,18 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
 def compress_model(model: nn.Module, windows: torch.Tensor, solve: Solve,
                    settings: Settings = Settings(), batch_size: int = 4,
                    dtype: torch.dtype | None = None, exact: bool = False,
-                   held: torch.Tensor | None = None) -> list[dict]:
-    """The same walk over a Transformer that is in memory, in place; returns one dict a Linear."""
+                   held: torch.Tensor | None = None,
+                   shares: dict[str, float] | None = None) -> list[dict]:
+    """The same walk over a Transformer that is in memory, in place; returns one dict a Linear.
+
+    shares: of allocate(model, lambda i: model.blocks[i], windows, fraction)."""
     weight = model.embed_tokens.weight
     dtype = dtype or weight.dtype
     walk = Walk(model, windows, bool(settings.correct), batch_size, dtype, str(weight.device),
                 exact, held, bool(settings.reconstruct))
     stats = []
     for i, block in enumerate(Progress(list(model.blocks), "compressing blocks")):
-        done, found = compress_block(i, block, walk, solve, settings)
+        done, found = compress_block(i, block, walk, solve, settings, shares)
         model.blocks[i] = done.to(weight.device, weight.dtype)
         stats += found
     return stats

@@ -18,11 +18,11 @@ from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, w
 # Flags that do nothing on a model that is compressed already,
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid",
                "act_order", "static_groups", "descent", "true_sequential", "correct", "percdamp",
-               "blocksize", "nsamples", "reconstruct", "heal")
+               "blocksize", "nsamples", "allocation", "reconstruct", "heal")
 # without rounding,
 GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent", "heal")
 # without pruning,
-MASKS = ("mask", "refits")
+MASKS = ("mask", "refits", "allocation")
 # without steps of learning a prompt,
 PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "kind",
           "objective", "prompt_recipe")
@@ -75,6 +75,9 @@ def flags() -> Flags:
       help="groups of Linears inside a block one after the other")
     a("--correct", type=real(0, 1),
       help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
+    a("--allocation", choices=["uniform", "fisher"],
+      help="uniform: every Linear is pruned alike; fisher: more where the dense model's loss feels "
+           "it less, --sparsity on average (default uniform)")
     a("--percdamp", type=real(0, 100), help="damping, as a share of the Hessian's diagonal")
     a("--blocksize", type=whole(1, 1 << 20),
       help="columns whose errors travel together (default 128)")
@@ -149,8 +152,10 @@ from pathlib import Path
 
 import torch
 
-from compress import RECIPES, Settings, compress, hold_out, make_solver, mean_errors, plan
+from compress import (RECIPES, Settings, allocate_streamed, compress, hold_out, make_solver,
+                      mean_errors, plan)
 from data import parallel
+from data.checkpoint import read_json, write_json
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
@@ -192,8 +197,8 @@ def settle(args) -> None:
     size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
     settle_prompt(args)
     general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best",
-                   static_groups=False, blocksize=128, reconstruct=0, seed=0, fused="on",
-                   val_windows=8, prompt_init="text", checkpointing=False)
+                   static_groups=False, blocksize=128, allocation="uniform", reconstruct=0, seed=0,
+                   fused="on", val_windows=8, prompt_init="text", checkpointing=False)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -252,6 +257,7 @@ def refuse_idle(args, given: set[str]) -> None:
         (prunes and not rounds and args.mask == "admm", ("blocksize",),
          "with --bits 16 and --mask admm"),
         (args.groupsize == -1, ("static_groups",), "without --groupsize"),
+        (not allocates(args.sparsity), ("allocation",), f"with --sparsity {args.sparsity}"),
         (calib_idle, ("calib",), "where nothing is compressed"),
         (not solves and not learns, ("seed",),
          "where nothing is compressed and no prompt is learned"),
@@ -262,6 +268,12 @@ def refuse_idle(args, given: set[str]) -> None:
         if odd:
             does, it = ("does", "it") if len(odd) == 1 else ("do", "them")
             raise ValueError(f"{', '.join(odd)} {does} nothing {why}: leave {it} out")
+
+
+def allocates(sparsity: str) -> bool:
+    """Can Linears be pruned by different shares? A pattern is the same for all."""
+    fraction, _, m = parse_sparsity(sparsity)
+    return 0 < fraction < 1 and not m
 
 
 def settle_prompt(args) -> None:
@@ -437,13 +449,23 @@ class Run:
             self.made.mkdir(parents=True, exist_ok=True)
             copy_tokenizer(self.folder, self.made)
         spent = {}
+        shares = self.shares() if a.allocation == "fisher" else None
         self.report.layers = compress(self.checkpoint, self.made, self.windows, self.solve,
                                       self.settings, a.batch_size, self.dtype, a.device,
-                                      held=self.judges(), spent=spent)
+                                      held=self.judges(), spent=spent, shares=shares)
         self.report.save()
         self.measure_made("compressed", time.monotonic() - start)
         self.report.seconds["compressed"].update(spent)
         self.report.save()
+
+    def shares(self) -> dict[str, float]:
+        """How much of every Linear to prune, found once: shares.json holds it for --resume."""
+        a, path = self.args, self.out / "shares.json"
+        if parallel.rank() == 0 and not path.exists():
+            fraction = parse_sparsity(a.sparsity)[0]
+            write_json(path, allocate_streamed(self.checkpoint, self.windows, fraction, self.dtype,
+                                               a.device))
+        return parallel.first_object(read_json(path) if parallel.rank() == 0 else None)
 
     def heal(self) -> None:
         """The row of the healed model. It is written beside compressed/, and takes its place when

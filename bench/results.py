@@ -147,17 +147,17 @@ def calibration_table(out: Path) -> str:
     return markdown(head, rows)
 
 
-def reconstruction_table(out: Path) -> str:
-    """A row a model and text: dense, and compressed without and with reconstruction."""
-    passes = RECONSTRUCTED.values["passes"]
-    head = ["model", "text", "dense", *(f"{n} passes" if n else "without" for n in passes)]
-    rows = []
-    for model, data in itertools.product(*(RECONSTRUCTED.values[k] for k in ("model", "data"))):
-        runs = [rows_of(out, fill(RECONSTRUCTED.name, {"model": model, "data": data, "passes": n}))
-                for n in passes]
-        rows.append([model, data, f"{runs[0]['dense']['perplexity']:.2f}",
-                     *(f"{run['compressed']['perplexity']:.2f}" for run in runs)])
-    return markdown(head, rows)
+def side_by_side(family: Family, flag: str, heads: list[str]) -> Callable[[Path], str]:
+    """A row a model and text: dense, and compressed with each value of a flag."""
+    def table(out: Path) -> str:
+        rows = []
+        for model, data in itertools.product(*(family.values[k] for k in ("model", "data"))):
+            runs = [rows_of(out, fill(family.name, {"model": model, "data": data, flag: value}))
+                    for value in family.values[flag]]
+            rows.append([model, data, f"{runs[0]['dense']['perplexity']:.2f}",
+                         *(f"{run['compressed']['perplexity']:.2f}" for run in runs)])
+        return markdown(["model", "text", "dense", *heads], rows)
+    return table
 
 
 def smollm2_table(out: Path) -> str:
@@ -236,6 +236,12 @@ RECONSTRUCTED = Family(
     "train.py --model {model} --data {data} --reconstruct {passes} --steps 0 --max-tokens 16384 "
     "--dtype float32 --device cpu",
     {"model": ("tiny-llama", "tiny-opt"), "data": ("docs", "headers", "code"), "passes": (0, 2)})
+ALLOCATED = Family(
+    "{model}-{data}-{allocation}",
+    "train.py --model {model} --data {data} --allocation {allocation} --steps 0 "
+    "--max-tokens 16384 --dtype float32 --device cpu",
+    {"model": ("tiny-llama", "tiny-opt"), "data": ("docs", "headers", "code"),
+     "allocation": ("uniform", "fisher")})
 SMOLLM2 = Family(
     "smollm2-{bits}bit-{sparsity}",
     f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 0 --bits {{bits}} "
@@ -300,7 +306,9 @@ PARTS = {
     "robust": studied("robust", [ONE], names(ONE)),
     "tasks": studied("tasks", [ONE], names(ONE), " --limit 60"),
     "calibration": Part([CALIBRATION], calibration_table),
-    "reconstruction": Part([RECONSTRUCTED], reconstruction_table),
+    "allocation": Part([ALLOCATED], side_by_side(ALLOCATED, "allocation", ["uniform", "fisher"])),
+    "reconstruction": Part([RECONSTRUCTED],
+                           side_by_side(RECONSTRUCTED, "passes", ["without", "2 passes"])),
     "prompt learning": Part([EXPORTED, BESIDE_PEFT], printed("prompts")),
     "smollm2": Part([SMOLLM2], smollm2_table),
     "smollm2 healed": Part([HEALED], healed_table),

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from compress import RECIPES, Settings, compress, make_solver, plan
+from compress import RECIPES, Settings, allocate_streamed, compress, make_solver, plan
 from data.config import PUBLISHED, Config
 from eval import DTYPES, default_device, default_dtype
 from model import Block, open_checkpoint, save_index, save_shard, shard_path, skeleton_of
@@ -90,6 +90,7 @@ def main() -> None:
     p.add_argument("--batch-size", type=int, default=4)
     p.add_argument("--bits", type=int, default=4)
     p.add_argument("--sparsity", default="0.5")
+    p.add_argument("--allocation", choices=["uniform", "fisher"], default="uniform")
     p.add_argument("--recipe", choices=list(RECIPES), default="best")
     p.add_argument("--folder", type=Path, required=True, help="where the checkpoint is, or is put")
     p.add_argument("--device", default=default_device())
@@ -121,18 +122,22 @@ def main() -> None:
     on_gpu = torch.device(args.device).type == "cuda"
     started = time.monotonic()
     memory.peak()
+    shares = None
 
-    def after_block(i: int) -> None:
+    def told(what: str) -> None:
         nonlocal started
         device = f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU" if on_gpu else ""
-        print(f"block {i}: {time.monotonic() - started:.0f} s, at most "
+        print(f"{what}: {time.monotonic() - started:.0f} s, at most "
               f"{memory.peak() / 1e9:.2f} GB beside mapped files{device}", flush=True)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         started = time.monotonic()
 
+    if args.allocation == "fisher":
+        shares = allocate_streamed(checkpoint, windows, float(args.sparsity), dtype, args.device)
+        told("allocation")
     stats = compress(checkpoint, out, windows, solve, settings, args.batch_size, dtype,
-                     args.device, after_block=after_block)
+                     args.device, after_block=lambda i: told(f"block {i}"), shares=shares)
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     error = sum(s["error"] for s in stats) / len(stats)
     print(f"mean layer error {error:.4f}; {size / 1e9:.2f} GB written, "

@@ -164,18 +164,19 @@ SMALL = [
 
 
 @needs_tiny
-def test_killed_twice_and_gone_on_to_the_same_bytes(text, other, tmp_path):
+def test_killed_again_and_again_and_gone_on_to_the_same_bytes(text, other, tmp_path):
     args = [
         *SMALL,
         "--nsamples", 4,
         "--calib", text,
         "--data", text,
         "--train-data", other,
+        "--allocation", "fisher",
         "--heal", 2,
         "--steps", 6,
     ]
     run("train.py", *args, "--out", tmp_path / "a")
-    for moment in ("compressed/model-00003-of-*", "prompt.state"):
+    for moment in ("shares.json", "compressed/model-00003-of-*", "prompt.state"):
         kill_when("train.py", *args, "--out", tmp_path / "b", "--resume",
                   there=lambda: list((tmp_path / "b").glob(moment)))
     assert not (tmp_path / "b/prompt.safetensors").exists()
@@ -382,6 +383,7 @@ BAD_SETTINGS = [
     (["--correct", "nan"], "--correct"),
     (["--lr", "-1"], "--lr"),
     (["--sym"], "--sym does nothing"),
+    (["--sparsity", "2:4", "--allocation", "fisher"], "--allocation does nothing with --sparsity"),
     (["--device", "nowhere"], "--device nowhere"),
     (["--resume", "--overwrite"], "exclude"),
     (["--no-true-sequential", "--correct", "1"], "--correct 0"),

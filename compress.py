@@ -963,10 +963,11 @@ def tuning_bytes(weights: int, largest: int, tokens: int, d_model: int, d_ff: in
 
 def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype,
          settings: Settings, bits: int | None, sparsity: float | str, held_tokens: int = 0,
-         taught_tokens: int = 0, seqlen: int = STEP_TOKENS) -> Plan:
+         taught_tokens: int = 0, seqlen: int = STEP_TOKENS, allocates: bool = False) -> Plan:
     """tokens: of all calibration windows; batch_tokens: of one batch; held_tokens: of the windows
     held out of the Hessians; taught_tokens: whose last states in the dense model healing keeps on
-    disk; seqlen: of a window. On a CPU, device and host memory are one: add them."""
+    disk; seqlen: of a window; allocates: after `allocate`. On a CPU, device and host memory are
+    one: add them."""
     c = checkpoint.config
     size = dtype.itemsize
     block = checkpoint.skeleton().blocks[0]
@@ -1000,6 +1001,8 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
         device = max(device + 5 * most, tuning)
         passes = 1.5 * settings.reconstruct * (3 * tokens + held_tokens) + 2 * tokens
         flops = c.n_layer * (2 * weights * passes + sum(2 * tokens * n * n for _, n in groups))
+    if allocates:                                   # a stream a block, before the walk
+        streams = max(streams, c.n_layer * max(TOKENS, seqlen))
     device *= 1.1                                   # a GPU's allocator keeps some more
     host = 2 * streams * c.d_model + ends * size + 2 * weights
     return Plan(c.n_layer, int(device), int(host), int(disk), int(tuning), flops)

@@ -393,7 +393,7 @@ class Run:
         taught = self.windows.numel() + self.held.numel() if a.heal else 0
         return str(plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen, self.dtype,
                         self.settings, self.bits, a.sparsity, self.judges().numel(), taught,
-                        a.seqlen))
+                        a.seqlen, a.allocation == "fisher"))
 
     def judges(self) -> torch.Tensor:
         """Held-out windows that layers' errors are told on too: one for 16, which costs little."""

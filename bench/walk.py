@@ -114,7 +114,8 @@ def main() -> None:
     out = args.folder / "compressed"
     shutil.rmtree(out, ignore_errors=True)
     expected = plan(checkpoint, windows.numel(), args.batch_size * args.seqlen, dtype, settings,
-                    args.bits, args.sparsity)
+                    args.bits, args.sparsity, seqlen=args.seqlen,
+                    allocates=args.allocation == "fisher")
     print(f"{args.shape}, {args.blocks} blocks, {args.nsamples} x {args.seqlen} tokens, "
           f"{args.recipe}, {dtype}, {args.device}, {torch.get_num_threads()} threads\n{expected}",
           flush=True)

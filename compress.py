@@ -67,8 +67,8 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
 
     W (rows, in) stacks the Linears that read one input, H (in, in) is that input's Hessian, parts
     has the Linears' rows, held the mask if there is one already, share how much to prune in place
-    of `sparsity`. bits None prunes only, sparsity 0 quantizes only; steps (mask, refits, grid, act_order, descent, percdamp) replace the
-    recipe's."""
+    of `sparsity`. bits None prunes only, sparsity 0 quantizes only; steps (mask, refits, grid,
+    act_order, descent, percdamp) replace the recipe's."""
     s = {**RECIPES[recipe], **steps}
     fraction, _, m = parse_sparsity(sparsity)
     if bits is None and not fraction:
@@ -141,11 +141,11 @@ class Moments:
             with fast_products(x):
                 for s in range(0, n, step):
                     self.H[s:, s:s + step].addmm_(x32[:, s:].T, x32[:, s:s + step])
+                self.x += x32.sum(0)
                 if error is not None:
-                    self.E.addmm_(error.float().T, x32)
-            self.x += x32.sum(0)
-            if error is not None:
-                self.e += error.float().sum(0)
+                    e32 = error.float()
+                    self.E.addmm_(e32.T, x32)
+                    self.e += e32.sum(0)
 
     def finish(self, alone: bool = False) -> "Moments":
         """Sums become means over all tokens of all processes, or of this one alone, in place, and H
@@ -333,11 +333,11 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Se
     """Compress block i and move the walk's streams behind it.
 
     source: the dense block, in any dtype, on any device, not changed. shares: of `allocate`, where
-    `solve` is not to decide how much to prune. Returns the compressed block
-    as it is stored (fp16 and packed, on the CPU) and one dict a Linear: error is of the group that
-    shares its input, relative to `against`; error_heldout the same on the walk's held-out windows,
-    if it has any; error_dense relative to the dense weights' outputs. All are from before
-    `reconstruct`, whose own two are added. Only rank 0 has solved anything and has both right."""
+    `solve` is not to decide how much to prune. Returns the compressed block as it is stored (fp16
+    and packed, on the CPU) and one dict a Linear: error is of the group that shares its input,
+    relative to `against`; error_heldout the same on the walk's held-out windows, if it has any;
+    error_dense relative to the dense weights' outputs. All are from before `reconstruct`, whose own
+    two are added. Only rank 0 has solved anything and has both right."""
     settings.check()
     done = copy_block(source, torch.float16, "cpu")             # what is stored,
     work = copy_block(source, walk.dtype, walk.device)          # and what runs
@@ -526,34 +526,35 @@ CHEAP = dict(iterations=5, percdamp=0.03)       # of `admm`: a cost needs no goo
 
 
 class Sensitivity:
-    """Sums over tokens, fp32, of what a group of Linears reads, x (in,), and of the gradient g
-    (out,) of the loss with respect to all that they give.
+    """Sums over tokens of what a group of Linears reads, x (in,), and of the gradient g (out,) of
+    the loss with respect to all that they give.
 
     Giving e x less costs the loss about E[(g . e x)^2] / 2 (its Fisher information). With squares
     of gradients taken as a row's mean times a token's, that is
 
-        sum over rows of  rows * e W e^T / 2        W: mean of x x^T, tokens weighted by |g|^2
+        sum over rows of  E[g^2] * e W e^T / (2 E[|g|^2])       W: mean of |g|^2 x x^T
     """
 
     def __init__(self):
-        self.H = self.weighted = self.rows = self.mass = self.count = 0
+        self.plain, self.weighted = Moments(), Moments()        # of x, and of |g| x
+        self.rows = 0                                           # (out,) squares of g
 
     def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """x (tokens, in), g (tokens, out)."""
-        x, squares = x.float(), g.float().square()
-        of_token = squares.sum(1)
-        self.count += len(x)
-        self.mass = self.mass + of_token.sum()
+        squares = g.float().square()
+        self.plain.add(x)
+        self.weighted.add(x.float() * squares.sum(1, keepdim=True).sqrt())
         self.rows = self.rows + squares.sum(0)
-        self.H = self.H + x.T @ x
-        self.weighted = self.weighted + (x * of_token[:, None]).T @ x
 
-    def cost(self, W: torch.Tensor, fraction: float) -> float:
-        """Nats a token that pruning a fraction of W (out, in) costs, about."""
-        V = admm(W, self.H / self.count, fraction, **CHEAP)[1]
-        lost = W - V
-        of_rows = ((lost @ self.weighted) * lost).sum(1) / self.mass.clamp(min=1e-30)
-        return float(of_rows @ self.rows) / self.count / 2
+    def costs(self, W: torch.Tensor, fractions: list[float]) -> list[float]:
+        """Nats a token that pruning each fraction of W (out, in) costs, about. Ends the sums."""
+        H, weighted = (sums.finish(alone=True).H for sums in (self.plain, self.weighted))
+        of_row = self.rows / self.rows.sum().clamp(min=1e-30)
+        found = []
+        for fraction in fractions:
+            lost = W - admm(W, H, fraction, **CHEAP)[1]
+            found.append(float(((lost @ weighted) * lost).sum(1) @ of_row) / 2)
+        return found
 
 
 @contextmanager
@@ -595,8 +596,14 @@ def costs_of(block: Block, entered: Stream, grads: list[torch.Tensor], rope,
     for names in list(groups):
         group = groups.pop(names)
         W = torch.cat([block.get_submodule(name).weight.float() for name in names])
-        costs[names] = [group.cost(W, fraction) for fraction in fractions]
+        costs[names] = group.costs(W, fractions)
     return costs
+
+
+def allocates(sparsity: float | str) -> bool:
+    """Can Linears be pruned by different shares? A pattern is the same for all."""
+    fraction, _, m = parse_sparsity(sparsity)
+    return 0 < fraction < 1 and not m
 
 
 @torch.no_grad()

@@ -454,8 +454,8 @@ def default_rate(model, prompt: torch.Tensor) -> float:
 
 
 def windows_at_once(windows: torch.Tensor, device, tokens: int = 512) -> int:
-    """Windows (N, T) whose activations are kept at a time: on a CPU those of so many tokens, more
-    are no faster there."""
+    """Windows (N, T) whose activations are kept at a time: on a CPU those of so many tokens, of
+    which its products want no more than 512."""
     on_gpu = torch.device(device).type == "cuda"
     return len(windows) if on_gpu else max(1, tokens // windows.shape[1])
 

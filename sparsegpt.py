@@ -22,8 +22,8 @@ update.
 
 `prune_and_round` takes the same problem apart: a mask that sees the whole matrix at once (`admm`),
 the exact best values of what the mask keeps (`refit`), a grid for those values alone and GPTQ with
-the mask held (gptq.py). Copy this file together with gptq.py. How much of
-each layer to prune is compress.py's to say (`allocate`).
+the mask held (gptq.py). Copy this file together with gptq.py. How much of each layer to prune is
+compress.py's to say (`allocate`).
 """
 import math
 

@@ -22,7 +22,7 @@ COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits
 # without rounding,
 GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent", "heal")
 # without pruning,
-MASKS = ("mask", "refits", "allocation")
+MASKS = ("mask", "refits")
 # without steps of learning a prompt,
 PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "kind",
           "objective", "prompt_recipe")
@@ -152,8 +152,8 @@ from pathlib import Path
 
 import torch
 
-from compress import (RECIPES, Settings, allocate_streamed, compress, hold_out, make_solver,
-                      mean_errors, plan)
+from compress import (RECIPES, Settings, allocate_streamed, allocates, compress, hold_out,
+                      make_solver, mean_errors, plan)
 from data import parallel
 from data.checkpoint import read_json, write_json
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
@@ -268,12 +268,6 @@ def refuse_idle(args, given: set[str]) -> None:
         if odd:
             does, it = ("does", "it") if len(odd) == 1 else ("do", "them")
             raise ValueError(f"{', '.join(odd)} {does} nothing {why}: leave {it} out")
-
-
-def allocates(sparsity: str) -> bool:
-    """Can Linears be pruned by different shares? A pattern is the same for all."""
-    fraction, _, m = parse_sparsity(sparsity)
-    return 0 < fraction < 1 and not m
 
 
 def settle_prompt(args) -> None:

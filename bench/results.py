@@ -266,10 +266,9 @@ ON_C4 = Family(
     "train.py --model {out}/smollm2-4bit-0.5/compressed --control --kind prefix --objective kl "
     f"--train-data c4 --data-dir {{texts}} {TAUGHT}")
 ON_OTHERS = Family(
-    "embedding-{bits}bit-{sparsity}",
-    f"train.py --model {{out}}/smollm2-{{bits}}bit-{{sparsity}}/compressed --train-data {VALID} "
-    f"{TAUGHT}",
-    {"bits": (4,), "sparsity": ("0.625", "2:4", "0")})
+    "embedding-4bit-{sparsity}",
+    f"train.py --model {{out}}/smollm2-4bit-{{sparsity}}/compressed --train-data {VALID} {TAUGHT}",
+    {"sparsity": ("0.625", "2:4", "0")})
 EXPORTED = Family("tiny-llama-hf", "export.py tiny-llama --to hf {out}/tiny-llama-hf")
 BESIDE_PEFT = Family(
     "prompts",

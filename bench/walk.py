@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from compress import RECIPES, Settings, allocate_streamed, compress, make_solver, plan
+from compress import RECIPES, Settings, allocate_streamed, allocates, compress, make_solver, plan
 from data.config import PUBLISHED, Config
 from eval import DTYPES, default_device, default_dtype
 from model import Block, open_checkpoint, save_index, save_shard, shard_path, skeleton_of
@@ -96,6 +96,8 @@ def main() -> None:
     p.add_argument("--device", default=default_device())
     p.add_argument("--dtype", choices=list(DTYPES))
     args = p.parse_args()
+    if args.allocation == "fisher" and not allocates(args.sparsity):
+        p.error(f"--allocation fisher does nothing with --sparsity {args.sparsity}")
     dtype = DTYPES[args.dtype or default_dtype(args.device, torch.float16)]
     memory = Memory()
 

@@ -130,6 +130,11 @@ def test_every_table_of_the_results_has_its_command_beside_it():
         assert re.search(r"seed", place, re.I), f"RESULTS.md: no seed in {title}"
 
 
+def test_every_part_that_is_run_has_its_place_in_the_results():
+    from bench.results import PARTS
+    assert re.findall(r"<!-- part: (.*?) -->", read("RESULTS.md")) == list(PARTS)
+
+
 def test_the_functions_that_the_lesson_names_are_where_it_says():
     modules = ("gptq.py", "sparsegpt.py", "compress.py", "prompt.py", "model.py")
     code = "".join(map(read, modules))

@@ -77,7 +77,7 @@ def flags() -> Flags:
       help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
     a("--allocation", choices=["uniform", "fisher"],
       help="uniform: every Linear is pruned alike; fisher: more where the dense model's loss feels "
-           "it less, --sparsity on average (default uniform)")
+           "it less, --sparsity on average (default fisher; uniform with n:m and --recipe plain)")
     a("--percdamp", type=real(0, 100), help="damping, as a share of the Hessian's diagonal")
     a("--blocksize", type=whole(1, 1 << 20),
       help="columns whose errors travel together (default 128)")
@@ -178,6 +178,8 @@ def settle(args) -> None:
     for name in ("heal", "reconstruct"):
         if getattr(args, name) == 0:
             given.discard(name)                     # asks for nothing
+    if args.allocation == "uniform":
+        given.discard("allocation")
     args.packed = bool(packed_layers(folder))
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: the one continues what the "
@@ -197,11 +199,14 @@ def settle(args) -> None:
     size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
     settle_prompt(args)
     general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best",
-                   static_groups=False, blocksize=128, allocation="uniform", reconstruct=0, seed=0,
-                   fused="on", val_windows=8, prompt_init="text", checkpointing=False)
+                   static_groups=False, blocksize=128, reconstruct=0, seed=0, fused="on",
+                   val_windows=8, prompt_init="text", checkpointing=False)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.allocation is None:
+        by_loss = args.recipe == "best" and allocates(args.sparsity) and not args.packed
+        args.allocation = "fisher" if by_loss else "uniform"
     args.heal = 0 if args.packed or args.bits == 16 else args.heal
     if args.nsamples < len(calibration_texts(args)):
         raise ValueError(f"--nsamples {args.nsamples} leaves some texts of --calib {args.calib} "

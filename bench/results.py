@@ -30,11 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BAR = re.compile(r"[#-]{20} \d+/\d+")                          # of a progress bar
 
 # Flags that several commands share.
-TINY = "--max-tokens 8192 --steps 40 {}--nsamples 64 --dtype float32 --device cpu --batch-size 4"
+TINY = ("--max-tokens 8192 --steps 40 {}--nsamples 64 --allocation uniform --dtype float32 "
+        "--device cpu --batch-size 4")
 PACKED, PRUNED = TINY.format("--fused off "), TINY.format("")
 WIKI = "--data {texts}/wikitext2/wiki.test.raw --dtype bfloat16 --device cpu"
 VALID = "{texts}/wikitext2/wiki.valid.raw"
-CALIBRATED = f"--calib {VALID} --nsamples 32 --seqlen 512 --max-tokens 40960"
+CALIBRATED = f"--calib {VALID} --nsamples {{nsamples}} --seqlen 512 --max-tokens 40960"
 TAUGHT = ("--dense {smollm2} --seqlen 256 --max-tokens 8192 --batch-size 1 --steps 100 "
           f"--val-windows 4 --fused off {WIKI}")
 ELSEWHERE = f" --texts {VALID}:{{texts}}/wikitext2/wiki.test.raw,ptb,c4 --data-dir {{texts}}"
@@ -122,8 +123,10 @@ def layer_errors(out: Path, name: str) -> tuple[float, float]:
 
 
 def several(values: list[float], digits: int = 2) -> str:
-    """The geometric mean, and the values of all seeds in brackets."""
+    """The geometric mean, and the values of all seeds, if more than one, in brackets."""
     mean = math.exp(statistics.mean(map(math.log, values)))
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ({', '.join(f'{v:.{digits}f}' for v in values)})"
 
 
@@ -185,10 +188,18 @@ def level_of(row: dict) -> tuple[str, str]:
 
 
 def healed_table(out: Path) -> str:
-    """The rows of the run that heals."""
-    rows = [[name, f"{row['perplexity']:.3f}", f"{row['megabytes']:.1f}", f"{row['seconds']:,.0f}"]
-            for name, row in rows_of(out, "smollm2-healed").items()]
-    return markdown(["", "perplexity", "MB", "made, s"], rows)
+    """Compressed and healed, by the number of calibration windows; means over the seeds."""
+    head = ["windows", "dense", "compressed", "made, s", "healed", "healing, s", "MB"]
+    rows = []
+    for count in HEALED.values["nsamples"]:
+        runs = [rows_of(out, fill(HEALED.name, {"nsamples": count, "seed": seed}))
+                for seed in HEALED.values["seed"]]
+        row = [str(count), f"{runs[0]['dense']['perplexity']:.2f}"]
+        for name in ("compressed", "compressed + healed"):
+            row.append(several([run[name]["perplexity"] for run in runs]))
+            row.append(f"{statistics.mean(run[name]['seconds'] for run in runs):,.0f}")
+        rows.append([*row, f"{runs[0]['compressed']['megabytes']:.1f}"])
+    return markdown(head, rows)
 
 
 def gpu_table(_: Path) -> str:
@@ -227,14 +238,14 @@ ONLY_PRUNED = Family(
     {"sparsity": ("0.5", "0.625", "0.75", "2:4")})
 CALIBRATION = Family(
     "{model}-{nsamples}-{seed}",
-    "train.py --model {model} --nsamples {nsamples} --seed {seed} --steps 0 --max-tokens 16384 "
-    "--dtype float32 --device cpu",
+    "train.py --model {model} --nsamples {nsamples} --seed {seed} --allocation uniform --steps 0 "
+    "--max-tokens 16384 --dtype float32 --device cpu",
     {"model": ("tiny-llama", "tiny-opt"), "nsamples": (32, 64, 128, 256, 512, 1024),
      "seed": (0, 1)})
 RECONSTRUCTED = Family(
     "{model}-{data}-{passes}-passes",
-    "train.py --model {model} --data {data} --reconstruct {passes} --steps 0 --max-tokens 16384 "
-    "--dtype float32 --device cpu",
+    "train.py --model {model} --data {data} --reconstruct {passes} --allocation uniform --steps 0 "
+    "--max-tokens 16384 --dtype float32 --device cpu",
     {"model": ("tiny-llama", "tiny-opt"), "data": ("docs", "headers", "code"), "passes": (0, 2)})
 ALLOCATED = Family(
     "{model}-{data}-{allocation}",
@@ -244,13 +255,14 @@ ALLOCATED = Family(
      "allocation": ("uniform", "fisher")})
 SMOLLM2 = Family(
     "smollm2-{bits}bit-{sparsity}",
-    f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 0 --bits {{bits}} "
-    f"--sparsity {{sparsity}}",
+    f"train.py --model {{smollm2}} {fill(CALIBRATED, {'nsamples': 32})} {WIKI} --steps 0 --heal 0 "
+    f"--bits {{bits}} --sparsity {{sparsity}}",
     {"bits": (4, 3), "sparsity": ("0.5", "0.625", "2:4", "0")},
     without=("smollm2-3bit-0.5", "smollm2-3bit-0.625", "smollm2-3bit-2:4"))
 HEALED = Family(
-    "smollm2-healed",
-    f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 64")
+    "smollm2-healed-{nsamples}-{seed}",
+    f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 64 --seed {{seed}}",
+    {"nsamples": (32, 256), "seed": (0,)})
 PROMPTS = Family(
     "{kind}-{objective}-{seed}",
     f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --control --kind {{kind}} "
@@ -258,7 +270,7 @@ PROMPTS = Family(
     {"kind": ("embedding", "prefix"), "objective": ("next", "kl"), "seed": (0, 1)})
 ON_HEALED = Family(
     "healed-{kind}-{objective}",
-    f"train.py --model {{out}}/smollm2-healed/compressed --control --kind {{kind}} "
+    f"train.py --model {{out}}/smollm2-healed-32-0/compressed --control --kind {{kind}} "
     f"--objective {{objective}} --train-data {VALID} {TAUGHT}",
     {"kind": ("embedding", "prefix"), "objective": ("next", "kl")})
 ON_C4 = Family(

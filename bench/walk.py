@@ -8,6 +8,7 @@ compresses it on random tokens. For every block are printed its seconds and the 
 the process held meanwhile: on Linux anonymous pages, which is all but mapped files, looked at 20
 times a second; on a GPU also the allocator's peak. A block's memory is that of every other one, so
 a few blocks tell what the whole model takes. `plan`'s figures, counted from shapes, are beside.
+With --allocation fisher, train.py's default, a line goes before for what finds the shares.
 """
 import argparse
 import shutil

@@ -226,7 +226,7 @@ TRAIN = {
     "true_sequential": ("--steps 0 --correct 0", "--no-true-sequential", "weights"),
     "correct": ("--steps 0", "--correct 0", "weights"),
     "percdamp": ("--steps 0", "--percdamp 1", "weights"),
-    "allocation": ("--steps 0", "--allocation fisher", "weights"),
+    "allocation": ("--steps 0", "--allocation uniform", "weights"),
     "blocksize": ("--steps 0 --recipe plain", "--blocksize 16", "weights"),
     "calib": ("--steps 0", "--calib P/b.txt", "weights"),
     "nsamples": ("--steps 0", "--nsamples 4", "weights"),

@@ -125,13 +125,17 @@ def test_main_job_end_to_end(model, text, other, tmp_path, capsys):
     assert all(s["measuring"] > 0 for s in seconds.values())
 
     out = load_model(folder / "compressed", packed=False)         # loads again
-    for block in out.blocks:
-        up = ("mlp.up",) if block.mlp.gate is None else ("mlp.gate", "mlp.up")
-        for names in (("attn.q", "attn.k", "attn.v"), ("attn.o",), up, ("mlp.down",)):
+    shares = json.loads((folder / "shares.json").read_text())
+    up = ("mlp.up",) if out.blocks[0].mlp.gate is None else ("mlp.gate", "mlp.up")
+    for names in (("attn.q", "attn.k", "attn.v"), ("attn.o",), up, ("mlp.down",)):
+        zeros = count = 0
+        for i, block in enumerate(out.blocks):
             weights = torch.cat([block.get_submodule(n).weight for n in names])
-            zeros = int((weights == 0).sum())                     # Linears with one input share
-            half = weights.numel() // 2                           # the half that is exactly zero
-            assert zeros >= half > 0.99 * zeros, names
+            here = int((weights == 0).sum())                      # Linears with one input share
+            wanted = shares[f"blocks.{i}.{names[0]}"] * weights.numel()    # what is exactly zero
+            assert here >= int(wanted) > 0.99 * here, (i, names)
+            zeros, count = zeros + here, count + weights.numel()
+        assert zeros / count == pytest.approx(0.5, abs=0.002), names
 
     def measured(*words) -> str:
         evaluation.main(evaluation.flags().parse_args([*map(str, words), "--device", "cpu"]))
@@ -171,7 +175,6 @@ def test_killed_again_and_again_and_gone_on_to_the_same_bytes(text, other, tmp_p
         "--calib", text,
         "--data", text,
         "--train-data", other,
-        "--allocation", "fisher",
         "--heal", 2,
         "--steps", 6,
     ]

@@ -232,7 +232,7 @@ def test_a_run_killed_while_the_healed_model_takes_its_place_goes_on(text, tmp_p
             "--heal", 2, "--steps", 0, "--device", "cpu", "--dtype", "float32"]
     here(*args, "--out", tmp_path / "a")
     left = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert left == [".lock", "compressed", "report.json", "seconds.json"]
+    assert left == [".lock", "compressed", "report.json", "seconds.json", "shares.json"]
     # before the new folder has its name, and after
     for name, half_removed in (("b", True), ("c", False)):
         shutil.copytree(tmp_path / "a", tmp_path / name)

@@ -262,7 +262,7 @@ SMOLLM2 = Family(
 HEALED = Family(
     "smollm2-healed-{nsamples}-{seed}",
     f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 64 --seed {{seed}}",
-    {"nsamples": (32, 256), "seed": (0,)})
+    {"nsamples": (32,), "seed": (0,)})
 PROMPTS = Family(
     "{kind}-{objective}-{seed}",
     f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --control --kind {{kind}} "

@@ -175,11 +175,9 @@ def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
     folder = resolve(args.model)
     given = {name for name, value in vars(args).items() if value is not None}
-    for name in ("heal", "reconstruct"):
-        if getattr(args, name) == 0:
+    for name, nothing in (("heal", 0), ("reconstruct", 0), ("allocation", "uniform")):
+        if getattr(args, name) == nothing:
             given.discard(name)                     # asks for nothing
-    if args.allocation == "uniform":
-        given.discard("allocation")
     args.packed = bool(packed_layers(folder))
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: the one continues what the "

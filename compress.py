@@ -592,8 +592,9 @@ def costs_of(block: Block, entered: Stream, grads: list[torch.Tensor], rope,
                 g = torch.cat([seen[name][1].grad for name in names], -1)
                 group.add(x.flatten(0, -2), g.flatten(0, -2))
             seen.clear()
-    costs = {}
-    for names in list(groups):
+    costs = dict.fromkeys(groups)
+    widest_first = sorted(groups, key=lambda names: -block.get_submodule(names[0]).in_features)
+    for names in widest_first:                                  # its sums take the most room
         group = groups.pop(names)
         W = torch.cat([block.get_submodule(name).weight.float() for name in names])
         costs[names] = group.costs(W, fractions)
@@ -958,7 +959,25 @@ def solver_bytes(rows: int, n: int) -> int:
     whose grids are searched at a time. Counted by tests/test_compress.py."""
     whole = rows * n
     rounding = 10 * whole if whole < SLAB else 5 * whole + 8 * SLAB
-    return 4 * (max(7 * whole, rounding) + 3 * n * n + 7 * min(whole, 2 ** 20))
+    return max(mask_bytes(rows, n), 4 * (rounding + 3 * n * n)) + 4 * 7 * min(whole, 2 ** 20)
+
+
+def mask_bytes(rows: int, n: int) -> int:
+    """What `admm` holds at its peak for W (rows, n), W and H among it."""
+    return 4 * (7 * rows * n + 3 * n * n)
+
+
+def allocation_bytes(groups: list[tuple[int, int]], weights: int, told: int, seqlen: int,
+                     d_model: int, d_ff: int) -> int:
+    """What `allocate` holds at its peak for a block of so many weights, whose groups of Linears
+    have (rows, n): two sums a group, and the backward pass of a window of seqlen tokens, of `told`
+    in all, or one group's mask. Counted by tests/test_compress.py."""
+    sums = 8 * sum(n * n for _, n in groups)
+    most = sums + 4 * seqlen * (24 * d_model + 10 * d_ff) + 8 * told * d_model
+    for rows, n in sorted(groups, key=lambda group: -group[1]):
+        most = max(most, sums + mask_bytes(rows, n) - 4 * n * n)        # H is one of the sums
+        sums -= 8 * n * n
+    return 4 * weights + most
 
 
 def tuning_bytes(weights: int, largest: int, tokens: int, d_model: int, d_ff: int) -> int:
@@ -970,11 +989,11 @@ def tuning_bytes(weights: int, largest: int, tokens: int, d_model: int, d_ff: in
 
 def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype,
          settings: Settings, bits: int | None, sparsity: float | str, held_tokens: int = 0,
-         taught_tokens: int = 0, seqlen: int = STEP_TOKENS, allocates: bool = False) -> Plan:
+         taught_tokens: int = 0, seqlen: int = STEP_TOKENS, by_loss: bool = False) -> Plan:
     """tokens: of all calibration windows; batch_tokens: of one batch; held_tokens: of the windows
     held out of the Hessians; taught_tokens: whose last states in the dense model healing keeps on
-    disk; seqlen: of a window; allocates: after `allocate`. On a CPU, device and host memory are
-    one: add them."""
+    disk; seqlen: of a window; by_loss: `allocate` says before how much is pruned where. On a CPU,
+    device and host memory are one: add them."""
     c = checkpoint.config
     size = dtype.itemsize
     block = checkpoint.skeleton().blocks[0]
@@ -1008,8 +1027,10 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
         device = max(device + 5 * most, tuning)
         passes = 1.5 * settings.reconstruct * (3 * tokens + held_tokens) + 2 * tokens
         flops = c.n_layer * (2 * weights * passes + sum(2 * tokens * n * n for _, n in groups))
-    if allocates:                                   # a stream a block, before the walk
-        streams = max(streams, c.n_layer * max(TOKENS, seqlen))
+    if by_loss:
+        told = min(tokens, max(TOKENS, seqlen))
+        device = max(device, allocation_bytes(groups, weights, told, seqlen, c.d_model, c.d_ff))
+        streams = max(streams, c.n_layer * told)    # one a block
     device *= 1.1                                   # a GPU's allocator keeps some more
     host = 2 * streams * c.d_model + ends * size + 2 * weights
     return Plan(c.n_layer, int(device), int(host), int(disk), int(tuning), flops)

@@ -38,6 +38,8 @@ VALID = "{texts}/wikitext2/wiki.valid.raw"
 CALIBRATED = f"--calib {VALID} --nsamples {{nsamples}} --seqlen 512 --max-tokens 40960"
 TAUGHT = ("--dense {smollm2} --seqlen 256 --max-tokens 8192 --batch-size 1 --steps 100 "
           f"--val-windows 4 --fused off {WIKI}")
+LONGER_TAUGHT = ("--dense {smollm2} --kind prefix --seqlen 512 --max-tokens 40960 --steps 100 "
+                 f"--fused off --train-data {VALID} {WIKI}")
 ELSEWHERE = f" --texts {VALID}:{{texts}}/wikitext2/wiki.test.raw,ptb,c4 --data-dir {{texts}}"
 
 
@@ -202,6 +204,20 @@ def healed_table(out: Path) -> str:
     return markdown(head, rows)
 
 
+def longer_table(out: Path) -> str:
+    """A row a model: compressed and healed, with and without prompts."""
+    head = ["model", "without", "+ start", "+ learned", "learning, s"]
+    plain, healed = (rows_of(out, family.name) for family in (LONGER, LONGER_HEALED))
+    rows = []
+    for label, name, found in (("compressed", "compressed", plain),
+                               ("compressed + healed", "compressed", healed),
+                               ("dense", "dense", plain)):
+        start, learned = (found[f"{name} + {which} prompt"] for which in ("initial", "learned"))
+        rows.append([label, *(f"{row['perplexity']:.2f}" for row in (found[name], start, learned)),
+                     f"{learned['seconds']:,.0f}"])
+    return markdown(head, rows)
+
+
 def gpu_table(_: Path) -> str:
     """What a day on a GPU left in bench/h200.csv."""
     with open(ROOT / "bench/h200.csv", newline="", encoding="utf-8") as f:
@@ -272,7 +288,7 @@ ON_HEALED = Family(
     "healed-{kind}-{objective}",
     f"train.py --model {{out}}/smollm2-healed-32-0/compressed --control --kind {{kind}} "
     f"--objective {{objective}} --train-data {VALID} {TAUGHT}",
-    {"kind": ("embedding", "prefix"), "objective": ("next", "kl")})
+    {"kind": ("prefix",), "objective": ("next", "kl")})
 ON_C4 = Family(
     "prefix-kl-c4",
     "train.py --model {out}/smollm2-4bit-0.5/compressed --control --kind prefix --objective kl "
@@ -281,6 +297,12 @@ ON_OTHERS = Family(
     "embedding-4bit-{sparsity}",
     f"train.py --model {{out}}/smollm2-4bit-{{sparsity}}/compressed --train-data {VALID} {TAUGHT}",
     {"sparsity": ("0.625", "2:4", "0")})
+LONGER = Family(
+    "longer-prefix",
+    f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --control {LONGER_TAUGHT}")
+LONGER_HEALED = Family(
+    "longer-prefix-healed",
+    f"train.py --model {{out}}/smollm2-healed-32-0/compressed {LONGER_TAUGHT}")
 EXPORTED = Family("tiny-llama-hf", "export.py tiny-llama --to hf {out}/tiny-llama-hf")
 BESIDE_PEFT = Family(
     "prompts",
@@ -325,6 +347,7 @@ PARTS = {
     "smollm2 healed": Part([HEALED], healed_table),
     "smollm2 prompts": studied("recipes", [SMOLLM2, HEALED, PROMPTS, ON_HEALED],
                                names(PROMPTS, ON_HEALED), folder="study-smollm2"),
+    "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_HEALED], longer_table),
     "smollm2 c4": studied("recipes", [SMOLLM2, ON_C4], names(ON_C4), ELSEWHERE,
                           folder="study-smollm2-c4"),
     "smollm2 transfer": studied("transfer", [SMOLLM2, PROMPTS, ON_OTHERS],

@@ -108,7 +108,8 @@ def flags() -> Flags:
     a = p.add_argument_group("the prompt").add_argument
     a("--steps", type=whole(0, 10**7), help="learning steps (default 200); 0 skips the prompt")
     a("--lr", type=real(0, 1e3, above=True),
-      help="peak learning rate (default: 0.35 x the embeddings' deviation)")
+      help="peak learning rate (default: 0.35 x the embeddings' deviation; a prefix: 0.05 x that "
+           "of its keys and values)")
     a("--train-data",
       help="text the prompt is learned on (default: the first of --calib; tiny models headers)")
     a("--val-windows", type=whole(0, 10**6),
@@ -502,15 +503,21 @@ class Run:
         model = self.load(open_checkpoint(folder))
         size = self.report.size(name)
         start = initial_prompt(model, a.prompt_tokens, a.prompt_init, self.text, a.seed)
+        prefix = None                               # what the dense model makes of the start
+        if a.kind == "prefix" or a.objective == "kl":
+            prefix = streamed_prefix(open_checkpoint(self.dense), start, self.dtype, a.device)
         if a.kind == "prefix":
-            start = streamed_prefix(open_checkpoint(self.dense), start, self.dtype, a.device)
+            start = prefix
         if not self.report.has(rows[0]):
             self.measure(rows[0], model, size, start)
         began = time.monotonic()
         model.checkpointing = a.checkpointing
         lr = a.lr or default_rate(model, start)
         state = path.with_suffix(".state")
-        teacher = self.teacher(self.pool, self.val) if a.objective == "kl" else None
+        teacher = None
+        if a.objective == "kl":                     # a text as the start is the teacher's too
+            shared = prefix if a.prompt_init == "text" else None
+            teacher = self.teacher(self.pool, self.val, shared)
         got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, a.warmup, a.clip,
                     seed=a.seed, teacher=teacher, state=state, progress=Progress)
         if parallel.rank() == 0:
@@ -522,16 +529,17 @@ class Run:
         if parallel.rank() == 0:
             state.unlink(missing_ok=True)
 
-    def teacher(self, windows: torch.Tensor,
-                val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense model's last states of the windows to learn from and to choose by, in
-        out/teacher until the run ends."""
+    def teacher(self, windows: torch.Tensor, val: torch.Tensor,
+                prefix: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense model's last states of the windows to learn from and to choose by, behind the
+        prefix, in out/teacher until the run ends."""
         a, checkpoint = self.args, open_checkpoint(self.dense)
         ends = checkpoint.ends(self.dtype, a.device)
 
         def states(windows):
-            hidden = last_states(checkpoint, windows, a.batch_size, self.dtype, a.device)
-            return teacher_states(ends, windows, self.out / "teacher", hidden=hidden)
+            hidden = last_states(checkpoint, windows, a.batch_size, self.dtype, a.device, prefix)
+            return teacher_states(ends, windows, self.out / "teacher", hidden=hidden,
+                                  prompt=prefix)
         if parallel.rank() == 0:
             states(windows)
             states(val)

@@ -206,15 +206,14 @@ def healed_table(out: Path) -> str:
 
 def longer_table(out: Path) -> str:
     """A row a model: compressed and healed, with and without prompts."""
-    head = ["model", "without", "+ start", "+ learned", "learning, s"]
-    plain, healed = (rows_of(out, family.name) for family in (LONGER, LONGER_HEALED))
+    head = ["model", "dense", "compressed", "+ start", "+ learned", "learning, s"]
     rows = []
-    for label, name, found in (("compressed", "compressed", plain),
-                               ("compressed + healed", "compressed", healed),
-                               ("dense", "dense", plain)):
-        start, learned = (found[f"{name} + {which} prompt"] for which in ("initial", "learned"))
-        rows.append([label, *(f"{row['perplexity']:.2f}" for row in (found[name], start, learned)),
-                     f"{learned['seconds']:,.0f}"])
+    for label, family in (("compressed", LONGER), ("compressed and healed", LONGER_HEALED)):
+        found = rows_of(out, family.name)
+        shown = [found[name] for name in ("dense", "compressed", "compressed + initial prompt",
+                                          "compressed + learned prompt")]
+        rows.append([label, *(f"{row['perplexity']:.2f}" for row in shown),
+                     f"{shown[-1]['seconds']:,.0f}"])
     return markdown(head, rows)
 
 
@@ -299,7 +298,7 @@ ON_OTHERS = Family(
     {"sparsity": ("0.625", "2:4", "0")})
 LONGER = Family(
     "longer-prefix",
-    f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --control {LONGER_TAUGHT}")
+    f"train.py --model {{out}}/smollm2-4bit-0.5/compressed {LONGER_TAUGHT}")
 LONGER_HEALED = Family(
     "longer-prefix-healed",
     f"train.py --model {{out}}/smollm2-healed-32-0/compressed {LONGER_TAUGHT}")

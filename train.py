@@ -514,11 +514,13 @@ class Run:
         model.checkpointing = a.checkpointing
         lr = a.lr or default_rate(model, start)
         state = path.with_suffix(".state")
-        teacher = None
-        if a.objective == "kl":                     # a text as the start is the teacher's too
-            shared = prefix if a.prompt_init == "text" else None
-            teacher = self.teacher(self.pool, self.val, shared)
-        got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, a.warmup, a.clip,
+        teacher, steps = None, a.steps
+        if a.objective == "kl":
+            shared = a.prompt_init == "text"        # a text that it starts from is the teacher's too
+            teacher = self.teacher(self.pool, self.val, prefix if shared else None)
+            if shared and folder == self.dense:
+                steps = 0                           # its own teacher: its start is the best
+        got = learn(model, start, self.pool, self.val, steps, a.batch_size, lr, a.warmup, a.clip,
                     seed=a.seed, teacher=teacher, state=state, progress=Progress)
         if parallel.rank() == 0:
             told = {**self.flags(), "lr": lr, "val_loss": got.val_loss}

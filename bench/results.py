@@ -189,6 +189,19 @@ def level_of(row: dict) -> tuple[str, str]:
     return f"{row['megabytes']:.1f}", f"{row['perplexity']:.2f}"
 
 
+def healed_levels_table(out: Path) -> str:
+    """Compressed and healed, by bits and sparsity."""
+    head = ["bits", "sparsity", "compressed", "made, s", "healed", "healing, s", "MB"]
+    rows = []
+    for member in HEALED_LEVELS.members():
+        found = rows_of(out, fill(HEALED_LEVELS.name, member))
+        row = [str(member["bits"]), member["sparsity"]]
+        for name in ("compressed", "compressed + healed"):
+            row += [f"{found[name]['perplexity']:.2f}", f"{found[name]['seconds']:,.0f}"]
+        rows.append([*row, f"{found['compressed']['megabytes']:.1f}"])
+    return markdown(head, rows)
+
+
 def healed_table(out: Path) -> str:
     """Compressed and healed, by the number of calibration windows; means over the seeds."""
     head = ["windows", "dense", "compressed", "made, s", "healed", "healing, s", "MB"]
@@ -205,15 +218,22 @@ def healed_table(out: Path) -> str:
 
 
 def longer_table(out: Path) -> str:
-    """A row a model: compressed and healed, with and without prompts."""
-    head = ["model", "dense", "compressed", "+ start", "+ learned", "learning, s"]
+    """A row a run: a compressed model with and without a prompt, and the dense one likewise where
+    the run has it."""
+    head = ["model, objective", "compressed", "+ start", "+ learned", "learning, s", "dense",
+            "+ start", "+ learned"]
     rows = []
-    for label, family in (("compressed", LONGER), ("compressed and healed", LONGER_HEALED)):
+    for label, family in (("compressed, next token", LONGER), ("compressed, KL", LONGER_KL),
+                          ("healed, next token", LONGER_HEALED)):
         found = rows_of(out, family.name)
-        shown = [found[name] for name in ("dense", "compressed", "compressed + initial prompt",
-                                          "compressed + learned prompt")]
-        rows.append([label, *(f"{row['perplexity']:.2f}" for row in shown),
-                     f"{shown[-1]['seconds']:,.0f}"])
+        cells = {}
+        for model, name in itertools.product(("compressed", "dense"),
+                                             ("", " + initial prompt", " + learned prompt")):
+            row = found.get(model + name)
+            cells[model + name] = f"{row['perplexity']:.2f}" if row else ""
+        seconds = found["compressed + learned prompt"]["seconds"]
+        shown = list(cells.values())
+        rows.append([label, *shown[:3], f"{seconds:,.0f}", *shown[3:]])
     return markdown(head, rows)
 
 
@@ -278,6 +298,12 @@ HEALED = Family(
     "smollm2-healed-{nsamples}-{seed}",
     f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 64 --seed {{seed}}",
     {"nsamples": (32,), "seed": (0,)})
+HEALED_LEVELS = Family(
+    "smollm2-healed-{bits}bit-{sparsity}",
+    f"train.py --model {{smollm2}} {fill(CALIBRATED, {'nsamples': 32})} {WIKI} --steps 0 --heal 64 "
+    f"--bits {{bits}} --sparsity {{sparsity}}",
+    {"bits": (4, 3), "sparsity": ("0.625", "2:4", "0")},
+    without=("smollm2-healed-3bit-0.625", "smollm2-healed-3bit-2:4"))
 PROMPTS = Family(
     "{kind}-{objective}-{seed}",
     f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --control --kind {{kind}} "
@@ -299,6 +325,10 @@ ON_OTHERS = Family(
 LONGER = Family(
     "longer-prefix",
     f"train.py --model {{out}}/smollm2-4bit-0.5/compressed {LONGER_TAUGHT}")
+LONGER_KL = Family(
+    "longer-prefix-kl",
+    f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --objective kl --control "
+    f"{LONGER_TAUGHT}")
 LONGER_HEALED = Family(
     "longer-prefix-healed",
     f"train.py --model {{out}}/smollm2-healed-32-0/compressed {LONGER_TAUGHT}")
@@ -344,9 +374,10 @@ PARTS = {
     "prompt learning": Part([EXPORTED, BESIDE_PEFT], printed("prompts")),
     "smollm2": Part([SMOLLM2], smollm2_table),
     "smollm2 healed": Part([HEALED], healed_table),
+    "smollm2 levels healed": Part([HEALED_LEVELS], healed_levels_table),
     "smollm2 prompts": studied("recipes", [SMOLLM2, HEALED, PROMPTS, ON_HEALED],
                                names(PROMPTS, ON_HEALED), folder="study-smollm2"),
-    "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_HEALED], longer_table),
+    "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_KL, LONGER_HEALED], longer_table),
     "smollm2 c4": studied("recipes", [SMOLLM2, ON_C4], names(ON_C4), ELSEWHERE,
                           folder="study-smollm2-c4"),
     "smollm2 transfer": studied("transfer", [SMOLLM2, PROMPTS, ON_OTHERS],

@@ -515,6 +515,19 @@ def held(folder):
             and p.name not in ("seconds.json", ".lock")}
 
 
+@pytest.mark.parametrize("init", ["text", "vocab"])
+def test_the_dense_models_own_kl_prompt_stays_where_it_starts(init, job):
+    """Its teacher is itself behind the text that the prompt starts from; where the teacher reads no
+    such text, there is what the start does to undo."""
+    folder, rows = job("--dense", "tiny-llama", "--objective", "kl", "--control", "--prompt-init",
+                       init, out=f"own-{init}")
+    start, learned = rows["dense + initial prompt"], rows["dense + learned prompt"]
+    losses = read_json(folder / "report.json")["losses"]
+    assert (learned == start) == (init == "text")
+    assert len(losses["prompt-dense.safetensors"]["training"]) == (0 if init == "text" else 6)
+    assert len(losses["prompt.safetensors"]["training"]) == 6
+
+
 @pytest.mark.parametrize("kind, objective", [("embedding", "kl"), ("prefix", "next")])
 def test_kinds_and_objectives_of_a_run_and_its_resuming(kind, objective, job, monkeypatch):
     """Each flag changes what it says; killed between two looks at the validation windows, the run

@@ -101,8 +101,8 @@ from data.progress import Progress
 from data.tasks import TASKS, Item, find_task, load_items
 from data.text import FILES as TEXT_SETS, documents, eval_tokens, lines_of
 from data.tokenizer import load_tokenizer
-from model import Cache, Checkpoint, load_model
-from prompt import HARD_PROMPT, HeadLoss, load_prompt, read_prompt, text_nll, with_prompt
+from model import Checkpoint, load_model
+from prompt import HARD_PROMPT, HeadLoss, load_prompt, text_nll, with_prompt
 
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 
@@ -151,40 +151,32 @@ def streamed_perplexity(checkpoint: Checkpoint, tokens: torch.Tensor, seqlen: in
 
 def last_states(checkpoint: Checkpoint, windows: torch.Tensor, batch_size: int = 4,
                 dtype: torch.dtype = torch.float32, device: str = "cpu",
-                prefix: torch.Tensor | None = None,
                 title: str = "the dense model's states") -> Iterator[torch.Tensor]:
-    """The last block's outputs (batch, T, d_model) of windows (N, T), behind a prefix if there is
-    one, batch after batch; a model that does not fit the device goes block by block over all
-    windows."""
+    """The last block's outputs (batch, T, d_model) of windows (N, T), batch after batch; a model
+    that does not fit the device goes block by block over all windows."""
     batches = windows.split(batch_size)
     if fits(checkpoint, dtype, device):
         model = checkpoint.model(dtype, device)
-        cache = read_prompt(model, prefix)
         for batch in Progress(batches, title):
-            yield model.hidden(batch.to(device), cache)
+            yield model.hidden(batch.to(device))
         return
-    ends = checkpoint.ends(dtype, device)
-    yield from block_by_block(checkpoint, ends, batches, title, read_prompt(ends, prefix))
+    yield from block_by_block(checkpoint, checkpoint.ends(dtype, device), batches, title)
 
 
 @torch.no_grad()
-def block_by_block(checkpoint: Checkpoint, ends, batches: list[torch.Tensor], title: str,
-                   prefix: Cache | None = None) -> Stream:
-    """The last block's outputs (batch, T, d_model) of batches of windows behind a prefix: every
-    block goes over all of them before the next is read. ends: `checkpoint.ends`, whose dtype and
-    device hold here."""
+def block_by_block(checkpoint: Checkpoint, ends, batches: list[torch.Tensor], title: str) -> Stream:
+    """The last block's outputs (batch, T, d_model) of batches of windows: every block goes over all
+    of them before the next is read. ends: `checkpoint.ends`, whose dtype and device hold here."""
     weight = ends.embed_tokens.weight
     dtype, device = weight.dtype, str(weight.device)
     stream = Stream(dtype, device, exact=True)
-    start = prefix.start if prefix else 0
     for batch in batches:
-        stream.append(ends.stem(ends.embed(batch.to(device)), start).to(dtype))
-        rope = ends.rope(start, batch.shape[1], device)         # the same for all
+        stream.append(ends.stem(ends.embed(batch.to(device))).to(dtype))
+        rope = ends.rope(0, batch.shape[1], device)             # the same for all
     for i in Progress(range(checkpoint.config.n_layer), title):
         block = checkpoint.block(i, dtype, device)
-        kv = prefix.block(i) if prefix else None
         for k in range(len(stream)):
-            stream[k] = block(stream[k], rope, kv)
+            stream[k] = block(stream[k], rope)
     return stream
 
 

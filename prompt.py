@@ -11,8 +11,10 @@ Either costs the cache of n positions at inference. Two objectives, on text toke
 the prompt's positions predict nothing, have no loss, and are counted in no perplexity:
 
     next token  mean of -log p(x_i | P, x_1 ... x_{i-1}), equation 1
-    KL          mean of KL(dense behind P's start || compressed behind P) over the vocabulary: asks
-                for what compression lost, and gives nothing for adapting to the text
+    KL          mean of KL(dense || compressed behind P) over the vocabulary: asks for what
+                compression lost, and gives nothing for adapting to the text. (The dense model reads
+                no prompt: where it read the text that P starts from, it taught what that text does
+                too, and on other texts the prompt was worse than none.)
 
     prompt = initial_prompt(dense, 100, tokens=first_tokens, kind="prefix")
     prompt = learn(model, prompt, train_windows, val_windows, steps=200).prompt
@@ -262,28 +264,21 @@ def mean_loss(model, prompt, windows: torch.Tensor, batch_size: int = 4,
 
 @torch.no_grad()
 def teacher_states(model, windows: torch.Tensor, folder: str | Path, batch_size: int = 4,
-                   hidden=None, prompt: torch.Tensor | None = None,
-                   progress=lambda items, title: items) -> torch.Tensor:
-    """What the head of the dense `model` reads over windows (N, T), behind a prompt if there is
-    one: (N, T, d_embed) fp16, mapped from a file in folder.
+                   hidden=None, progress=lambda items, title: items) -> torch.Tensor:
+    """What the head of the dense `model` reads over windows (N, T): (N, T, d_embed) fp16, mapped
+    from a file in folder.
 
-    Computed once for these weights, windows and prompt: the file's name tells them, a second call
-    finds it. `hidden`, batches of the last block's output (.., T, d_model) in order, replaces the
-    forward pass where a walk over blocks has them.
-
-    A prompt learned by KL starts from a text, and its teacher had better read that text too:
-    otherwise most of what is learned is to undo what the text has changed."""
-    of_prompt = () if prompt is None else (prompt,)
-    of_weights = (p.flatten()[:256] for p in model.state_dict().values())
-    mark = fingerprint(windows, *of_prompt, *of_weights)
+    Computed once for these weights and windows: the file's name tells them, a second call finds it.
+    `hidden`, batches of the last block's output (.., T, d_model) in order, replaces the forward
+    pass where a walk over blocks has them."""
+    mark = fingerprint(windows, *(p.flatten()[:256] for p in model.state_dict().values()))
     path = Path(folder) / f"teacher-{mark}.npy"
     if not path.exists():
         Path(folder).mkdir(parents=True, exist_ok=True)
         device = model.embed_tokens.weight.device
         if hidden is None:
             batches = progress(windows.split(batch_size), "the dense model's states")
-            read = read_prompt(model, prompt)
-            hidden = (model.hidden(w.to(device), read) for w in batches)
+            hidden = (model.hidden(w.to(device)) for w in batches)
         shape = *windows.shape, model.unembed.shape[1]
 
         def write(f):                           # no mapping: a full disk would end the process

@@ -503,24 +503,16 @@ class Run:
         model = self.load(open_checkpoint(folder))
         size = self.report.size(name)
         start = initial_prompt(model, a.prompt_tokens, a.prompt_init, self.text, a.seed)
-        prefix = None                               # what the dense model makes of the start
-        if a.kind == "prefix" or a.objective == "kl":
-            prefix = streamed_prefix(open_checkpoint(self.dense), start, self.dtype, a.device)
         if a.kind == "prefix":
-            start = prefix
+            start = streamed_prefix(open_checkpoint(self.dense), start, self.dtype, a.device)
         if not self.report.has(rows[0]):
             self.measure(rows[0], model, size, start)
         began = time.monotonic()
         model.checkpointing = a.checkpointing
         lr = a.lr or default_rate(model, start)
         state = path.with_suffix(".state")
-        teacher, steps = None, a.steps
-        if a.objective == "kl":
-            shared = a.prompt_init == "text"        # a text that it starts from is the teacher's too
-            teacher = self.teacher(self.pool, self.val, prefix if shared else None)
-            if shared and folder == self.dense:
-                steps = 0                           # its own teacher: its start is the best
-        got = learn(model, start, self.pool, self.val, steps, a.batch_size, lr, a.warmup, a.clip,
+        teacher = self.teacher(self.pool, self.val) if a.objective == "kl" else None
+        got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, a.warmup, a.clip,
                     seed=a.seed, teacher=teacher, state=state, progress=Progress)
         if parallel.rank() == 0:
             told = {**self.flags(), "lr": lr, "val_loss": got.val_loss}
@@ -531,17 +523,16 @@ class Run:
         if parallel.rank() == 0:
             state.unlink(missing_ok=True)
 
-    def teacher(self, windows: torch.Tensor, val: torch.Tensor,
-                prefix: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense model's last states of the windows to learn from and to choose by, behind the
-        prefix, in out/teacher until the run ends."""
+    def teacher(self, windows: torch.Tensor,
+                val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense model's last states of the windows to learn from and to choose by, in
+        out/teacher until the run ends."""
         a, checkpoint = self.args, open_checkpoint(self.dense)
         ends = checkpoint.ends(self.dtype, a.device)
 
         def states(windows):
-            hidden = last_states(checkpoint, windows, a.batch_size, self.dtype, a.device, prefix)
-            return teacher_states(ends, windows, self.out / "teacher", hidden=hidden,
-                                  prompt=prefix)
+            hidden = last_states(checkpoint, windows, a.batch_size, self.dtype, a.device)
+            return teacher_states(ends, windows, self.out / "teacher", hidden=hidden)
         if parallel.rank() == 0:
             states(windows)
             states(val)

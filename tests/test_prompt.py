@@ -394,11 +394,6 @@ def test_teacher_states_are_the_heads_input_computed_once(tmp_path):
     model.hidden = None  # a second call computes nothing
     assert torch.equal(teacher_states(model, windows, tmp_path), states)
     assert torch.equal(teacher_states(model, windows, tmp_path / "b", hidden=hidden), states)
-    model, start = tiny(), initial_prompt(tiny(), 4, "text", TOKENS)
-    behind = teacher_states(model, windows, tmp_path, prompt=start)     # another file
-    assert len(list(tmp_path.glob("*.npy"))) == 2
-    assert mean_loss(model, start, windows, teacher=behind) < 1e-5
-    assert mean_loss(model, None, windows, teacher=behind) > 1e-3
     with pytest.raises(ValueError, match="states of 2 windows for 3"):
         teacher_states(model, windows, tmp_path / "c", hidden=hidden[:1])
     with pytest.raises(ValueError, match="not finite in half precision"):
@@ -515,19 +510,6 @@ def held(folder):
             and p.name not in ("seconds.json", ".lock")}
 
 
-@pytest.mark.parametrize("init", ["text", "vocab"])
-def test_the_dense_models_own_kl_prompt_stays_where_it_starts(init, job):
-    """Its teacher is itself behind the text that the prompt starts from; where the teacher reads no
-    such text, there is what the start does to undo."""
-    folder, rows = job("--dense", "tiny-llama", "--objective", "kl", "--control", "--prompt-init",
-                       init, out=f"own-{init}")
-    start, learned = rows["dense + initial prompt"], rows["dense + learned prompt"]
-    losses = read_json(folder / "report.json")["losses"]
-    assert (learned == start) == (init == "text")
-    assert len(losses["prompt-dense.safetensors"]["training"]) == (0 if init == "text" else 6)
-    assert len(losses["prompt.safetensors"]["training"]) == 6
-
-
 @pytest.mark.parametrize("kind, objective", [("embedding", "kl"), ("prefix", "next")])
 def test_kinds_and_objectives_of_a_run_and_its_resuming(kind, objective, job, monkeypatch):
     """Each flag changes what it says; killed between two looks at the validation windows, the run
@@ -570,15 +552,11 @@ def test_a_prefix_and_a_teacher_come_from_the_dense_model_block_by_block_too(mon
     prefix = streamed_prefix(checkpoint, start)
     assert torch.equal(prefix, as_prefix(dense, start))
     windows = torch.arange(96).view(3, 32) % 50
-    behind = torch.cat([torch.arange(5, 11).expand(3, -1), windows], 1)
-    whole, prompted = (torch.cat(list(eval.last_states(checkpoint, windows, 2, prefix=shared)))
-                       for shared in (None, prefix))
-    assert torch.equal(whole, dense.hidden(windows))
-    assert torch.allclose(prompted, dense.hidden(behind)[:, 6:], rtol=1e-4, atol=1e-4)
+    whole = torch.cat(list(eval.last_states(checkpoint, windows, 2)))
     monkeypatch.setattr(eval, "fits", lambda *_: False)
-    for shared, wanted in ((None, whole), (prefix, prompted)):
-        streamed = torch.cat(list(eval.last_states(checkpoint, windows, 2, prefix=shared)))
-        assert torch.allclose(streamed, wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(whole, dense.hidden(windows))
+    assert torch.allclose(torch.cat(list(eval.last_states(checkpoint, windows, 2))), whole,
+                          rtol=1e-4, atol=1e-4)
 
 
 def test_the_papers_settings(job):

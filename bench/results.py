@@ -218,22 +218,15 @@ def healed_table(out: Path) -> str:
 
 
 def longer_table(out: Path) -> str:
-    """A row a run: a compressed model with and without a prompt, and the dense one likewise where
-    the run has it."""
-    head = ["model, objective", "compressed", "+ start", "+ learned", "learning, s", "dense",
-            "+ start", "+ learned"]
+    """A row a compressed model, without and with a prompt."""
+    head = ["model", "dense", "compressed", "+ start", "+ learned", "learning, s"]
     rows = []
-    for label, family in (("compressed, next token", LONGER), ("compressed, KL", LONGER_KL),
-                          ("healed, next token", LONGER_HEALED)):
+    for label, family in (("compressed", LONGER), ("compressed and healed", LONGER_HEALED)):
         found = rows_of(out, family.name)
-        cells = {}
-        for model, name in itertools.product(("compressed", "dense"),
-                                             ("", " + initial prompt", " + learned prompt")):
-            row = found.get(model + name)
-            cells[model + name] = f"{row['perplexity']:.2f}" if row else ""
-        seconds = found["compressed + learned prompt"]["seconds"]
-        shown = list(cells.values())
-        rows.append([label, *shown[:3], f"{seconds:,.0f}", *shown[3:]])
+        shown = [found[name] for name in ("dense", "compressed", "compressed + initial prompt",
+                                          "compressed + learned prompt")]
+        rows.append([label, *(f"{row['perplexity']:.2f}" for row in shown),
+                     f"{shown[-1]['seconds']:,.0f}"])
     return markdown(head, rows)
 
 
@@ -325,10 +318,6 @@ ON_OTHERS = Family(
 LONGER = Family(
     "longer-prefix",
     f"train.py --model {{out}}/smollm2-4bit-0.5/compressed {LONGER_TAUGHT}")
-LONGER_KL = Family(
-    "longer-prefix-kl",
-    f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --objective kl --control "
-    f"{LONGER_TAUGHT}")
 LONGER_HEALED = Family(
     "longer-prefix-healed",
     f"train.py --model {{out}}/smollm2-healed-32-0/compressed {LONGER_TAUGHT}")
@@ -377,7 +366,7 @@ PARTS = {
     "smollm2 levels healed": Part([HEALED_LEVELS], healed_levels_table),
     "smollm2 prompts": studied("recipes", [SMOLLM2, HEALED, PROMPTS, ON_HEALED],
                                names(PROMPTS, ON_HEALED), folder="study-smollm2"),
-    "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_KL, LONGER_HEALED], longer_table),
+    "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_HEALED], longer_table),
     "smollm2 c4": studied("recipes", [SMOLLM2, ON_C4], names(ON_C4), ELSEWHERE,
                           folder="study-smollm2-c4"),
     "smollm2 transfer": studied("transfer", [SMOLLM2, PROMPTS, ON_OTHERS],

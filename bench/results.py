@@ -301,7 +301,8 @@ PROMPTS = Family(
     "{kind}-{objective}-{seed}",
     f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --control --kind {{kind}} "
     f"--objective {{objective}} --seed {{seed}} --train-data {VALID} {TAUGHT}",
-    {"kind": ("embedding", "prefix"), "objective": ("next", "kl"), "seed": (0, 1)})
+    {"kind": ("embedding", "prefix"), "objective": ("next", "kl"), "seed": (0, 1)},
+    without=("embedding-kl-0", "embedding-kl-1"))
 ON_HEALED = Family(
     "healed-{kind}-{objective}",
     f"train.py --model {{out}}/smollm2-healed-32-0/compressed --control --kind {{kind}} "

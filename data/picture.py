@@ -67,7 +67,8 @@ def measured_how(s: dict) -> str:
     if s.get("seqlen"):
         parts.append(f"windows of {s['seqlen']}")
     if s.get("steps") and s.get("prompt_tokens"):
-        parts.append(f"{s['prompt_tokens']} prompt tokens, {s['steps']} steps")
+        what = "prefix positions" if s.get("kind") == "prefix" else "prompt tokens"
+        parts.append(f"{s['prompt_tokens']} {what}, {s['steps']} steps")
     if s.get("seed") is not None:
         parts.append(f"seed {s['seed']}")
     return ", ".join(parts)

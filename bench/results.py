@@ -326,6 +326,9 @@ EXPORTED = Family("tiny-llama-hf", "export.py tiny-llama --to hf {out}/tiny-llam
 BESIDE_PEFT = Family(
     "prompts",
     "-m bench.prompts {out}/tiny-llama-hf --batch 4 --tokens 256 --steps 20")
+SMOLLM2_BESIDE_PEFT = Family(
+    "prompts-smollm2",
+    "-m bench.prompts {smollm2} --batch 4 --tokens 512 --steps 3 --dtype bfloat16")
 WALK = Family(
     "walk",
     "-m bench.walk --shape llama-7b --blocks 1 --nsamples 16 --seqlen 2048 --folder {out}/7b")
@@ -370,6 +373,7 @@ PARTS = {
     "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_HEALED], longer_table),
     "smollm2 c4": studied("recipes", [SMOLLM2, ON_C4], names(ON_C4), ELSEWHERE,
                           folder="study-smollm2-c4"),
+    "smollm2 prompt learning": Part([SMOLLM2_BESIDE_PEFT], printed("prompts-smollm2")),
     "smollm2 transfer": studied("transfer", [SMOLLM2, PROMPTS, ON_OTHERS],
                                 ["embedding-next-0", *names(ON_OTHERS)], ELSEWHERE,
                                 folder="study-smollm2"),

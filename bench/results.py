@@ -102,10 +102,11 @@ def study_table(name: str, folder: str) -> Callable[[Path], str]:
 
 
 def printed(name: str) -> Callable[[Path], str]:
-    """What a command printed, as it stands."""
+    """What a command printed, as it stands, but for where folders are."""
     def table(out: Path) -> str:
         lines = (out / f"{name}.log").read_text(encoding="utf-8").splitlines()
         shown = [line.replace(str(out), "FOLDER") for line in lines if not BAR.search(line)]
+        shown = [re.sub(r"(?<!\S)/\S*/", "", line) for line in shown]
         return "\n".join(f"    {line}".rstrip() for line in shown)
     return table
 

@@ -36,6 +36,7 @@ PACKED, PRUNED = TINY.format("--fused off "), TINY.format("")
 WIKI = "--data {texts}/wikitext2/wiki.test.raw --dtype bfloat16 --device cpu"
 VALID = "{texts}/wikitext2/wiki.valid.raw"
 CALIBRATED = f"--calib {VALID} --nsamples {{nsamples}} --seqlen 512 --max-tokens 40960"
+CALIBRATED_32 = CALIBRATED.replace("{nsamples}", "32")
 TAUGHT = ("--dense {smollm2} --seqlen 256 --max-tokens 8192 --batch-size 1 --steps 100 "
           f"--val-windows 4 --fused off {WIKI}")
 LONGER_TAUGHT = ("--dense {smollm2} --kind prefix --seqlen 512 --max-tokens 40960 --steps 100 "
@@ -190,32 +191,36 @@ def level_of(row: dict) -> tuple[str, str]:
     return f"{row['megabytes']:.1f}", f"{row['perplexity']:.2f}"
 
 
+HEALED_HEAD = ["compressed", "made, s", "healed", "healing, s", "MB"]
+
+
+def healed_cells(runs: list[dict[str, dict]]) -> list[str]:
+    """HEALED_HEAD's cells of the rows of runs that differ in the seed: means."""
+    cells = []
+    for name in ("compressed", "compressed + healed"):
+        cells.append(several([run[name]["perplexity"] for run in runs]))
+        cells.append(f"{statistics.mean(run[name]['seconds'] for run in runs):,.0f}")
+    return [*cells, f"{runs[0]['compressed']['megabytes']:.1f}"]
+
+
 def healed_levels_table(out: Path) -> str:
     """Compressed and healed, by bits and sparsity."""
-    head = ["bits", "sparsity", "compressed", "made, s", "healed", "healing, s", "MB"]
     rows = []
     for member in HEALED_LEVELS.members():
-        found = rows_of(out, fill(HEALED_LEVELS.name, member))
-        row = [str(member["bits"]), member["sparsity"]]
-        for name in ("compressed", "compressed + healed"):
-            row += [f"{found[name]['perplexity']:.2f}", f"{found[name]['seconds']:,.0f}"]
-        rows.append([*row, f"{found['compressed']['megabytes']:.1f}"])
-    return markdown(head, rows)
+        run = rows_of(out, fill(HEALED_LEVELS.name, member))
+        rows.append([str(member["bits"]), member["sparsity"], *healed_cells([run])])
+    return markdown(["bits", "sparsity", *HEALED_HEAD], rows)
 
 
 def healed_table(out: Path) -> str:
     """Compressed and healed, by the number of calibration windows; means over the seeds."""
-    head = ["windows", "dense", "compressed", "made, s", "healed", "healing, s", "MB"]
     rows = []
     for count in HEALED.values["nsamples"]:
         runs = [rows_of(out, fill(HEALED.name, {"nsamples": count, "seed": seed}))
                 for seed in HEALED.values["seed"]]
-        row = [str(count), f"{runs[0]['dense']['perplexity']:.2f}"]
-        for name in ("compressed", "compressed + healed"):
-            row.append(several([run[name]["perplexity"] for run in runs]))
-            row.append(f"{statistics.mean(run[name]['seconds'] for run in runs):,.0f}")
-        rows.append([*row, f"{runs[0]['compressed']['megabytes']:.1f}"])
-    return markdown(head, rows)
+        dense = f"{runs[0]['dense']['perplexity']:.2f}"
+        rows.append([str(count), dense, *healed_cells(runs)])
+    return markdown(["windows", "dense", *HEALED_HEAD], rows)
 
 
 def longer_table(out: Path) -> str:
@@ -284,8 +289,8 @@ ALLOCATED = Family(
      "allocation": ("uniform", "fisher")})
 SMOLLM2 = Family(
     "smollm2-{bits}bit-{sparsity}",
-    f"train.py --model {{smollm2}} {fill(CALIBRATED, {'nsamples': 32})} {WIKI} --steps 0 --heal 0 "
-    f"--bits {{bits}} --sparsity {{sparsity}}",
+    f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI} --steps 0 --heal 0 --bits {{bits}} "
+    f"--sparsity {{sparsity}}",
     {"bits": (4, 3), "sparsity": ("0.5", "0.625", "2:4", "0")},
     without=("smollm2-3bit-0.5", "smollm2-3bit-0.625", "smollm2-3bit-2:4"))
 HEALED = Family(
@@ -294,8 +299,8 @@ HEALED = Family(
     {"nsamples": (32,), "seed": (0,)})
 HEALED_LEVELS = Family(
     "smollm2-healed-{bits}bit-{sparsity}",
-    f"train.py --model {{smollm2}} {fill(CALIBRATED, {'nsamples': 32})} {WIKI} --steps 0 --heal 64 "
-    f"--bits {{bits}} --sparsity {{sparsity}}",
+    f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI} --steps 0 --heal 64 --bits {{bits}} "
+    f"--sparsity {{sparsity}}",
     {"bits": (4, 3), "sparsity": ("0.625", "2:4", "0")},
     without=("smollm2-healed-3bit-0.625", "smollm2-healed-3bit-2:4"))
 PROMPTS = Family(

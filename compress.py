@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from data import parallel
 from data.progress import Progress
 from gptq import Compressed, gptq, invert_
-from heal import Tuned, tuned
+from heal import TunedGrid, TunedNorm, tuned
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from kernels.unpacking import unpack
@@ -744,7 +744,7 @@ def held_error(half: Half, walk: Walk, dtype: torch.dtype | None = None) -> floa
         return float(torch.cat(found).mean())
 
 
-def tune(half: Half, parts: dict[str, nn.Module], norm: Tuned, walk: Walk, passes: int,
+def tune(half: Half, parts: dict[str, nn.Module], norm: TunedNorm, walk: Walk, passes: int,
          rate: float) -> None:
     """Adam over the windows on what the stand-ins move, in fp32: parts, by their names in
     half.part, and norm. What is best on the held-out windows is left in them. Activations are in
@@ -802,7 +802,7 @@ def move_weights(half: Half, stored: Half, before: dict, walk: Walk, solve: Solv
     what the others have become."""
     parts = {name: Kept(V, mask, half.part.get_submodule(name).bias)
              for name, (V, mask) in before.items()}
-    norm = Tuned(copy.deepcopy(stored.norm).float().to(walk.device))
+    norm = TunedNorm(copy.deepcopy(stored.norm).float().to(walk.device))
     tune(half, parts, norm, walk, settings.reconstruct, WEIGHT_RATE)
     settle_norm(norm, half, stored)
     for name, part in parts.items():
@@ -842,17 +842,17 @@ def move_grids(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve,
     for name in before:
         linear = stored.part.get_submodule(name)
         if isinstance(linear, PackedLinear):
-            parts[name] = Tuned(linear.to(walk.device))
+            parts[name] = TunedGrid(linear.to(walk.device))
     if not parts:
         return
-    norm = Tuned(copy.deepcopy(stored.norm).float().to(walk.device))
+    norm = TunedNorm(copy.deepcopy(stored.norm).float().to(walk.device))
     tune(half, parts, norm, walk, -(-settings.reconstruct // 2), GRID_RATE)
     settle_norm(norm, half, stored)
     for name, part in parts.items():
         run_stored(part.settle().cpu(), half.part.get_submodule(name))
 
 
-def settle_norm(norm: Tuned, half: Half, stored: Half) -> None:
+def settle_norm(norm: TunedNorm, half: Half, stored: Half) -> None:
     """Put a tuned norm where it runs and where it is stored."""
     for name, p in norm.settle().named_parameters():
         half.norm.get_parameter(name).data = p.to(half.norm.get_parameter(name).dtype)

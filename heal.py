@@ -1,4 +1,4 @@
-"""Heal a packed model: tune what it stores beside its codes, towards what the dense model predicts.
+"""Heal a compressed model: tune what it stores in any case, towards what the dense model predicts.
 
 A packed weight is a grid over integers, W = scale * (A + zero T) in every row or group, with A what
 the codes say (0 where pruned), and T the sign of an offset grid or -1 on a uniform one (0 where
@@ -13,8 +13,14 @@ the healed model has the same bytes and the same speed.
 
 The grid moves relative to itself: scale = scale_0 (1 + u), zero = zero_0 + v; a norm's weight =
 weight_0 (1 + u). With dW = dy^T x, dscale = sum dW (A + zero T) and dzero = scale sum dW T, over
-each group's columns. Left out: moving codes, and tuning embeddings or head.
+each group's columns.
+
+A weight that is pruned and not rounded yet changes where it is not 0, by a product of low rank that
+is added and gone (LoRA 2106.09685 under the mask, as in PERP): W = W_0 + B A where W_0 is not 0.
+With few windows that generalizes better than moving every weight by itself. Left out: moving codes,
+and tuning embeddings or head.
 """
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +35,8 @@ from kernels.unpacking import unpack
 from model import open_checkpoint, read_note, save_index, save_shard, shard_path
 from prompt import Fit, backward_by_parts, fingerprint, fit, mean_loss, text_loss, windows_at_once
 
+RANK = 8                                # of what changes a pruned weight
+SPREAD = 0.25                           # of its size: what a rate of 1 is there
 FAR = 1024.0                            # a zero beyond all codes
 AT_ONCE = 2048                          # tokens that share an unpacking on a CPU, half of the work
 
@@ -84,59 +92,143 @@ def sum_groups(t: torch.Tensor, group: torch.Tensor, shape: tuple) -> torch.Tens
     return t.new_zeros(shape).index_add_(1, group, t)
 
 
-class Tuned(nn.Module):
-    """Stands in for a PackedLinear or a norm while it is tuned.
+class KeptLinear(torch.autograd.Function):
+    """y = x (W + unit keep (B A))^T with gradients for x, B (out, rank) and A (rank, in), fp32;
+    keep: where W is not 0. Only x is kept for the backward pass."""
 
-    u, v, b: fp32, what changes scale (or a norm's weight), zero and bias, None where there is no
-    such number. b counts in `unit`, the bias's own spread, as u does in scales."""
+    @staticmethod
+    def forward(ctx, x, B, A, weight, unit):
+        ctx.save_for_backward(x, B, A)
+        ctx.weight = weight
+        ctx.unit = unit
+        return F.linear(x, changed(weight, B, A, unit).to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, B, A = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ changed(ctx.weight, B, A, ctx.unit).to(dy.dtype)
+        dW = (dy.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        dW.mul_(ctx.weight != 0).mul_(ctx.unit)
+        return dx, dW @ A.T, B.T @ dW, None, None
+
+
+def changed(weight: torch.Tensor, B: torch.Tensor, A: torch.Tensor, unit: float) -> torch.Tensor:
+    """(out, in) fp32: the weight moved by unit B A where it is not 0."""
+    return (B @ A).mul_(unit).mul_(weight != 0).add_(weight)
+
+
+class Tuned(nn.Module):
+    """Stands in for a module while it is tuned. Its own parameters, fp32, say what changes.
+
+    b: what changes the bias, None where there is none, in `unit`, the bias's own spread."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
         bias = getattr(base, "bias", None)
-        is_packed = isinstance(base, PackedLinear)
-        numbers = base.scale if is_packed else base.weight
-        self.u = unchanged(numbers)
-        self.v = unchanged(numbers) if is_packed else None
         self.b = None if bias is None else unchanged(bias)
         self.unit = None if bias is None else max(float(bias.float().std(correction=0)), 1e-3)
-        if is_packed:
-            order = base.packed.tensors.get("g_idx")
-            groups = groups_of(base.in_features, base.meta["groupsize"], order)
-            self.group = torch.from_numpy(groups).to(numbers.device)
-
-    def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, zero) (out, groups) fp32 as they are now."""
-        return self.base.scale.float() * (1 + self.u), self.base.zero.float() + self.v
 
     def bias(self) -> torch.Tensor | None:
         """The bias in fp32 as it is now."""
         return None if self.b is None else self.base.bias.float() + self.unit * self.b
 
-    def forward(self, x):
-        bias = self.bias()
-        if self.v is not None:
-            y = GridLinear.apply(x, *self.grid(), self.base.packed, self.group)
-            return y if bias is None else y + bias.to(y.dtype)
-        y = self.base(x)                                        # a norm: weight * normed + bias
-        if bias is None:
-            return y * (1 + self.u).to(y.dtype)
-        return ((y - self.base.bias) * (1 + self.u) + bias).to(y.dtype)
+    def biased(self, y: torch.Tensor) -> torch.Tensor:
+        """y with the bias as it is now, if there is one."""
+        return y if self.b is None else y + self.bias().to(y.dtype)
 
     @torch.no_grad()
     def settle(self) -> nn.Module:
         """The base with its tuned numbers in it, rounded to fp16: what is stored is what runs."""
+        if self.b is not None:
+            self.base.bias.data = self.bias().half().to(self.base.bias.dtype)
+        return self.base
+
+
+class TunedNorm(Tuned):
+    """A norm, whose weight becomes weight (1 + u)."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__(base)
+        self.u = unchanged(base.weight)
+
+    def forward(self, x):
+        y = self.base(x)                                        # weight * normed + bias
+        if self.b is not None:
+            y = y - self.base.bias
+        return self.biased((y * (1 + self.u)).to(x.dtype))
+
+    @torch.no_grad()
+    def settle(self) -> nn.Module:
+        weight = self.base.weight
+        weight.data = (weight.float() * (1 + self.u)).half().to(weight.dtype)
+        return super().settle()
+
+
+class TunedGrid(Tuned):
+    """A PackedLinear: u changes its scales, relative to them, v its zeros."""
+
+    def __init__(self, base: PackedLinear):
+        super().__init__(base)
+        self.u = unchanged(base.scale)
+        self.v = unchanged(base.zero)
+        order = base.packed.tensors.get("g_idx")
+        groups = groups_of(base.in_features, base.meta["groupsize"], order)
+        self.group = torch.from_numpy(groups).to(base.scale.device)
+
+    def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, zero) (out, groups) fp32 as they are now."""
+        return self.base.scale.float() * (1 + self.u), self.base.zero.float() + self.v
+
+    def forward(self, x):
+        return self.biased(GridLinear.apply(x, *self.grid(), self.base.packed, self.group))
+
+    @torch.no_grad()
+    def settle(self) -> nn.Module:
         base = self.base
-        bias = self.bias()
-        if bias is not None:
-            base.bias.data = bias.half().to(base.bias.dtype)
-        if self.v is None:
-            base.weight.data = (base.weight.float() * (1 + self.u)).half().to(base.weight.dtype)
-            return base
         base.scale, base.zero = (t.half() for t in self.grid())
         base.decoder = None, None                               # made of the old grid
         base.in_triton = triton_reads(base.packed)
-        return base
+        return super().settle()
+
+
+class TunedKept(Tuned):
+    """A Linear that is pruned and not packed: the weights that it keeps change by a product of low
+    rank, in a share of their own root mean square, so that a rate means the same everywhere."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__(base)
+        out, n = base.weight.shape
+        device = base.weight.device
+        kept = max(1, int(base.weight.count_nonzero()))
+        size = float(base.weight.float().square().sum() / kept) ** 0.5
+        self.spread = SPREAD * size * math.sqrt(n)
+        g = torch.Generator().manual_seed(0)
+        self.A = nn.Parameter(torch.randn(RANK, n, generator=g).to(device) / math.sqrt(n))
+        self.B = nn.Parameter(torch.zeros(out, RANK, device=device))
+
+    def forward(self, x):
+        return self.biased(KeptLinear.apply(x, self.B, self.A, self.base.weight, self.spread))
+
+    @torch.no_grad()
+    def settle(self) -> nn.Module:
+        weight = self.base.weight
+        weight.data = changed(weight, self.B, self.A, self.spread).half().to(weight.dtype)
+        return super().settle()
+
+
+def stand_in(m: nn.Module) -> Tuned | None:
+    """What tunes a module; None where nothing does."""
+    if isinstance(m, PackedLinear):
+        return TunedGrid(m)
+    if isinstance(m, nn.LayerNorm) or type(m).__name__ == "RMSNorm":
+        return TunedNorm(m)
+    if isinstance(m, nn.Linear) and bool((m.weight == 0).any()):
+        return TunedKept(m)
+    return None
 
 
 def unchanged(numbers: torch.Tensor) -> nn.Parameter:
@@ -146,11 +238,11 @@ def unchanged(numbers: torch.Tensor) -> nn.Parameter:
 
 @contextmanager
 def tuned(model, found: dict[str, nn.Module] | None = None):
-    """Inside, every packed Linear and every norm is a Tuned, or those of `found` stand where it
-    says; after, all are themselves again. Yields {name: Tuned}."""
+    """Inside, a Tuned stands in for every packed or pruned Linear and every norm, or those of
+    `found` stand where it says; after, all are themselves again. Yields {name: Tuned}."""
     if found is None:
-        found = {name: Tuned(m) for name, m in model.named_modules()
-                 if isinstance(m, (PackedLinear, nn.LayerNorm)) or type(m).__name__ == "RMSNorm"}
+        made = {name: stand_in(m) for name, m in model.named_modules()}
+        found = {name: part for name, part in made.items() if part is not None}
     own = {name: model.get_submodule(name) for name in found}
     for name, m in found.items():
         model.set_submodule(name, m)
@@ -166,15 +258,15 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
          lr: float = 2e-3, val_every: int | None = None, seed: int = 0,
          state: str | Path | None = None, settings: dict | None = None,
          progress=lambda items, title: items) -> Fit:
-    """Tune grids, norms and biases of a packed model in place by KL to the dense model; `fit` says
-    how.
+    """Tune grids or kept weights, norms and biases of a compressed model in place by KL to the
+    dense model; `fit` says how.
 
     windows (N, T) int64, val (M, T) held out: what has the lowest KL there is kept, so that a model
     never gets worse on val. teacher: `teacher_states` of windows and of val. model.checkpointing =
-    True saves memory for a third more time. Raises ValueError where nothing is packed, or on a loss
-    that is not finite; the model is then as it was."""
-    if not any(isinstance(m, PackedLinear) for _, m in model.linears()):
-        raise ValueError("nothing to heal: no Linear of this model is packed (quantized)")
+    True saves memory for a third more time. Raises ValueError where nothing is packed or pruned,
+    or on a loss that is not finite; the model is then as it was."""
+    if not any(isinstance(stand_in(m), (TunedGrid, TunedKept)) for _, m in model.linears()):
+        raise ValueError("nothing to heal: no Linear of this model is packed (quantized) or pruned")
     if not len(windows) or not len(val):
         raise ValueError(f"healing needs text and held-out text: got {len(windows)} and {len(val)} "
                          f"windows")

@@ -20,7 +20,7 @@ COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits
                "act_order", "static_groups", "descent", "true_sequential", "correct", "percdamp",
                "blocksize", "nsamples", "allocation", "reconstruct", "heal")
 # without rounding,
-GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent", "heal")
+GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent")
 # without pruning,
 MASKS = ("mask", "refits")
 # without steps of learning a prompt,
@@ -89,8 +89,8 @@ def flags() -> Flags:
       help="when attention or MLP is solved, so many passes over the windows move its weights, and "
            "half as many its grids, towards what the dense one gives (default 0: none)")
     a("--heal", type=whole(0, 10**7), metavar="STEPS",
-      help="then tune grids, norms and biases of the packed model against the dense one on the "
-           "same windows, in so many steps (default 64; tiny models and --bits 16: 0)")
+      help="then tune grids (with --bits 16: the weights kept), norms and biases against the "
+           "dense model on the same windows, in so many steps (default 64; tiny models 0)")
 
     a = p.add_argument_group("measuring").add_argument
     a("--data",
@@ -206,7 +206,8 @@ def settle(args) -> None:
     if args.allocation is None:
         by_loss = args.recipe == "best" and allocates(args.sparsity) and not args.packed
         args.allocation = "fisher" if by_loss else "uniform"
-    args.heal = 0 if args.packed or args.bits == 16 else args.heal
+    solves = args.bits < 16 or parse_sparsity(args.sparsity)[0] > 0
+    args.heal = 0 if args.packed or not solves else args.heal
     if args.nsamples < len(calibration_texts(args)):
         raise ValueError(f"--nsamples {args.nsamples} leaves some texts of --calib {args.calib} "
                          f"without a window: use more")

@@ -12,6 +12,7 @@ by hand. A part whose runs are not in --folder stays as it is. --check says whic
 import argparse
 import csv
 import itertools
+import json
 import math
 import re
 import shlex
@@ -39,7 +40,7 @@ CALIBRATED = f"--calib {VALID} --nsamples {{nsamples}} --seqlen 512 --max-tokens
 CALIBRATED_32 = CALIBRATED.replace("{nsamples}", "32")
 TAUGHT = ("--dense {smollm2} --seqlen 256 --max-tokens 8192 --batch-size 1 --steps 100 "
           f"--val-windows 4 --fused off {WIKI}")
-LONGER_TAUGHT = ("--dense {smollm2} --kind prefix --seqlen 512 --max-tokens 40960 --steps 100 "
+LONGER_TAUGHT = ("--dense {smollm2} --kind prefix --seqlen 512 --max-tokens 40960 --steps 200 "
                  f"--fused off --train-data {VALID} {WIKI}")
 ELSEWHERE = f" --texts {VALID}:{{texts}}/wikitext2/wiki.test.raw,ptb,c4 --data-dir {{texts}}"
 
@@ -216,11 +217,26 @@ def healed_table(out: Path) -> str:
     """Compressed and healed, by the number of calibration windows; means over the seeds."""
     rows = []
     for count in HEALED.values["nsamples"]:
-        runs = [rows_of(out, fill(HEALED.name, {"nsamples": count, "seed": seed}))
-                for seed in HEALED.values["seed"]]
+        runs = [rows_of(out, fill(HEALED.name, member)) for member in HEALED.members()
+                if member["nsamples"] == count]
         dense = f"{runs[0]['dense']['perplexity']:.2f}"
         rows.append([str(count), dense, *healed_cells(runs)])
     return markdown(["windows", "dense", *HEALED_HEAD], rows)
+
+
+def elsewhere_table(out: Path) -> str:
+    """A row a model, a column a text: perplexity, and its ratio to the dense model's."""
+    def read(name: str) -> float:
+        lines = (out / f"{name}.log").read_text(encoding="utf-8").splitlines()
+        return json.loads(lines[-1])["perplexity"]
+
+    texts = READ.values["data"]
+    dense = [read(fill(DENSE_READ.name, {"data": text})) for text in texts]
+    rows = [["dense", *(f"{perplexity:.2f}" for perplexity in dense)]]
+    for run in READ.values["run"]:
+        found = [read(fill(READ.name, {"run": run, "data": text})) for text in texts]
+        rows.append([run, *(f"{a:.2f}, {a / b:.2f} x" for a, b in zip(found, dense))])
+    return markdown(["run", *texts], rows)
 
 
 def longer_table(out: Path) -> str:
@@ -296,13 +312,24 @@ SMOLLM2 = Family(
 HEALED = Family(
     "smollm2-healed-{nsamples}-{seed}",
     f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 64 --seed {{seed}}",
-    {"nsamples": (32,), "seed": (0,)})
+    {"nsamples": (32, 256), "seed": (0, 1)},
+    without=("smollm2-healed-256-1",))
 HEALED_LEVELS = Family(
     "smollm2-healed-{bits}bit-{sparsity}",
     f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI} --steps 0 --heal 64 --bits {{bits}} "
     f"--sparsity {{sparsity}}",
     {"bits": (4, 3), "sparsity": ("0.625", "2:4", "0")},
     without=("smollm2-healed-3bit-0.625", "smollm2-healed-3bit-2:4"))
+CALIBRATED_ON_C4 = Family(
+    "smollm2-c4",
+    "train.py --model {smollm2} --calib c4 --data-dir {texts} --nsamples 32 --seqlen 512 "
+    f"--max-tokens 40960 {WIKI} --steps 0 --heal 0")
+READING = ("--data {data} --data-dir {texts} --seqlen 512 --max-tokens 20480 --dtype bfloat16 "
+           "--device cpu --json")
+DENSE_READ = Family("smollm2-on-{data}", f"eval.py {{smollm2}} {READING}",
+                    {"data": ("wikitext2", "ptb", "c4")})
+READ = Family("smollm2-{run}-on-{data}", f"eval.py {{out}}/smollm2-{{run}}/compressed {READING}",
+              {"run": ("4bit-0.5", "c4", "healed-256-0"), "data": ("wikitext2", "ptb", "c4")})
 PROMPTS = Family(
     "{kind}-{objective}-{seed}",
     f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --control --kind {{kind}} "
@@ -327,7 +354,7 @@ LONGER = Family(
     f"train.py --model {{out}}/smollm2-4bit-0.5/compressed {LONGER_TAUGHT}")
 LONGER_HEALED = Family(
     "longer-prefix-healed",
-    f"train.py --model {{out}}/smollm2-healed-32-0/compressed {LONGER_TAUGHT}")
+    f"train.py --model {{out}}/smollm2-healed-256-0/compressed {LONGER_TAUGHT}")
 EXPORTED = Family("tiny-llama-hf", "export.py tiny-llama --to hf {out}/tiny-llama-hf")
 BESIDE_PEFT = Family(
     "prompts",
@@ -374,6 +401,8 @@ PARTS = {
     "smollm2": Part([SMOLLM2], smollm2_table),
     "smollm2 healed": Part([HEALED], healed_table),
     "smollm2 levels healed": Part([HEALED_LEVELS], healed_levels_table),
+    "smollm2 elsewhere": Part([SMOLLM2, HEALED, CALIBRATED_ON_C4, DENSE_READ, READ],
+                              elsewhere_table),
     "smollm2 prompts": studied("recipes", [SMOLLM2, HEALED, PROMPTS, ON_HEALED],
                                names(PROMPTS, ON_HEALED), folder="study-smollm2"),
     "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_HEALED], longer_table),

@@ -300,7 +300,6 @@ IDLE = [
     ("train", "--steps 0", "--prompt-init random"),
     ("train", "--steps 0", "--control"),
     ("train", "--steps 0", "--checkpointing"),
-    ("train", "--steps 0 --bits 16", "--heal 2"),
     ("train", f"--steps 0 {NOTHING}", "--heal 2"),
     ("train", f"--steps 0 {NOTHING} no--calib no--nsamples", "--reconstruct 2"),
     ("train", "--steps 0 --bits 16", "--groupsize 16"),

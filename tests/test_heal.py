@@ -12,7 +12,8 @@ import torch
 
 from compress import compress, hold_out, make_solver
 from data.config import Config
-from heal import GridLinear, Tuned, heal, planes, save_healed, tuned
+from heal import (GridLinear, KeptLinear, Tuned, TunedGrid, TunedKept, TunedNorm, heal, planes,
+                  save_healed, tuned)
 from kernels.linear import PackedLinear
 from kernels.packing import pack
 from kernels.unpacking import unpack
@@ -48,7 +49,7 @@ KINDS = [                                           # grid, bits, groupsize, sha
 @pytest.mark.parametrize("grid, bits, groupsize, share, order", KINDS)
 def test_grid_linear_equals_autograd_through_the_formula(grid, bits, groupsize, share, order):
     layer = packed_linear(grid, bits, groupsize, share, order=order)
-    part = Tuned(layer)
+    part = TunedGrid(layer)
     A, T = planes(layer.packed)
     expand = lambda t: t.double()[:, part.group]
     scale, zero = (t.float().requires_grad_() for t in part.grid())
@@ -62,6 +63,23 @@ def test_grid_linear_equals_autograd_through_the_formula(grid, bits, groupsize, 
     y = GridLinear.apply(x, scale, zero, layer.packed, part.group)
     got = torch.autograd.grad((y * dy).sum(), (x, scale, zero))
     assert torch.allclose(y, layer(x), atol=1e-5)
+    for a, b in zip(got, want):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_kept_linear_equals_autograd_through_the_formula():
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 20, generator=g)
+    weight[torch.rand(6, 20, generator=g) < 0.5] = 0
+    B = torch.randn(6, 3, generator=g).requires_grad_()
+    A = torch.randn(3, 20, generator=g).requires_grad_()
+    x = torch.randn(2, 5, 20, generator=g).requires_grad_()
+    dy = torch.randn(2, 5, 6, generator=g)
+    W = weight.double() + 0.7 * (B.double() @ A.double()) * (weight != 0)
+    want = torch.autograd.grad((x.double() @ W.T * dy.double()).sum(), (x, B, A))
+    y = KeptLinear.apply(x, B, A, weight, 0.7)
+    assert torch.allclose(y.double(), x.double() @ W.T, atol=1e-5)
+    got = torch.autograd.grad((y * dy).sum(), (x, B, A))
     for a, b in zip(got, want):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
@@ -119,12 +137,38 @@ def test_healing_wins_on_held_out_text_and_changes_only_grids_norms_and_biases(f
     assert torch.equal(again(unseen[:1, :2]), model(unseen[:1, :2]))
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_pruned_model_heals_in_what_it_keeps(family, tmp_path):
+    dense, _ = model_pair(family)
+    model = copy.deepcopy(dense)
+    for _, m in model.linears():
+        m.weight.data[torch.rand(m.weight.shape) < 0.3] = 0
+    text = torch.randint(0, 50, (24, 16), generator=torch.Generator().manual_seed(1))
+    windows, val, unseen = text[:16], text[16:20], text[20:]
+    teacher = teacher_states(dense, windows, tmp_path), teacher_states(dense, val, tmp_path)
+    test = teacher_states(dense, unseen, tmp_path)
+    before = copy.deepcopy(model)
+    with tuned(model) as parts:                                   # the start changes nothing
+        kept = [part for part in parts.values() if isinstance(part, TunedKept)]
+        assert len(kept) == len(list(before.linears()))
+        assert torch.allclose(model(unseen), before(unseen), atol=1e-4)
+    gap = mean_loss(model, None, unseen, teacher=test)
+    got = heal(model, windows, val, teacher, steps=40, batch_size=4, lr=1e-2)
+    assert got.scores[0][1] > got.val_loss
+    assert mean_loss(model, None, unseen, teacher=test) < 0.9 * gap
+    for (name, old), (_, new) in zip(before.linears(), model.linears()):
+        assert torch.equal(old.weight == 0, new.weight == 0), name
+        assert not torch.equal(old.weight, new.weight), name
+        assert torch.equal(new.weight, new.weight.half().float()), name
+    assert torch.equal(model.embed_tokens.weight, dense.embed_tokens.weight)
+
+
 def test_norm_stand_ins_equal_the_norms_with_tuned_numbers():
     for family in ("llama", "opt"):
         _, model = model_pair(family)
         norm = model.blocks[0].norm1
         x = torch.randn(3, 32)
-        part = Tuned(norm)
+        part = TunedNorm(norm)
         assert torch.allclose(part(x), norm(x), atol=1e-6)
         with torch.no_grad():
             part.u.normal_().mul_(0.1)
@@ -176,7 +220,7 @@ def test_what_cannot_be_healed_is_said(tmp_path):
     dense, model = model_pair()
     text = torch.randint(0, 50, (4, 16))
     states = teacher_states(dense, text, tmp_path)
-    with pytest.raises(ValueError, match="no Linear of this model is packed"):
+    with pytest.raises(ValueError, match="packed .quantized. or pruned"):
         heal(dense, text, text, (states, states), steps=1)
     with pytest.raises(ValueError, match="got 4 and 0 windows"):
         heal(model, text, text[:0], (states, states[:0]), steps=1)
@@ -191,7 +235,7 @@ def test_checkpointing_gives_the_same_gradients(tmp_path):
     for model.checkpointing in (False, True):
         with tuned(model) as parts:
             text_loss(model, None, text, states).mean().backward()
-            grads.append([p.grad for m in parts.values() for p in (m.u, m.v, m.b) if p is not None])
+            grads.append([p.grad for m in parts.values() for p in m.parameters(recurse=False)])
     assert len(grads[0]) > 20
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
 
@@ -224,6 +268,20 @@ def test_a_healed_folder_is_the_model_in_the_same_shards(tmp_path):
     assert not torch.equal(again(text), load_model(tmp_path / "compressed")(text))
     names = lambda folder: sorted((p.name, p.stat().st_size) for p in folder.glob("*.safetensors"))
     assert names(tmp_path / "healed") == names(tmp_path / "compressed")
+
+
+@needs_tiny
+def test_a_pruned_run_heals_and_keeps_its_zeros(text, tmp_path):
+    args = ["--nsamples", 4, "--seqlen", 64, "--calib", text, "--data", text, "--max-tokens", 512,
+            "--bits", 16, "--steps", 0, "--device", "cpu", "--dtype", "float32"]
+    for steps, name in ((0, "a"), (4, "b")):
+        here(*args, "--heal", steps, "--out", tmp_path / name)
+    rows = json.loads((tmp_path / "b/report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "compressed", "compressed + healed"]
+    one, two = (load_model(tmp_path / name / "compressed") for name in "ab")
+    for (name, old), (_, new) in zip(one.linears(), two.linears()):
+        assert torch.equal(old.weight == 0, new.weight == 0), name
+        assert not torch.equal(old.weight, new.weight), name
 
 
 @needs_tiny

@@ -16,7 +16,7 @@ import compress as walks
 from compress import (Kept, Settings, Walk, compress, compress_block, compress_model, make_solver,
                       plan, stream_errors)
 from data.config import Config
-from heal import Tuned, tuned
+from heal import TunedGrid, TunedNorm, tuned
 from kernels.linear import PackedLinear
 from kernels.packing import count_kept
 from model import Transformer, open_checkpoint, rotate, save_model
@@ -95,12 +95,12 @@ def test_gradients_equal_those_of_a_half_block_written_by_hand(family, changes, 
         layer = stored.part.get_submodule(name)
         mask = layer.weight_dequantized(torch.float32) == 0
         if packed:
-            parts[name] = Tuned(layer)
+            parts[name] = TunedGrid(layer)
             exact[name] = layer.weight_dequantized(torch.float32).double()
         else:
             parts[name] = Kept(linear.weight.masked_fill(mask, 0), mask, linear.bias)
             exact[name] = linear.weight.double()
-    norm = Tuned(copy.deepcopy(half.norm))
+    norm = TunedNorm(copy.deepcopy(half.norm))
     every = {**parts, "norm": norm}
     for part in every.values():
         for p in part.parameters(recurse=False):

@@ -390,7 +390,8 @@ BAD_SETTINGS = [
     (["--device", "nowhere"], "--device nowhere"),
     (["--resume", "--overwrite"], "exclude"),
     (["--no-true-sequential", "--correct", "1"], "--correct 0"),
-    (["--bits", "16", "--heal", "8"], "--heal does nothing with --bits 16"),
+    (["--bits", "16", "--sparsity", "0", "--heal", "8"],
+     "--heal does nothing with --bits 16 --sparsity 0"),
 ]
 
 

@@ -40,6 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import parallel
+from data.config import Config
 from data.progress import Progress
 from gptq import Compressed, gptq, invert_
 from heal import TunedGrid, TunedNorm, tuned
@@ -47,7 +48,7 @@ from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from kernels.unpacking import unpack
 from model import Block, Checkpoint, Half, load_block, read_note, save_index, save_shard, shard_path
-from prompt import HeadLoss, fit
+from prompt import LOGITS, HeadLoss, fit
 from sparsegpt import SLAB, admm, parse_sparsity, prune_and_round, refit, sparsegpt
 
 RECIPES = {
@@ -933,6 +934,7 @@ class Plan(NamedTuple):
     device: int                         # at the peak: copies of a block, a batch or the solver
     host: int                           # streams, embedding and head, beside mapped files
     disk: int                           # of the compressed model, and of what healing needs, about
+    model: int                          # the compressed model's part of it
     tuning: int = 0                     # of device, while half-blocks are reconstructed
     flops: float = 0                    # of their reconstruction
 
@@ -987,6 +989,24 @@ def tuning_bytes(weights: int, largest: int, tokens: int, d_model: int, d_ff: in
     return 33 * weights + 16 * largest + 4 * tokens * (16 * d_model + 8 * d_ff)
 
 
+def learning_bytes(config: Config, tokens: int, itemsize: int, heals: bool,
+                   checkpointing: bool) -> int:
+    """What a step of learning a prompt, or of healing, holds at its peak beside the model: for so
+    many tokens at a time, activations of so many bytes a number. Counted by
+    tests/test_compress.py."""
+    c = config
+    block = 10 * c.d_model + 4 * c.d_ff if heals else 7 * c.d_model + 3 * c.d_ff
+    kept = c.n_layer * block
+    if checkpointing:
+        kept = c.n_layer * c.d_model + block        # what enters every block, and one block's
+    on_the_way = 3 * c.d_ff                         # activations and gradients of one Linear
+    largest = c.d_model * max(c.d_model, c.d_ff)
+    # the weight, and where it is tuned its gradient and two planes in fp32
+    weight = (2 * itemsize + 16 * heals) * largest
+    logits = 16 * min(LOGITS, tokens * c.vocab_size)
+    return itemsize * tokens * (kept + on_the_way) + weight + logits
+
+
 def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype,
          settings: Settings, bits: int | None, sparsity: float | str, held_tokens: int = 0,
          taught_tokens: int = 0, seqlen: int = STEP_TOKENS, by_loss: bool = False) -> Plan:
@@ -1011,7 +1031,8 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
     copies = (1 + twin) * weights * size
     kept = 1 - parse_sparsity(sparsity)[0]
     width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + 0.05
-    disk = c.n_layer * weights * width / 8 + 2 * ends + 2 * taught_tokens * c.d_embed
+    model = c.n_layer * weights * width / 8 + 2 * ends
+    disk = model + 2 * taught_tokens * c.d_embed
     streams = (1 + twin) * tokens + held_tokens
     device = copies + others + max(solving, summing)
     tuning, flops = 0, 0
@@ -1033,7 +1054,7 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
         streams = max(streams, c.n_layer * told)    # one a block
     device *= 1.1                                   # a GPU's allocator keeps some more
     host = 2 * streams * c.d_model + ends * size + 2 * weights
-    return Plan(c.n_layer, int(device), int(host), int(disk), int(tuning), flops)
+    return Plan(c.n_layer, int(device), int(host), int(disk), int(model), int(tuning), flops)
 
 
 @torch.no_grad()

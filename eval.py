@@ -197,18 +197,21 @@ def over_all(total: float, count: int) -> tuple[float, int]:
     return math.exp(min(total / count, 700.0)), int(count)
 
 
-def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> bool:
-    """Is there room on the device for all weights in dtype, and a fifth more?"""
-    need = 1.2 * dtype.itemsize * checkpoint.count()
+def free_memory(device: str) -> float:
+    """Bytes that are free on a device; infinity where the system does not tell."""
     if torch.device(device).type == "cuda":
-        return need < torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines
+        return next(1024 * int(line.split()[1]) for line in lines
                     if line.startswith("MemAvailable"))
     except (OSError, StopIteration):                     # not Linux: let the operating system page
-        return True
-    return need < free
+        return math.inf
+
+
+def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> bool:
+    """Is there room on the device for all weights in dtype, and a fifth more?"""
+    return 1.2 * dtype.itemsize * checkpoint.count() < free_memory(device)
 
 
 def not_finite(title: str, what: str, value: float, model) -> ValueError:

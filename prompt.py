@@ -456,10 +456,11 @@ def default_rate(model, prompt: torch.Tensor) -> float:
 
 
 def windows_at_once(windows: torch.Tensor, device, tokens: int = 512) -> int:
-    """Windows (N, T) whose activations are kept at a time: on a CPU those of so many tokens, of
-    which its products want no more than 512."""
-    on_gpu = torch.device(device).type == "cuda"
-    return len(windows) if on_gpu else max(1, tokens // windows.shape[1])
+    """How many of windows (N, T) have their activations kept at a time: those of so many tokens on
+    a CPU, whose products want no more than 512, and of 2048 on a GPU."""
+    if torch.device(device).type == "cuda":
+        tokens = 2048
+    return max(1, tokens // windows.shape[1])
 
 
 def backward_by_parts(losses_of: Callable, index: torch.Tensor, at_once: int) -> float:

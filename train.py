@@ -13,7 +13,7 @@ Left out: splitting one model over several devices.
 """
 from argparse import BooleanOptionalAction
 
-from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, whole
+from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, say, whole
 
 # Flags that do nothing on a model that is compressed already,
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid",
@@ -122,7 +122,8 @@ def flags() -> Flags:
     a("--control", action=BooleanOptionalAction,
       help="learn a prompt on the dense model too (default: tiny models)")
     a("--checkpointing", action="store_true", default=None,
-      help="recompute activations to save memory")
+      help="recompute activations in backward passes, which saves memory and takes a third more "
+           "time (default: where they would not fit)")
     a("--kind", choices=["embedding", "prefix"],
       help="embedding: what the first block reads, as in the paper (default); prefix: keys and "
            "values of every layer, from the dense model's own")
@@ -154,7 +155,7 @@ from pathlib import Path
 import torch
 
 from compress import (RECIPES, Settings, allocate_streamed, allocates, compress, hold_out,
-                      make_solver, mean_errors, plan)
+                      learning_bytes, make_solver, mean_errors, plan)
 from data import parallel
 from data.checkpoint import read_json, write_json
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
@@ -163,12 +164,12 @@ from data.progress import Progress
 from data.report import Report, identity
 from data.text import FILES as TEXT_SETS, calibration, eval_tokens, learning_windows
 from data.tokenizer import copy_tokenizer, load_tokenizer
-from eval import (DTYPES, default_device, default_dtype, fits, last_states, perplexity,
+from eval import (DTYPES, default_device, default_dtype, fits, free_memory, last_states, perplexity,
                   stored_dtype, streamed_perplexity, usable)
-from heal import heal, save_healed
+from heal import AT_ONCE, heal, save_healed
 from model import Checkpoint, open_checkpoint, storage
 from prompt import (PAPER, default_rate, initial_prompt, learn, owner, save_prompt, streamed_prefix,
-                    teacher_states)
+                    teacher_states, windows_at_once)
 from sparsegpt import parse_sparsity
 
 
@@ -387,12 +388,44 @@ class Run:
 
     def plan(self) -> str:
         a = self.args
-        if not self.solve:
-            return "plan: nothing to compress"
-        taught = self.windows.numel() + self.held.numel() if a.heal else 0
-        return str(plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen, self.dtype,
-                        self.settings, self.bits, a.sparsity, self.judges().numel(), taught,
-                        a.seqlen, a.allocation == "fisher"))
+        held = self.dtype.itemsize * self.checkpoint.count()    # the model that is learned on
+        packed = a.fused == "on" and not a.control              # never unpacked, nor the dense one
+        said = "plan: nothing to compress"
+        if a.packed and packed:
+            held = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        if self.solve:
+            taught = self.windows.numel() + self.held.numel() if a.heal else 0
+            planned = plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen,
+                           self.dtype, self.settings, self.bits, a.sparsity,
+                           self.judges().numel(), taught, a.seqlen, a.allocation == "fisher")
+            said = str(planned)
+            if self.bits and packed:
+                held = planned.model
+        kinds = [heals for heals, steps in ((True, a.heal), (False, a.steps)) if steps]
+        if kinds:
+            most, least = (1.1 * (held + max(self.step_bytes(heals, recomputes) for heals in kinds))
+                           for recomputes in (False, True))
+            said += (f"; then {most / 1e9:.2f} GB on the device for a step of healing or of the "
+                     f"prompt, or {least / 1e9:.2f} if activations are recomputed")
+        return said
+
+    def step_bytes(self, heals: bool, recomputes: bool) -> int:
+        """What a step of healing, or of learning the prompt, holds beside the model."""
+        a = self.args
+        windows = torch.empty(a.batch_size, a.seqlen)
+        how = (AT_ONCE,) if heals else ()
+        at_once = min(a.batch_size, windows_at_once(windows, a.device, *how))
+        return learning_bytes(self.checkpoint.config, at_once * a.seqlen, self.dtype.itemsize,
+                              heals, recomputes)
+
+    def recomputes(self, heals: bool) -> bool:
+        """Are activations recomputed in backward passes? Asked once the model is loaded."""
+        a = self.args
+        need, free = 1.1 * self.step_bytes(heals, False), free_memory(a.device)
+        if not a.checkpointing and need > free:
+            say(f"a step needs {need / 1e9:.2f} GB beside the model and {free / 1e9:.2f} are free: "
+                f"activations are recomputed, as by --checkpointing")
+        return a.checkpointing or need > free
 
     def judges(self) -> torch.Tensor:
         """Held-out windows that layers' errors are told on too: one for 16, which costs little."""
@@ -477,7 +510,7 @@ class Run:
         if not parallel.first_object("compressed" in self.report.losses):
             teacher = self.teacher(self.windows, self.held)
             model = open_checkpoint(self.made).model(self.dtype, a.device)
-            model.checkpointing = a.checkpointing
+            model.checkpointing = self.recomputes(heals=True)
             got = heal(model, self.windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed,
                        state=state, progress=Progress)
             if first:
@@ -509,7 +542,7 @@ class Run:
         if not self.report.has(rows[0]):
             self.measure(rows[0], model, size, start)
         began = time.monotonic()
-        model.checkpointing = a.checkpointing
+        model.checkpointing = self.recomputes(heals=False)
         lr = a.lr or default_rate(model, start)
         state = path.with_suffix(".state")
         teacher = self.teacher(self.pool, self.val) if a.objective == "kl" else None

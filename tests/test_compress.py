@@ -19,13 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from compress import (TOKENS as TOLD, Moments, Settings, Stream, Walk, aim, allocate_streamed,
-                      compress, compress_block, compress_model, make_solver, plan)
+                      compress, compress_block, compress_model, learning_bytes, make_solver, plan)
 from data.config import PUBLISHED, SHIPPED, Config
 from data.text import calibration, eval_tokens
 from data.tokenizer import load_tokenizer
 from eval import perplexity, streamed_perplexity
 from gptq import hessian, relative_error
+from heal import heal
 from model import Transformer, load_model, open_checkpoint, save_model, skeleton_of
+from prompt import learn, teacher_states
 from sparsegpt import prune_and_round, sparsegpt
 from test_prompt import TOKENS, tiny
 
@@ -328,6 +330,39 @@ def test_the_device_holds_what_finding_shares_takes(nsamples, seqlen, tmp_path):
         allocate_streamed(checkpoint, windows, 0.5, torch.float32, "cpu")
     streams = config.n_layer * min(TOLD, windows.numel()) * config.d_model * 2
     assert 0.5 * planned < counted.peak - streams <= planned
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("heals", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_device_holds_what_a_step_of_learning_takes(family, heals, checkpointing, tmp_path):
+    """Counted: beside the model, a step takes at most what `learning_bytes` says."""
+    is_opt = family == "opt"
+    config = Config(family, 200, 64, 8, 4, 256, max_positions=600, tied=is_opt,
+                    attention_bias=is_opt, mlp_bias=is_opt)
+    torch.manual_seed(0)
+    model = Transformer(config).requires_grad_(False).eval()
+    windows = torch.randint(0, 200, (4, 256))
+    teacher = teacher_states(model, windows, tmp_path)
+    compress_model(model, windows, make_solver(4, 0.5))
+    model.checkpointing = checkpointing
+    with Counted() as counted:
+        if heals:
+            heal(model, windows, windows[:1], (teacher, teacher[:1]), 1, 1)
+        else:
+            learn(model, torch.randn(16, 64), windows, None, 1, 1)
+    tokens = 2048 if heals else 512                               # at a time, if there are so many
+    planned = learning_bytes(config, min(tokens, 256), 4, heals, checkpointing)
+    assert 0.5 * planned < counted.peak <= planned
+
+
+def test_a_7b_model_learns_in_the_memory_that_readme_says():
+    width, _, heads, kv_heads, d_ff, vocab, _ = PUBLISHED["llama-7b"]
+    config = Config("llama", vocab, width, 32, heads, d_ff, kv_heads)
+    for heals, tokens, recomputes, said in ((True, 2048, False, 16.8), (True, 2048, True, 5.5),
+                                            (False, 1024, True, 4.1)):
+        step = learning_bytes(config, tokens, 2, heals, recomputes)
+        assert 1.1 * (2.96e9 + step) == pytest.approx(said * 1e9, rel=0.02)
 
 
 def test_a_7b_block_is_planned_under_8_gb_and_a_70b_block_under_28():

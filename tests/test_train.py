@@ -397,6 +397,22 @@ BAD_SETTINGS = [
 
 
 @needs_tiny
+def test_activations_that_do_not_fit_are_recomputed(text, tmp_path, capsys, monkeypatch):
+    args = ["--nsamples", 4, "--seqlen", 64, "--calib", text, "--data", text, "--max-tokens", 512,
+            "--train-data", text, "--heal", 2, "--steps", 2, "--val-windows", 2, "--no-control",
+            *PLAIN_CPU]
+    here(*args, "--out", tmp_path / "a")
+    assert "recomputed, as by" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.modules["train"], "free_memory", lambda device: 1e6)
+    here(*args, "--out", tmp_path / "b")
+    assert capsys.readouterr().err.count("are free: activations are recomputed") == 2
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in "ab")
+    assert one["settings"] == two["settings"]
+    for a, b in zip(one["rows"], two["rows"]):
+        assert b["perplexity"] == pytest.approx(a["perplexity"], rel=1e-5)
+
+
+@needs_tiny
 @pytest.mark.parametrize("options,message", BAD_SETTINGS)
 def test_bad_settings_are_one_line_and_leave_nothing(options, message, text, tmp_path, capsys):
     """What `run_program` prints behind "error: "; without a process of its own, which would take

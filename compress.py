@@ -1001,8 +1001,8 @@ def learning_bytes(config: Config, tokens: int, itemsize: int, heals: bool,
         kept = c.n_layer * c.d_model + block        # what enters every block, and one block's
     on_the_way = 3 * c.d_ff                         # activations and gradients of one Linear
     largest = c.d_model * max(c.d_model, c.d_ff)
-    # the weight, and where it is tuned its gradient and two planes in fp32
-    weight = (2 * itemsize + 16 * heals) * largest
+    # the weight; where it is tuned its gradient, in fp32, and what unpacking takes
+    weight = (2 * itemsize + 20 * heals) * largest
     logits = 16 * min(LOGITS, tokens * c.vocab_size)
     return itemsize * tokens * (kept + on_the_way) + weight + logits
 

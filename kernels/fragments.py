@@ -150,7 +150,7 @@ def reorder(packed: Packed, format: str) -> dict[str, torch.Tensor]:
     rank, keep = ranks(packed)
     rows, cols = rank.shape
     pad = (0, -cols % 128, 0, -rows % 16)
-    rank = by_lane(F.pad(rank.to(torch.uint8), pad))
+    rank = by_lane(F.pad(rank, pad))
     if keep is None:
         words = to_words(rank[..., SHUFFLED])
         return {"codes": words.permute(0, 2, 1, 3).contiguous()}            # rows outermost

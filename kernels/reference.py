@@ -15,23 +15,23 @@ from kernels.packing import Packed
 
 def bit_matrix(mask: torch.Tensor, cols: int) -> torch.Tensor:
     """Bitmap words (out, words) int32 -> (out, cols) bool, True where kept."""
-    bit = torch.arange(32, device=mask.device, dtype=torch.int32)
-    bits = mask[:, :, None] >> bit & 1                          # (out, words, 32)
+    bit = torch.arange(8, device=mask.device, dtype=torch.uint8)
+    bits = mask.view(torch.uint8)[:, :, None] >> bit & 1        # (out, bytes, 8)
     return bits.flatten(1)[:, :cols].bool()
 
 
 def each_code(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 words or bytes (..., n) -> (..., codes) int64: eight codes in `bits` bytes, the first
+    """int32 words or bytes (..., n) -> (..., codes) uint8: eight codes in `bits` bytes, the first
     in the lowest bits."""
-    device = packed.device
     byte = packed.view(torch.uint8).unflatten(-1, (-1, bits)).long()
-    word = (byte << 8 * torch.arange(bits, device=device)).sum(-1)          # of eight codes
-    code = word[..., None] >> bits * torch.arange(8, device=device)
-    return (code & (1 << bits) - 1).flatten(-2)
+    word = (byte << 8 * torch.arange(bits, device=packed.device)).sum(-1)   # of eight codes
+    code = [(word >> bits * i & (1 << bits) - 1).to(torch.uint8) for i in range(8)]
+    return torch.stack(code, -1).flatten(-2)
 
 
 def ranks(packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out, in) int64 ranks of the levels, 0 where pruned, and (out, in) bool kept, or None."""
+    """(out, in) uint8 ranks of the levels, anything where pruned, and (out, in) bool kept, or
+    None."""
     t, meta = packed.tensors, packed.meta
     rows, cols = meta["shape"]
     codes = each_code(t["codes"], meta["bits"])
@@ -43,32 +43,34 @@ def ranks(packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
     keep = bit_matrix(t["mask"], cols)
     if meta["format"] == "nm":                                  # every 16 columns have 8 codes
         sixteens = F.pad(keep, (0, -cols % 16)).view(rows, -1, 16)
-        before = (sixteens.long().cumsum(2) - 1).flatten(1)[:, :cols]
-        place = before + 8 * (torch.arange(cols, device=keep.device) // 16)
+        place = sixteens.cumsum(2).flatten(1)[:, :cols]
+        place += 8 * (torch.arange(cols, device=keep.device) // 16)
     else:                                                       # one stream for all rows
-        place = keep.long().cumsum(1) - 1 + 8 * t["row_start"].long()[:, None]
+        place = keep.cumsum(1)
+        place += 8 * t["row_start"].long()[:, None]
         codes, place = codes.view(1, -1), place.view(1, -1)
-    place = place.clamp(0, codes.shape[1] - 1)                  # of pruned ones it may be anywhere
-    rank = codes.gather(1, place).view(rows, cols)
-    return torch.where(keep, rank, 0), keep
+    # of pruned ones it may be anywhere
+    place = place.sub_(1).clamp_(0, codes.shape[1] - 1)
+    return codes.gather(1, place).view(rows, cols), keep
 
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     """(out, in) in dtype, on the device of packed's tensors; computed in fp32, pruned weights are
-    +0."""
+    +0. Holds at most 16 bytes a weight on the way, with groups 24."""
     t, meta = packed.tensors, packed.meta
     rank, keep = ranks(packed)
     cols, size = meta["shape"][1], meta["groupsize"]
-    group = torch.arange(cols, device=rank.device) // (size if size > 0 else cols)
-    group = t.get("g_idx", group).long()
-    scale = t["scale"].float()[:, group]
-    zero = t["zero"].float()[:, group]
+    scale, zero = t["scale"].float(), t["zero"].float()
+    if scale.shape[1] > 1:
+        group = t.get("g_idx", torch.arange(cols, device=rank.device) // size).long()
+        scale, zero = scale[:, group], zero[:, group]
     if meta["grid"] == "uniform":
-        weight = scale * (rank - zero)
+        weight = (rank - zero).mul_(scale)
     else:                                   # 4 bits: -(7 + zero) ... -zero, +zero ... +(7 + zero)
         top = 1 << meta["bits"] - 1
-        k = torch.where(rank < top, top - 1 - rank, rank - top)
-        weight = torch.where(rank < top, -scale, scale) * (k + zero)
+        negative = rank < top
+        weight = torch.where(negative, top - 1 - rank, rank - top) + zero
+        weight.mul_(torch.where(negative, -scale, scale))
     if keep is not None:
-        weight = weight.masked_fill(~keep, 0.0)
+        weight.masked_fill_(~keep, 0.0)
     return weight.to(dtype)

@@ -26,6 +26,8 @@ from data.tokenizer import load_tokenizer
 from eval import perplexity, streamed_perplexity
 from gptq import hessian, relative_error
 from heal import heal
+from kernels.packing import pack
+from kernels.reference import dequantize
 from model import Transformer, load_model, open_checkpoint, save_model, skeleton_of
 from prompt import learn, teacher_states
 from sparsegpt import prune_and_round, sparsegpt
@@ -332,6 +334,18 @@ def test_the_device_holds_what_finding_shares_takes(nsamples, seqlen, tmp_path):
     assert 0.5 * planned < counted.peak - streams <= planned
 
 
+@pytest.mark.parametrize("format,groupsize", [("dense", -1), ("nm", -1), ("unstructured", -1),
+                                              ("unstructured", 128)])
+def test_unpacking_by_torch_holds_16_bytes_a_weight(format, groupsize):
+    mask = None if format == "dense" else torch.arange(1024).bitwise_and(1).bool().expand(256, -1)
+    codes = torch.randint(0, 16, (256, 1024), dtype=torch.uint8)
+    grid = torch.ones(256, 1024 // groupsize if groupsize > 0 else 1)
+    held = pack(codes, mask, grid, grid, 4, "offset", groupsize, format)
+    with Counted() as counted:
+        dequantize(held, torch.float32)
+    assert counted.peak <= (16 + 8 * (groupsize > 0)) * codes.numel()
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize("heals", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -359,7 +373,7 @@ def test_the_device_holds_what_a_step_of_learning_takes(family, heals, checkpoin
 def test_a_7b_model_learns_in_the_memory_that_readme_says():
     width, _, heads, kv_heads, d_ff, vocab, _ = PUBLISHED["llama-7b"]
     config = Config("llama", vocab, width, 32, heads, d_ff, kv_heads)
-    for heals, tokens, recomputes, said in ((True, 2048, False, 16.8), (True, 2048, True, 5.5),
+    for heals, tokens, recomputes, said in ((True, 2048, False, 17.0), (True, 2048, True, 5.7),
                                             (False, 1024, True, 4.1)):
         step = learning_bytes(config, tokens, 2, heals, recomputes)
         assert 1.1 * (2.96e9 + step) == pytest.approx(said * 1e9, rel=0.02)

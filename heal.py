@@ -38,7 +38,7 @@ from prompt import Fit, backward_by_parts, fingerprint, fit, mean_loss, text_los
 RANK = 8                                # of what changes a pruned weight
 SPREAD = 0.25                           # of its size: what a rate of 1 is there
 FAR = 1024.0                            # a zero beyond all codes
-AT_ONCE = 2048                          # tokens that share an unpacking on a CPU, half of the work
+AT_ONCE = 2048                          # tokens that share an unpacking, half of the work on a CPU
 
 
 def regrid(packed: Packed, scale: torch.Tensor, zero: torch.Tensor,
@@ -272,7 +272,7 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
                          f"windows")
     device = model.embed_tokens.weight.device
     states, val_states = teacher
-    at_once = windows_at_once(windows, device, AT_ONCE)
+    at_once = windows_at_once(windows.shape[1], device, AT_ONCE)
 
     def losses_of(part):
         return text_loss(model, None, windows[part].to(device), states[part])

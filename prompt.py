@@ -455,12 +455,15 @@ def default_rate(model, prompt: torch.Tensor) -> float:
     return 0.05 if prompt.dim() == 5 else 0.35 * float(model.embed_tokens.weight.float().std())
 
 
-def windows_at_once(windows: torch.Tensor, device, tokens: int = 512) -> int:
-    """How many of windows (N, T) have their activations kept at a time: those of so many tokens on
-    a CPU, whose products want no more than 512, and of 2048 on a GPU."""
+AT_ONCE = 512                           # tokens whose activations a CPU keeps at a time,
+AT_ONCE_ON_GPU = 2048                   # and a GPU
+
+
+def windows_at_once(seqlen: int, device, tokens: int = AT_ONCE) -> int:
+    """How many windows have their activations kept at a time; tokens: of them all on a CPU."""
     if torch.device(device).type == "cuda":
-        tokens = 2048
-    return max(1, tokens // windows.shape[1])
+        tokens = AT_ONCE_ON_GPU
+    return max(1, tokens // seqlen)
 
 
 def backward_by_parts(losses_of: Callable, index: torch.Tensor, at_once: int) -> float:
@@ -501,7 +504,7 @@ def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor 
     moved = torch.nn.Parameter(torch.zeros_like(free))
     states, val_states = teacher or (None, None)
     val = None if val is None or not len(val) else val
-    at_once = windows_at_once(windows, device)
+    at_once = windows_at_once(windows.shape[1], device)
 
     def now() -> torch.Tensor:
         return torch.cat([kept, free + unit * moved])

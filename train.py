@@ -166,10 +166,10 @@ from data.text import FILES as TEXT_SETS, calibration, eval_tokens, learning_win
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from eval import (DTYPES, default_device, default_dtype, fits, free_memory, last_states, perplexity,
                   stored_dtype, streamed_perplexity, usable)
-from heal import AT_ONCE, heal, save_healed
+from heal import AT_ONCE as HEALED_AT_ONCE, heal, save_healed
 from model import Checkpoint, open_checkpoint, storage
-from prompt import (PAPER, default_rate, initial_prompt, learn, owner, save_prompt, streamed_prefix,
-                    teacher_states, windows_at_once)
+from prompt import (AT_ONCE, PAPER, default_rate, initial_prompt, learn, owner, save_prompt,
+                    streamed_prefix, teacher_states, windows_at_once)
 from sparsegpt import parse_sparsity
 
 
@@ -388,35 +388,34 @@ class Run:
 
     def plan(self) -> str:
         a = self.args
-        held = self.dtype.itemsize * self.checkpoint.count()    # the model that is learned on
-        packed = a.fused == "on" and not a.control              # never unpacked, nor the dense one
         said = "plan: nothing to compress"
-        if a.packed and packed:
-            held = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        model = self.dtype.itemsize * self.checkpoint.count()   # of what is learned on
+        stays_packed = a.fused == "on" and not a.control        # nor is the dense one learned on
+        if a.packed and stays_packed:
+            model = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
         if self.solve:
             taught = self.windows.numel() + self.held.numel() if a.heal else 0
             planned = plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen,
                            self.dtype, self.settings, self.bits, a.sparsity,
                            self.judges().numel(), taught, a.seqlen, a.allocation == "fisher")
             said = str(planned)
-            if self.bits and packed:
-                held = planned.model
+            if self.bits and stays_packed:
+                model = planned.model
         kinds = [heals for heals, steps in ((True, a.heal), (False, a.steps)) if steps]
         if kinds:
-            most, least = (1.1 * (held + max(self.step_bytes(heals, recomputes) for heals in kinds))
+            most, least = (model + max(self.step_bytes(heals, recomputes) for heals in kinds)
                            for recomputes in (False, True))
-            said += (f"; then {most / 1e9:.2f} GB on the device for a step of healing or of the "
-                     f"prompt, or {least / 1e9:.2f} if activations are recomputed")
+            said += (f"; then {1.1 * most / 1e9:.2f} GB on the device for a step of healing or of "
+                     f"the prompt, or {1.1 * least / 1e9:.2f} if activations are recomputed")
         return said
 
     def step_bytes(self, heals: bool, recomputes: bool) -> int:
         """What a step of healing, or of learning the prompt, holds beside the model."""
         a = self.args
-        windows = torch.empty(a.batch_size, a.seqlen)
-        how = (AT_ONCE,) if heals else ()
-        at_once = min(a.batch_size, windows_at_once(windows, a.device, *how))
-        return learning_bytes(self.checkpoint.config, at_once * a.seqlen, self.dtype.itemsize,
-                              heals, recomputes)
+        windows = windows_at_once(a.seqlen, a.device, HEALED_AT_ONCE if heals else AT_ONCE)
+        tokens = min(a.batch_size, windows) * a.seqlen
+        return learning_bytes(self.checkpoint.config, tokens, self.dtype.itemsize, heals,
+                              recomputes)
 
     def recomputes(self, heals: bool) -> bool:
         """Are activations recomputed in backward passes? Asked once the model is loaded."""

@@ -200,7 +200,8 @@ def over_all(total: float, count: int) -> tuple[float, int]:
 def free_memory(device: str) -> float:
     """Bytes that are free on a device; infinity where the system does not tell."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept        # by torch, for what comes next
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines

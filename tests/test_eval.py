@@ -50,6 +50,13 @@ def test_perplexity_equals_a_count_by_hand(family, n):
                         rel_tol=1e-5)
 
 
+def test_free_memory_counts_what_torch_keeps(monkeypatch):
+    for name, value in (("mem_get_info", (5, 24)), ("memory_reserved", 9), ("memory_allocated", 6)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert evaluation.free_memory("cuda:0") == 5 + 9 - 6
+    assert 0 < evaluation.free_memory("cpu")
+
+
 def test_a_prompt_that_changes_nothing_leaves_the_perplexity():
     """Rotary attention sees only distances; with the values set to zero nothing flows between
     positions, so a prompt in front changes no logit. Counting the prompt's positions, as the

@@ -319,8 +319,8 @@ HEALED_LEVELS = Family(
     "smollm2-healed-{bits}bit-{sparsity}",
     f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI} --steps 0 --heal 64 --bits {{bits}} "
     f"--sparsity {{sparsity}}",
-    {"bits": (4, 3), "sparsity": ("0.625", "2:4", "0")},
-    without=("smollm2-healed-3bit-0.625", "smollm2-healed-3bit-2:4"))
+    {"bits": (4, 3), "sparsity": ("2:4", "0")},
+    without=("smollm2-healed-3bit-2:4",))
 CALIBRATED_ON_C4 = Family(
     "smollm2-c4",
     "train.py --model {smollm2} --calib c4 --data-dir {texts} --nsamples 32 --seqlen 512 "

@@ -265,8 +265,6 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
     never gets worse on val. teacher: `teacher_states` of windows and of val. model.checkpointing =
     True saves memory for a third more time. Raises ValueError where nothing is packed or pruned,
     or on a loss that is not finite; the model is then as it was."""
-    if not any(isinstance(stand_in(m), (TunedGrid, TunedKept)) for _, m in model.linears()):
-        raise ValueError("nothing to heal: no Linear of this model is packed (quantized) or pruned")
     if not len(windows) or not len(val):
         raise ValueError(f"healing needs text and held-out text: got {len(windows)} and {len(val)} "
                          f"windows")
@@ -286,6 +284,9 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
     marks = {"text": fingerprint(windows), "val": fingerprint(val),
              "model": fingerprint(*model.state_dict().values())}
     with tuned(model) as parts:
+        if all(isinstance(part, TunedNorm) for part in parts.values()):
+            raise ValueError("nothing to heal: no Linear of this model is packed (quantized) or "
+                             "pruned")
         params = {f"{name}.{n}": p for name, part in parts.items()
                   for n, p in part.named_parameters(recurse=False)}
         got = fit(params, loss_of_batch, len(windows), score, steps, batch_size, lr,

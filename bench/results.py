@@ -332,7 +332,7 @@ DENSE_READ = Family("smollm2-on-{data}", f"eval.py {{smollm2}} {READING}",
 CALIBRATED_HOW = {"4bit-0.5": "WikiText-2, 32 windows", "c4": "C4, 32 windows",
                   "healed-256-0": "WikiText-2, 256 windows, and healed"}
 READ = Family("smollm2-{run}-on-{data}", f"eval.py {{out}}/smollm2-{{run}}/compressed {READING}",
-              {"run": tuple(CALIBRATED_HOW), "data": ("wikitext2", "ptb", "c4")})
+              {"run": tuple(CALIBRATED_HOW), **DENSE_READ.values})
 PROMPTS = Family(
     "{kind}-{objective}-{seed}",
     f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --control --kind {{kind}} "

@@ -365,8 +365,7 @@ def test_the_device_holds_what_a_step_of_learning_takes(family, heals, checkpoin
             heal(model, windows, windows[:1], (teacher, teacher[:1]), 1, 1)
         else:
             learn(model, torch.randn(16, 64), windows, None, 1, 1)
-    tokens = 2048 if heals else 512                               # at a time, if there are so many
-    planned = learning_bytes(config, min(tokens, 256), 4, heals, checkpointing)
+    planned = learning_bytes(config, 256, 4, heals, checkpointing)      # one window is a batch
     assert 0.5 * planned < counted.peak <= planned
 
 

@@ -79,14 +79,14 @@ def test_main_job_end_to_end(model, text, other, tmp_path, capsys):
         "--nsamples", 16,
         "--seqlen", 128,
         "--calib", text,
-        "--data", text,
+        "--data", other,
         "--max-tokens", 2048,
         "--heal", 8,
         "--steps", 16,
         "--prompt-tokens", 16,
         "--batch-size", 2,
         "--val-windows", 4,
-        "--train-data", other,
+        "--train-data", text,
         *PLAIN_CPU,
     ]
     folder = tmp_path / "a"
@@ -104,8 +104,7 @@ def test_main_job_end_to_end(model, text, other, tmp_path, capsys):
     ]
     made = {name: r["perplexity"] for name, r in rows.items()}
     assert made["compressed + learned prompt"] < 0.97 * made["compressed + initial prompt"]
-    # on the text of its calibration a compressed model may win a little
-    assert 0.98 * made["dense"] < made["compressed"] != made["dense"]
+    assert made["dense"] < made["compressed"]
     gaps = [kl for _, kl in report["losses"]["compressed"]["validation"]]     # to the dense model,
     assert 0 < min(gaps) < gaps[0]                                # on held-out windows
     assert made["compressed + healed"] < 1.02 * made["compressed"]
@@ -142,7 +141,7 @@ def test_main_job_end_to_end(model, text, other, tmp_path, capsys):
         evaluation.main(evaluation.flags().parse_args([*map(str, words), "--device", "cpu"]))
         return capsys.readouterr().out
 
-    data = ["--data", text, "--seqlen", 128]
+    data = ["--data", other, "--seqlen", 128]
     prompted = ["--max-tokens", 2048, "--prompt", folder / "prompt.safetensors", "--json"]
     said = measured(folder / "compressed", *data, *prompted)
     last = json.loads(said.strip().split("\n")[-1])
@@ -150,7 +149,7 @@ def test_main_job_end_to_end(model, text, other, tmp_path, capsys):
     assert last["tokens"] == 16 * 127
     assert last["seqlen"] == 128
     assert last["prompt_tokens"] == 16
-    assert last["data"] == str(text)
+    assert last["data"] == str(other)
     hard = ["--max-tokens", 1024, "--hard-prompt", "Weights have errors."]
     assert "perplexity" in measured(folder / "compressed", *data, *hard)
     words = measured(model, "--generate", "Return the", "--max-new", 10)

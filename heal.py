@@ -2,7 +2,7 @@
 
 A packed weight is a grid over integers, W = scale * (A + zero T) in every row or group, with A what
 the codes say (0 where pruned), and T the sign of an offset grid or -1 on a uniform one (0 where
-pruned). Codes and mask stay; scales, zeros, norms and biases, 0.3% of a model's numbers and stored
+pruned). Codes and mask stay; scales, zeros, norms and biases, few of a model's numbers and stored
 in any case, are tuned end to end by KL(dense || packed) on text: the second stage of EfficientQAT
 (2407.11062) and PERP (2312.15230) on weights that are pruned and packed at once. Nothing is added:
 the healed model has the same bytes and the same speed.
@@ -33,10 +33,11 @@ from kernels.packing import Packed, groups_of
 from kernels.reference import dequantize
 from kernels.unpacking import unpack
 from model import open_checkpoint, read_note, save_index, save_shard, shard_path
-from prompt import Fit, backward_by_parts, fingerprint, fit, mean_loss, text_loss, windows_at_once
+from prompt import (Fit, backward_by_parts, fingerprint, fit, mark_of_model, mean_loss, text_loss,
+                    windows_at_once)
 
 RANK = 8                                # of what changes a pruned weight
-SPREAD = 0.25                           # of its size: what a rate of 1 is there
+SPREAD = 0.25                           # of its root mean square: what 1 in B moves a row by
 FAR = 1024.0                            # a zero beyond all codes
 AT_ONCE = 2048                          # tokens that share an unpacking, half of the work on a CPU
 
@@ -51,6 +52,7 @@ def regrid(packed: Packed, scale: torch.Tensor, zero: torch.Tensor,
 
 def planes(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, T), fp32 (out, in) integers with W = scale * (A + zero * T)."""
+    # With scale 1 and so large a zero, the weight's sign is T's, and what is beyond FAR is A.
     one = torch.ones_like(packed.tensors["scale"], dtype=torch.float32)
     sign = 1.0 if packed.meta["grid"] == "offset" else -1.0
     far = regrid(packed, one, sign * FAR * one, torch.float32)  # +-(k + FAR), code + FAR or 0
@@ -93,15 +95,15 @@ def sum_groups(t: torch.Tensor, group: torch.Tensor, shape: tuple) -> torch.Tens
 
 
 class KeptLinear(torch.autograd.Function):
-    """y = x (W + unit keep (B A))^T with gradients for x, B (out, rank) and A (rank, in), fp32;
+    """y = x (W + spread keep (B A))^T with gradients for x, B (out, rank) and A (rank, in), fp32;
     keep: where W is not 0. Only x is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, B, A, weight, unit):
+    def forward(ctx, x, B, A, weight, spread):
         ctx.save_for_backward(x, B, A)
         ctx.weight = weight
-        ctx.unit = unit
-        return F.linear(x, changed(weight, B, A, unit).to(x.dtype))
+        ctx.spread = spread
+        return F.linear(x, changed(weight, B, A, spread).to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -109,15 +111,15 @@ class KeptLinear(torch.autograd.Function):
         x, B, A = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ changed(ctx.weight, B, A, ctx.unit).to(dy.dtype)
+            dx = dy @ changed(ctx.weight, B, A, ctx.spread).to(dy.dtype)
         dW = (dy.flatten(0, -2).T @ x.flatten(0, -2)).float()
-        dW.mul_(ctx.weight != 0).mul_(ctx.unit)
+        dW.mul_(ctx.weight != 0).mul_(ctx.spread)
         return dx, dW @ A.T, B.T @ dW, None, None
 
 
-def changed(weight: torch.Tensor, B: torch.Tensor, A: torch.Tensor, unit: float) -> torch.Tensor:
-    """(out, in) fp32: the weight moved by unit B A where it is not 0."""
-    return (B @ A).mul_(unit).mul_(weight != 0).add_(weight)
+def changed(weight: torch.Tensor, B: torch.Tensor, A: torch.Tensor, spread: float) -> torch.Tensor:
+    """(out, in) fp32: the weight moved by spread B A where it is not 0."""
+    return (B @ A).mul_(spread).mul_(weight != 0).add_(weight)
 
 
 class Tuned(nn.Module):
@@ -238,10 +240,13 @@ def unchanged(numbers: torch.Tensor) -> nn.Parameter:
 
 @contextmanager
 def tuned(model, found: dict[str, nn.Module] | None = None):
-    """Inside, a Tuned stands in for every packed or pruned Linear and every norm, or those of
-    `found` stand where it says; after, all are themselves again. Yields {name: Tuned}."""
+    """Inside, a Tuned stands in for every packed or pruned Linear of the blocks and every norm, or
+    those of `found` stand where it says; after, all are themselves again. Yields {name: Tuned}.
+
+    A head may hold zeros too, but was never pruned."""
     if found is None:
-        made = {name: stand_in(m) for name, m in model.named_modules()}
+        made = {name: stand_in(m) for name, m in model.named_modules()
+                if name == "norm" or name.startswith("blocks.")}
         found = {name: part for name, part in made.items() if part is not None}
     own = {name: model.get_submodule(name) for name in found}
     for name, m in found.items():
@@ -256,8 +261,7 @@ def tuned(model, found: dict[str, nn.Module] | None = None):
 def heal(model, windows: torch.Tensor, val: torch.Tensor,
          teacher: tuple[torch.Tensor, torch.Tensor], steps: int = 64, batch_size: int = 4,
          lr: float = 2e-3, val_every: int | None = None, seed: int = 0,
-         state: str | Path | None = None, settings: dict | None = None,
-         progress=lambda items, title: items) -> Fit:
+         state: str | Path | None = None, progress=lambda items, title: items) -> Fit:
     """Tune grids or kept weights, norms and biases of a compressed model in place by KL to the
     dense model; `fit` says how.
 
@@ -281,8 +285,7 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
     def score():
         return mean_loss(model, None, val, at_once, val_states)
 
-    marks = {"text": fingerprint(windows), "val": fingerprint(val),
-             "model": fingerprint(*model.state_dict().values())}
+    marks = {"text": fingerprint(windows), "val": fingerprint(val), "model": mark_of_model(model)}
     with tuned(model) as parts:
         if all(isinstance(part, TunedNorm) for part in parts.values()):
             raise ValueError("nothing to heal: no Linear of this model is packed (quantized) or "
@@ -291,7 +294,7 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
                   for n, p in part.named_parameters(recurse=False)}
         got = fit(params, loss_of_batch, len(windows), score, steps, batch_size, lr,
                   val_every=val_every, betas=(0.9, 0.99), seed=seed, state=state,
-                  settings={**(settings or {}), **marks}, title="healing", progress=progress)
+                  settings=marks, title="healing", progress=progress)
         for part in parts.values():
             part.settle()
     return got

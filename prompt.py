@@ -12,9 +12,9 @@ the prompt's positions predict nothing, have no loss, and are counted in no perp
 
     next token  mean of -log p(x_i | P, x_1 ... x_{i-1}), equation 1
     KL          mean of KL(dense || compressed behind P) over the vocabulary: asks for what
-                compression lost, and gives nothing for adapting to the text. (The dense model reads
-                no prompt: where it read the text that P starts from, it taught what that text does
-                too, and on other texts the prompt was worse than none.)
+                compression lost, and gives nothing for adapting to the text. The dense model reads
+                no prompt. Tried: let it read the text that P starts from. P then learns what that
+                text does as well, and is worse than none on other texts (RESULTS.md)
 
     prompt = initial_prompt(dense, 100, tokens=first_tokens, kind="prefix")
     prompt = learn(model, prompt, train_windows, val_windows, steps=200).prompt
@@ -271,8 +271,7 @@ def teacher_states(model, windows: torch.Tensor, folder: str | Path, batch_size:
     Computed once for these weights and windows: the file's name tells them, a second call finds it.
     `hidden`, batches of the last block's output (.., T, d_model) in order, replaces the forward
     pass where a walk over blocks has them."""
-    mark = fingerprint(windows, *(p.flatten()[:256] for p in model.state_dict().values()))
-    path = Path(folder) / f"teacher-{mark}.npy"
+    path = Path(folder) / f"teacher-{fingerprint(windows)}-{mark_of_model(model)}.npy"
     if not path.exists():
         Path(folder).mkdir(parents=True, exist_ok=True)
         device = model.embed_tokens.weight.device
@@ -321,7 +320,8 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
     """Minimize loss_of_batch(index (batch,) int64 of windows 0 ... count - 1) over params, fp32
     leaves, in place.
 
-    It returns the loss; or its value, a float, having run `backward_by_parts` itself.
+    loss_of_batch returns the loss, a tensor; or a float, if it has added SCALE times the gradients
+    itself (`backward_by_parts`).
     AdamW without decay; linear warm-up, then linear decay; gradients clipped; windows reshuffled
     (seeded) every epoch. score() is the validation loss; the start counts, and the parameters end
     as the best seen. With `state`, a path, all that is needed to go on is written at every
@@ -448,6 +448,12 @@ def fingerprint(*tensors: torch.Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
+def mark_of_model(model) -> str:
+    """`fingerprint` of the first numbers of each of its tensors, which tell models apart in no
+    time."""
+    return fingerprint(*(t.flatten()[:256] for t in model.state_dict().values()))
+
+
 def default_rate(model, prompt: torch.Tensor) -> float:
     """The peak rate that `learn` uses where none is given. An embedding prompt: 0.35 deviations of
     the embeddings (4.7e-2 for SmolLM2-135M, about 6e-3 for LLaMA-7B). A prefix: 0.05, in deviations
@@ -482,10 +488,8 @@ def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor 
           steps: int = 200, batch_size: int = 4, lr: float | None = None, warmup: int | None = None,
           clip: float = 1.0, val_every: int | None = None, seed: int = 0,
           teacher: tuple[torch.Tensor, torch.Tensor | None] | None = None, mix: float = 1.0,
-          state: str | Path | None = None, settings: dict | None = None,
-          progress=lambda items, title: items) -> Learned:
-    """Learn a prompt of either kind on the frozen model; `fit` says how, and what state and
-    settings are.
+          state: str | Path | None = None, progress=lambda items, title: items) -> Learned:
+    """Learn a prompt of either kind on the frozen model; `fit` says how, and what state is.
 
     prompt: the start; windows (N, T) int64 training text; val (M, T): what has the lowest loss
     there, the start included, is returned; without it, the last. teacher: the dense model's
@@ -529,13 +533,12 @@ def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor 
     def score():
         return mean_loss(model, now(), val, at_once, val_states, mix)
 
-    told = {"prompt": fingerprint(start), "text": fingerprint(windows),
-            "val": None if val is None else fingerprint(val), "kind": kind_of(prompt),
-            "kl": 0.0 if teacher is None else mix}
+    marks = {"model": mark_of_model(model), "prompt": fingerprint(start),
+             "text": fingerprint(windows), "val": None if val is None else fingerprint(val),
+             "kind": kind_of(prompt), "kl": 0.0 if teacher is None else mix}
     got = fit({"moved": moved}, loss_of_batch, len(windows), score if val is not None else None,
               steps, batch_size, lr, warmup, clip, val_every, seed=seed, state=state,
-              settings={**(settings or {}), **told},
-              title="learning the prompt", progress=progress)
+              settings=marks, title="learning the prompt", progress=progress)
     return Learned(now().detach(), *got)
 
 

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from compress import compress, hold_out, make_solver
+from compress import compress, compress_model, hold_out, make_solver
 from data.config import Config
 from heal import (GridLinear, KeptLinear, Tuned, TunedGrid, TunedKept, TunedNorm, heal, planes,
                   save_healed, tuned)
@@ -224,6 +224,25 @@ def test_what_cannot_be_healed_is_said(tmp_path):
         heal(dense, text, text, (states, states), steps=1)
     with pytest.raises(ValueError, match="got 4 and 0 windows"):
         heal(model, text, text[:0], (states, states[:0]), steps=1)
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_a_head_that_holds_a_zero_was_not_pruned(bits, tmp_path):
+    """As that of LLaMA-7B does, whose small numbers fp16 rounds to 0."""
+    config = Config("llama", 50, 32, 2, 4, 48, 2, max_positions=64, tied=False)
+    torch.manual_seed(0)
+    dense = Transformer(config).requires_grad_(False).eval()
+    dense.lm_head.weight[3, 5] = 0
+    text = torch.randint(0, 50, (8, 16))
+    model = copy.deepcopy(dense)
+    compress_model(model, text, make_solver(bits, 0.5))
+    states = teacher_states(dense, text, tmp_path)
+    head = model.lm_head.weight.clone()
+    with tuned(model) as parts:
+        assert "lm_head" not in parts
+        assert {"norm", "blocks.1.mlp.down"} <= set(parts)
+    heal(model, text, text, (states, states), steps=2)
+    assert torch.equal(model.lm_head.weight, head)
 
 
 def test_checkpointing_gives_the_same_gradients(tmp_path):

@@ -258,6 +258,8 @@ def test_learning_resumes_to_the_same_prompt(tmp_path):
     assert got[1:] == want[1:]
     with pytest.raises(ValueError, match="text was [0-9a-f]{16}, is"):
         learn(model, start, windows[:4], windows[5:], 12, 2, 0.05, val_every=5, state=state)
+    with pytest.raises(ValueError, match="model was"):
+        learn(tiny(seed=5), start, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, state=state)
     with pytest.raises(ValueError, match="prompt was"):
         learn(model, start + 1, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, state=state)
 

@@ -15,18 +15,18 @@ from argparse import BooleanOptionalAction
 
 from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, say, whole
 
-# Flags that do nothing on a model that is compressed already,
+# Flags that do nothing with a --model that is compressed already.
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid",
                "act_order", "static_groups", "descent", "true_sequential", "correct", "percdamp",
                "blocksize", "nsamples", "allocation", "reconstruct", "heal")
-# without rounding,
+# Flags that do nothing with --bits 16.
 GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent")
-# without pruning,
+# Flags that do nothing with --sparsity 0.
 MASKS = ("mask", "refits")
-# without steps of learning a prompt,
+# Flags that do nothing with --steps 0.
 PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "kind",
           "objective", "prompt_recipe")
-# and those that never change the numbers.
+# Flags that never change the numbers.
 NO_SETTINGS = ("out", "resume", "overwrite", "plan")
 HELD_OUT = 8                            # windows of the calibration text that only judge
 
@@ -97,7 +97,8 @@ def flags() -> Flags:
       help="text the perplexity is measured on, likewise (default wikitext2; tiny models headers)")
     a("--data-dir", metavar="FOLDER", help="folder that holds the text sets")
     a("--seqlen", type=whole(2, 1 << 20),
-      help="tokens a window, everywhere (default 2048; tiny models 256)")
+      help="tokens a window, everywhere (default 2048, or 1024 where the model has no room for the "
+           "prompt beside: LLaMA-1, OPT; tiny models 256)")
     a("--max-tokens", type=whole(2, 1 << 40),
       help="measure on the first so many tokens (default all; tiny models 32768)")
     a("--batch-size", type=whole(1, 4096),
@@ -301,10 +302,15 @@ def calibration_texts(args) -> list[str]:
     return list(dict.fromkeys(args.calib.split(",")))
 
 
-def check_positions(args, checkpoint: Checkpoint) -> None:
-    """Prompt and window must fit the model."""
+def settle_seqlen(args, checkpoint: Checkpoint) -> None:
+    """Prompt and window must fit the model. Where no flag says how long a window is, it is 2048
+    tokens, or the half, a quarter, ... of it that fits."""
     most = checkpoint.config.max_positions
     prompt = args.prompt_tokens if args.steps else 0
+    if args.seqlen is None:
+        args.seqlen = 2048
+        while args.seqlen > 2 and args.seqlen + prompt > most:
+            args.seqlen //= 2
     if args.seqlen + prompt > most:
         behind = f" behind a prompt of --prompt-tokens {prompt}" if prompt else ""
         raise ValueError(f"--seqlen {args.seqlen}{behind} needs {args.seqlen + prompt} positions, "
@@ -340,7 +346,7 @@ class Run:
         self.folder, self.out = resolve(args.model), Path(args.out)
         self.tokenizer = load_tokenizer(self.folder)
         self.checkpoint = open_checkpoint(self.folder)
-        check_positions(args, self.checkpoint)
+        settle_seqlen(args, self.checkpoint)
         self.bits = None if args.bits == 16 else args.bits
         self.settings = Settings(args.true_sequential, args.correct, args.reconstruct)
         self.solve = None
@@ -398,6 +404,10 @@ class Run:
             planned = plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen,
                            self.dtype, self.settings, self.bits, a.sparsity,
                            self.judges().numel(), taught, a.seqlen, a.allocation == "fisher")
+            if a.steps and a.objective == "kl":
+                read = self.pool.numel() + self.val.numel()
+                states = 2 * read * self.checkpoint.config.d_embed
+                planned = planned._replace(disk=max(planned.disk, planned.model + states))
             said = str(planned)
             if self.bits and stays_packed:
                 model = planned.model
@@ -585,12 +595,16 @@ class Run:
         if self.solve:
             self.compress()
             self.heal()
+            self.forget_teacher()                   # the prompt's reads other windows
         elif a.packed and not self.report.has("compressed"):
             self.measure_made("compressed")
         if a.steps:
             self.learn(self.made, self.name, "prompt.safetensors")
             if a.control and self.name != "dense":  # how much of it is adaptation
                 self.learn(self.dense, "dense", "prompt-dense.safetensors")
+        self.forget_teacher()
+
+    def forget_teacher(self) -> None:
         if parallel.rank() == 0:
             shutil.rmtree(self.out / "teacher", ignore_errors=True)
 

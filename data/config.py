@@ -123,7 +123,7 @@ HERE = Path(__file__).resolve().parents[1]
 QUANT_METHOD = "compress-then-prompt"
 # What the programs' flags of these names default to, by the model's size.
 DEFAULTS = {
-    "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=2048,
+    "large": dict(calib="c4", data="wikitext2", train_data=None, nsamples=128, seqlen=None,
                   max_tokens=None, batch_size=4, heal=64, prompt_tokens=100, steps=200,
                   control=False),
     "tiny": dict(calib="docs", data="headers", train_data="headers", nsamples=128, seqlen=256,

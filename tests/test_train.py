@@ -3,10 +3,12 @@
     python -m pytest -q tests/test_train.py
 """
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +213,23 @@ def test_killed_again_and_again_and_gone_on_to_the_same_bytes(text, other, tmp_p
         "compressed + initial prompt",
         "compressed + learned prompt",
     ]
+
+
+@needs_tiny
+def test_windows_leave_room_for_the_prompt_where_no_flag_says_how_long(text, tmp_path):
+    for positions, steps, want in ((4096, 200, 2048), (2048, 200, 1024), (2048, 0, 2048),
+                                   (600, 200, 256)):
+        args = SimpleNamespace(model="m", seqlen=None, prompt_tokens=100, steps=steps)
+        checkpoint = SimpleNamespace(config=SimpleNamespace(max_positions=positions))
+        train.settle_seqlen(args, checkpoint)
+        assert args.seqlen == want
+    folder = tmp_path / "mine"                          # no name that has defaults of its own
+    shutil.copytree(SHIPPED["tiny-llama"], folder)
+    args = train.flags().parse_args([
+        "--model", str(folder), "--calib", str(text), "--data", str(text), "--nsamples", "4",
+        "--val-windows", "2", "--plan", *PLAIN_CPU])
+    train.main(args)
+    assert args.seqlen == 256                           # of 512 positions
 
 
 def kill_when(*args, there) -> None:

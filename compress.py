@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from data import parallel
 from data.config import Config
 from data.progress import Progress
-from gptq import Compressed, gptq, invert_
+from gptq import Compressed, gptq, invert_, relative_error
 from heal import TunedGrid, TunedNorm, tuned
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
@@ -163,11 +163,12 @@ class Moments:
 
 
 class Target(NamedTuple):
-    """What a group of Linears is solved for."""
+    """What a group of Linears is solved for. mean and wanted are None where there is no bias."""
     W: torch.Tensor                     # (out, in) fp32 weights to come close to
     H: torch.Tensor                     # (in, in) in whose measure
-    mean: torch.Tensor | None           # (in,) mean input, and
-    wanted: torch.Tensor | None         # (out,) what W x was to give on average, if with a bias
+    mean: torch.Tensor | None           # (in,) of the inputs
+    wanted: torch.Tensor | None         # (out,) mean of the outputs without bias, which a new bias
+                                        # is to restore
 
     def measure(self, moments: Moments) -> torch.Tensor:
         """(in, in) H of other inputs, taken around their mean if this one's is."""
@@ -182,14 +183,16 @@ class Target(NamedTuple):
 
 def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_outputs: bool,
         damp: float = 0.3) -> Target:
-    """Where the Linears W (out, in) should aim: they read x where the dense model reads x', and
-    their output joins r where the dense model has r'. Least squares, damped towards W (QEP
-    2504.09629, GPTAQ 2504.02692; taking back the residual stream's own error is ours):
+    """Where the Linears W (out, in) should aim. They read x (in,) where the dense model reads x';
+    their output is added to the residual stream, r (out,), where the dense model has r'. Least
+    squares, damped towards W (QEP 2504.09629, GPTAQ 2504.02692; taking back the residual stream's
+    own error is ours):
 
         W + strength A (H + damp diag H)^-1,   A = mean of (W (x' - x) + r' - r) x^T.
 
-    The moments (finished) hold x' - x as their errors, or with of_outputs W (x' - x) + r' - r
-    itself. With a bias, H and A are taken around the means, which the bias then meets."""
+    The moments (finished) hold as their E the mean of e x^T, with e = x' - x and so (in, in), or
+    with of_outputs e = W (x' - x) + r' - r and so (out, in). With a bias, H and A are taken around
+    the means, which the bias then meets."""
     H, mean, E, e = moments.H, moments.x, moments.E, moments.e
     if not torch.isfinite(H.diagonal().sum()):
         raise ValueError("the calibration's activations hold NaN or Inf: use --dtype bfloat16 or "
@@ -347,10 +350,11 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Se
             work.get_parameter(name).data = p.to(walk.device, walk.dtype)
     stats, before = [], {}
 
-    def solve_group(names: list[str], moments: Moments, of_outputs: bool, held: Callable) -> None:
+    def solve_group(names: list[str], moments: Moments, of_outputs: bool,
+                    heldout_moments: Callable) -> None:
         asked = solve if shares is None else partial(solve, share=shares[f"blocks.{i}.{names[0]}"])
         before.update(solve_linears(source, done, work, names, moments, of_outputs, asked, settings,
-                                    stats, walk, held))
+                                    stats, walk, heldout_moments))
 
     if settings.true_sequential:
         twin = copy_block(source, walk.dtype, walk.device) if walk.dense is not None else None
@@ -445,9 +449,9 @@ def step_sequential(half: Half, dense: Half | None, walk: Walk, solve_group) -> 
 
 def solve_linears(source: Block, done: Block, work: Block, names: list[str], moments: Moments,
                   of_outputs: bool, solve: Solve, settings: Settings, stats: list[dict], walk: Walk,
-                  held: Callable) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+                  heldout_moments: Callable) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Solve the Linears that share an input as one stacked matrix, and put the result where it is
-    stored (done) and where it runs (work). held(): the moments of that input on held-out windows,
+    stored (done) and where it runs (work). heldout_moments(): of that input on held-out windows,
     made when the solver's memory is free again. Returns, for `reconstruct`, {name in its half:
     (fp32 weights before rounding, mask)}."""
     linears = [source.get_submodule(name) for name in names]
@@ -461,7 +465,7 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
         error_dense = errors(W, out.weight, target.H, parts)
         seen = {"error": out.error}
         if len(walk.held):
-            H = target.measure(held().finish(alone=True))
+            H = target.measure(heldout_moments().finish(alone=True))
             seen["error_heldout"] = errors(target.W, out.weight, H, [len(W)])[0]
         if settings.reconstruct:
             start = out.weight if out.mask.any() else None      # without a mask: all of target.W
@@ -636,6 +640,7 @@ def allocate(ends: nn.Module, block_of: Callable[[int], Block], windows: torch.T
             stream.append(h)
         entered.append(stream)
         hs = [block(h, rope) for h in hs]
+    del block
     grads = []
     for h, window in zip(hs, windows):
         with torch.enable_grad():
@@ -643,7 +648,7 @@ def allocate(ends: nn.Module, block_of: Callable[[int], Block], windows: torch.T
             losses = HeadLoss.apply(ends.final(h)[0, :-1], ends.unembed, window[1:])
             losses.sum().backward()
         grads.append(h.grad)
-    del hs
+    del hs, h, losses
     costs = {}                                                  # {names: of every block}
     for i in Progress(range(ends.config.n_layer)[::-1], "what pruning costs, backwards"):
         for names, found in costs_of(block_of(i), entered.pop(), grads, rope, tried).items():
@@ -861,13 +866,8 @@ def settle_norm(norm: TunedNorm, half: Half, stored: Half) -> None:
 
 
 def errors(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor, parts: list[int]) -> list[float]:
-    """trace((W-V) H (W-V)^T) / trace(W H W^T) of each of the Linears that are stacked in W."""
-    D = W - V
-    lost = ((D @ H) * D).sum(1)
-    del D
-    held = ((W @ H) * W).sum(1)
-    both = zip(lost.split(parts), held.split(parts))
-    return [float(a.sum() / b.sum().clamp(min=1e-30)) for a, b in both]
+    """`relative_error` of each of the Linears that are stacked in W."""
+    return [relative_error(w, v, H) for w, v in zip(W.split(parts), V.split(parts))]
 
 
 @torch.no_grad()
@@ -901,6 +901,7 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
         if path.exists():
             twin = copy_block(source, dtype, device) if walk.dense is not None else None
             walk.advance(load_block(path, i, config, dtype, device), twin, settings.true_sequential)
+            del twin
             found = read_note(path)["note"]["layers"]
         else:
             done, found = compress_block(i, source, walk, solve, settings, shares)
@@ -933,8 +934,9 @@ class Plan(NamedTuple):
     blocks: int
     device: int                         # at the peak: copies of a block, a batch or the solver
     host: int                           # streams, embedding and head, beside mapped files
-    disk: int                           # of the compressed model, and of what healing needs, about
-    model: int                          # the compressed model's part of it
+    disk: int                           # of the compressed model and, while it is healed, of the
+                                        # healed one and the teacher's states, about
+    model: int                          # of the compressed model alone
     tuning: int = 0                     # of device, while half-blocks are reconstructed
     flops: float = 0                    # of their reconstruction
 
@@ -969,17 +971,18 @@ def mask_bytes(rows: int, n: int) -> int:
     return 4 * (7 * rows * n + 3 * n * n)
 
 
-def allocation_bytes(groups: list[tuple[int, int]], weights: int, told: int, seqlen: int,
+def allocation_bytes(groups: list[tuple[int, int]], weights: int, ends: int, told: int, seqlen: int,
                      d_model: int, d_ff: int) -> int:
     """What `allocate` holds at its peak for a block of so many weights, whose groups of Linears
     have (rows, n): two sums a group, and the backward pass of a window of seqlen tokens, of `told`
-    in all, or one group's mask. Counted by tests/test_compress.py."""
+    in all, or one group's mask; and all the time embedding and head, `ends`. Counted by
+    tests/test_compress.py."""
     sums = 8 * sum(n * n for _, n in groups)
     most = sums + 4 * seqlen * (24 * d_model + 10 * d_ff) + 8 * told * d_model
     for rows, n in sorted(groups, key=lambda group: -group[1]):
         most = max(most, sums + mask_bytes(rows, n) - 4 * n * n)        # H is one of the sums
         sums -= 8 * n * n
-    return 4 * weights + most
+    return 4 * (weights + ends) + most
 
 
 def tuning_bytes(weights: int, largest: int, tokens: int, d_model: int, d_ff: int) -> int:
@@ -1032,7 +1035,7 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
     kept = 1 - parse_sparsity(sparsity)[0]
     width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + 0.05
     model = c.n_layer * weights * width / 8 + 2 * ends
-    disk = model + 2 * taught_tokens * c.d_embed
+    disk = model * (2 if taught_tokens else 1) + 2 * taught_tokens * c.d_embed
     streams = (1 + twin) * tokens + held_tokens
     device = copies + others + max(solving, summing)
     tuning, flops = 0, 0
@@ -1050,8 +1053,10 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
         flops = c.n_layer * (2 * weights * passes + sum(2 * tokens * n * n for _, n in groups))
     if by_loss:
         told = min(tokens, max(TOKENS, seqlen))
-        device = max(device, allocation_bytes(groups, weights, told, seqlen, c.d_model, c.d_ff))
-        streams = max(streams, c.n_layer * told)    # one a block
+        found = allocation_bytes(groups, weights, ends, told, seqlen, c.d_model, c.d_ff)
+        device = max(device, found)
+        # one a block; memory that is pinned for a GPU is not given back
+        streams += c.n_layer * told
     device *= 1.1                                   # a GPU's allocator keeps some more
     host = 2 * streams * c.d_model + ends * size + 2 * weights
     return Plan(c.n_layer, int(device), int(host), int(disk), int(model), int(tuning), flops)

@@ -99,7 +99,7 @@ def main() -> None:
     args = p.parse_args()
     if args.allocation == "fisher" and not allocates(args.sparsity):
         p.error(f"--allocation fisher does nothing with --sparsity {args.sparsity}")
-    dtype = DTYPES[args.dtype or default_dtype(args.device, torch.float16)]
+    dtype = DTYPES[args.dtype or default_dtype(args.device)]
     memory = Memory()
 
     config = config_of(args.shape, args.blocks)
@@ -118,7 +118,7 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     expected = plan(checkpoint, windows.numel(), args.batch_size * args.seqlen, dtype, settings,
                     args.bits, args.sparsity, seqlen=args.seqlen,
-                    allocates=args.allocation == "fisher")
+                    by_loss=args.allocation == "fisher")
     print(f"{args.shape}, {args.blocks} blocks, {args.nsamples} x {args.seqlen} tokens, "
           f"{args.recipe}, {dtype}, {args.device}, {torch.get_num_threads()} threads\n{expected}",
           flush=True)

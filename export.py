@@ -14,7 +14,8 @@ config.json comes last: a folder without one is not complete.
 
 hf     dense weights, in shards, with the tokenizer.
 gptq   qweight, qzeros, scales, g_idx (arXiv 2210.17323's own layout): w = scale (q - zero). Pruned
-       weights lie on the zero point. A grid without a level on zero has one value more than its
+       weights lie on the zero point. So grids must have a level on zero: `train.py --grid uniform
+       --heal 0`, or with --sparsity 0 just --heal 0. A grid without one has one value more than its
        bits can count, so 4 such bits go exactly into 8, and only where the offset is 1/2:
        w = +-s (k + 1/2) = s/2 (q - 128) with q = 128 +- (2k + 1).
 meta   LLaMA's first layout, one shard; rotary channels interleaved again.
@@ -210,7 +211,7 @@ def to_gptq(source: Checkpoint, folder: Path) -> None:
     loose = next((name for name in linears if name not in source.packed), None)
     if loose:
         raise ValueError(f"{source.place}: {loose} is not quantized, and GPTQ files hold quantized "
-                         f"models: compress it with train.py --bits 4 --grid uniform first, or use "
+                         f"models: compress it with train.py --grid uniform --heal 0 first, or use "
                          f"--to hf")
     meta = source.packed[linears[0]].meta
     for name in linears:                                # known before anything is written
@@ -262,11 +263,11 @@ def check_grid(held: Packed, name: str) -> None:
         if bits > 4 or not halves:
             raise ValueError(f"{name} has a grid without a level on zero, which GPTQ's files "
                              f"cannot say (but for offsets of 1/2, in 8 bits): compress with "
-                             f"train.py --grid uniform, or use --to hf")
+                             f"train.py --grid uniform --heal 0, or use --to hf")
     elif not ((zero == zero.round()) & (zero >= 0) & (zero < 1 << bits)).all():
         raise ValueError(f"{name} has a zero that is no level of its grid, which GPTQ's files "
-                         f"cannot say: compress with train.py --grid uniform and without tuning "
-                         f"of grids afterwards, or use --to hf")
+                         f"cannot say: compress with train.py --grid uniform --heal 0, or use "
+                         f"--to hf")
 
 
 def gptq_tensors(held: Packed, bits: int, old: bool) -> dict[str, torch.Tensor]:

@@ -268,9 +268,9 @@ def sweep(Wt: torch.Tensor, U: torch.Tensor, blocksize: int, choose,
     """The column loop of GPTQ, SparseGPT and `descend`: fixes W from left to right, in place. Wt
     (in, out) is W transposed, so that a column lies in one piece.
 
-    choose(Wt, j, end) is called when all errors of columns < j have reached Wt[j] (and every column
-    up to the block's end, where j begins an inner block). It returns the column's final values and
-    its error e, each (out,); then Wt[k] -= e * U[j, k] for k > j. Errors travel in three strides
+    choose(Wt, j) is called when all errors of columns < j have reached Wt[j] (and every column up
+    to the block's end, where j begins an inner block). It returns the column's final values and its
+    error e, each (out,); then Wt[k] -= e * U[j, k] for k > j. Errors travel in three strides
     (column, inner block, block), so that most of the work is done by few large products; nothing in
     the loop waits for the device."""
     n = len(Wt)
@@ -280,7 +280,7 @@ def sweep(Wt: torch.Tensor, U: torch.Tensor, blocksize: int, choose,
         for s in range(b, end, inner):
             stop = min(s + inner, end)
             for j in range(s, stop):
-                Wt[j], e = choose(Wt, j, end)
+                Wt[j], e = choose(Wt, j)
                 E[j - b] = e
                 Wt[j + 1:stop].addr_(U[j, j + 1:stop], e, alpha=-1)
             inner_errors = E[s - b:stop - b]
@@ -305,7 +305,7 @@ class Rounder:
         self.dynamic = grids is None
         self.scale, self.zero = ([], []) if self.dynamic else grids
 
-    def __call__(self, Wt, j, end):
+    def __call__(self, Wt, j):
         g = self.group[j]
         if self.dynamic and g == len(self.scale):
             columns = Wt[j:j + self.group.count(g)]
@@ -398,8 +398,8 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
     U = inverse_factor(H, percdamp, order) if U is None else U
     kind = "uniform" if grid == "minmax" else grid
     grids = static_grids(start, H, keep, bits, groupsize, grid, sym) if static else None
-    held = None if mask is None else keep.T[order]
-    choose = Rounder(U, group, grids, bits, kind, sym, held)
+    kept = None if mask is None else keep.T[order]
+    choose = Rounder(U, group, grids, bits, kind, sym, kept)
     Wt = start.T[order]
     del start
     V = torch.empty_like(Wt)
@@ -425,10 +425,10 @@ def descend(Vt, Wt, H, keep, scale, zero, g_idx, bits: int, grid: str, passes: i
 
         v_j <- nearest(v_j - g_j / H[j, j]),   g = (V - W) H,
 
-    which can only lower the error, now of the kept weights alone. With T = V - g / diag(H), moving
-    column j by e moves T[:, k] by -e H[j, k] / H[k, k]: the same loop as GPTQ's. Vt, Wt, keep are
-    (in, out), scale and zero (groups, out), g_idx (in,) says which of them is a column's; returns
-    the new Vt."""
+    which can only lower the error, now of the kept weights alone. H is damped here as in
+    `inverse_factor`. With T = V - g / diag(H), moving column j by e moves T[:, k] by
+    -e H[j, k] / H[k, k]: the same loop as GPTQ's. Vt, Wt, keep are (in, out), scale and zero
+    (groups, out), g_idx (in,) says which of them is a column's; returns the new Vt."""
     h = H.diagonal() * (1 + percdamp)
     h = torch.where(h > 0, h, torch.ones_like(h))
     moves = H / h                                   # moves[j, k] = H[j, k] / H[k, k]
@@ -437,7 +437,7 @@ def descend(Vt, Wt, H, keep, scale, zero, g_idx, bits: int, grid: str, passes: i
     for _ in range(passes):
         old = Vt
 
-        def choose(T, j, end):
+        def choose(T, j):
             g = group[j]
             q = nearest(T[j], scale[g], zero[g], bits, grid) * keep[j]
             return q, q - old[j]

@@ -9,7 +9,7 @@ ReLU) and the biases: `Config` says which.
     logits = model(tokens)                          # (B, T) int64 -> (B, T, vocab)
 
 `embed`, `stem`, `blocks`, `head` can be called one by one, and `Block.halves` shows a block as two
-steps of the residual stream, so that compressing a model needs no hooks. A model larger than the
+steps of the residual stream, so that a walk over blocks needs no hooks. A model larger than the
 memory is read block by block:
 
     checkpoint = open_checkpoint("checkpoints/llama-7b")    # names and shapes checked, nothing read
@@ -106,16 +106,16 @@ class Attention(nn.Module):
         if kv is not None:
             past, mask = kv.past, kv.mask
             k, v = self.join(kv, k, v)              # (B, n_kv_head, past + T, head_dim)
-        # Behind few positions: with empty queries in front of q the causal kernel, which skips half
-        # of the products, needs no mask.
-        square = T > 1 and 4 * past <= T
-        if square:
+        # The causal kernel skips half of the products, but wants as many queries as keys. Behind
+        # few positions, `past` empty queries in front of q are cheaper than a mask.
+        causal = T > 1 and 4 * past <= T
+        if causal:
             q = F.pad(q, (0, 0, past, 0))
         elif T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            enable_gqa=True)
-        if square:
+        if causal:
             y = y[:, :, past:]
         return y.transpose(1, 2).reshape(B, T, -1)
 
@@ -221,8 +221,10 @@ class Cache:
 
     def __init__(self, c: Config, batch: int, length: int, dtype, device):
         shape = batch, c.n_kv_head, length, c.head_dim
-        self.kv = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
-                   for _ in range(c.n_layer)]
+
+        def zeros():
+            return torch.zeros(shape, dtype=dtype, device=device)
+        self.kv = [(zeros(), zeros()) for _ in range(c.n_layer)]
         self.start = 0
 
     @property
@@ -324,22 +326,6 @@ class Transformer(nn.Module):
     def forward(self, x, cache: Cache | None = None):
         """Tokens (B, T) int64 or embeddings (B, T, d_embed) -> logits (B, T, vocab_size)."""
         return self.head(self.hidden(x, cache))
-
-    def nll(self, x, targets, chunk: int = 512):
-        """Negative log-likelihood, fp32, of the targets (B, T) that are not -100, in order: a 1-D
-        tensor.
-
-        The head runs on `chunk` scored positions at a time and is recomputed in the backward pass,
-        so the full (tokens, vocab_size) logits never exist."""
-        keep = targets != -100
-        h, targets = self.hidden(x)[keep], targets[keep]
-
-        def loss(h, t):
-            return F.cross_entropy(self.head(h).float(), t, reduction="none")
-        parts = zip(h.split(chunk), targets.split(chunk))
-        if torch.is_grad_enabled() and h.requires_grad:
-            return torch.cat([checkpoint(loss, a, t, use_reentrant=False) for a, t in parts])
-        return torch.cat([loss(a, t) for a, t in parts])
 
     def new_cache(self, batch: int, length: int) -> Cache:
         w = self.embed_tokens.weight

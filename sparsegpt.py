@@ -116,7 +116,7 @@ class Pruner(Rounder):
         self.parts = parts
         self.before = 0                             # columns whose mask is chosen
 
-    def __call__(self, Wt, j, end):
+    def __call__(self, Wt, j):
         if j % self.stride == 0:
             stop = min(j + self.stride, len(Wt))
             score = (Wt[j:stop] * self.damage[j:stop, None]).square().T
@@ -128,7 +128,7 @@ class Pruner(Rounder):
                 self.before = stop
             self.keep[j:stop] = ~cut.T
         if self.bits:
-            return super().__call__(Wt, j, end)
+            return super().__call__(Wt, j)
         q = torch.where(self.keep[j], Wt[j], 0)
         return q, (Wt[j] - q) * self.damage[j]
 
@@ -209,13 +209,13 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
          percdamp: float = 0.01, rho: float = 0.2, growth: float = 1.7,
          every: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask of W (out, in) by the alternating direction method of multipliers (ALPS,
-    2406.07831): minimize trace((W-X) H (W-X)^T) over X = D, D sparse. With dual U, and rho pulling
+    2406.07831): minimize trace((W-X) H (W-X)^T) over X = D, D sparse. With dual Y, and rho pulling
     the two together,
 
-        X = (W H + rho (D - U)) (H + rho I)^-1      ridge regression, one product for all rows
-          = W + (D - U - W) rho (H + rho I)^-1      the same, and kinder to half precision
-        D = keep the largest of X + U               projection onto the sparsity pattern
-        U = U + X - D                               what still separates them
+        X = (W H + rho (D - Y)) (H + rho I)^-1      ridge regression, one product for all rows
+          = W + (D - Y - W) rho (H + rho I)^-1      the same, and kinder to half precision
+        D = keep the largest of X + Y               projection onto the sparsity pattern
+        Y = Y + X - D                               what still separates them
 
     in normalized units. rho grows by `growth` after every few iterations. Returns (mask (out, in)
     bool, True = pruned, with exactly the sparsity asked for, and D, a good start for `refit`)."""
@@ -236,16 +236,17 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
         sample = size.flatten()[::stride]
         return size > sample.kthvalue(max(1, round(fraction * len(sample)))).values
 
-    Z = Wn.clone()                                  # X + U: D is Z where kept, U is Z elsewhere
+    # One matrix Z = X + Y holds both: D is Z where it is kept, the new Y is Z elsewhere.
+    Z = Wn.clone()
     keep = kept(Z)
     for i in range(iterations):
         if i % every == 0:
             if i:
                 rho *= growth
-                Z = torch.where(keep, Z, Z / growth)            # U is in units of 1 / rho
+                Z = torch.where(keep, Z, Z / growth)            # Y is in units of 1 / rho
             shrink = None                                       # make room: H is large
             shrink = invert_(normalized(H, d, percdamp + rho)).mul_(rho).to(fast)
-        gap = torch.where(keep, Z, -Z).sub_(Wn).to(fast)        # D - U - W
+        gap = torch.where(keep, Z, -Z).sub_(Wn).to(fast)        # D - Y - W
         Z = Z.masked_fill_(keep, 0).add_(Wn).add_(gap @ shrink)
         del gap                                                 # `kept` needs room too
         keep = kept(Z, exact=i == iterations - 1)

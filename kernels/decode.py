@@ -16,8 +16,8 @@ them:
 
     kept       m & 0x11111111 << b: a column per nibble. The masks are stored so that no shift is
                needed
-    selectors  kept * 0x11111108 >> b + 0x88888888, one multiply-add: nibble j = how many are kept
-               before column j, plus 8 where j itself is pruned. Counted down for what lies
+    selectors  kept * (0x11111108 >> b) + 0x88888888, one multiply-add: nibble j = how many are
+               kept before column j, plus 8 where j itself is pruned. Counted down for what lies
                backwards: 7 - how many. (0x11111110 adds a column to all above it; the factors are
                multiples of 8, so >> b loses nothing.)
     lo, hi     two registers of four bytes each, the word's nibbles with 0x10 set

@@ -213,7 +213,7 @@ def test_gptq_of_offset_grids(tmp_path):
     """With an offset of one half the 8-bit form is exact; any other is one error, before anything
     is written."""
     save_model(models("llama", "unstructured", "offset")[0], tmp_path / "packed")
-    with pytest.raises(ValueError, match="train.py --grid uniform, or use --to hf"):
+    with pytest.raises(ValueError, match="train.py --grid uniform --heal 0, or use --to hf"):
         run(tmp_path / "packed", "--to", "gptq", tmp_path / "gptq")
     assert not (tmp_path / "gptq").exists()
     packed, _ = models("llama", "unstructured", "offset")
@@ -244,7 +244,7 @@ def test_gptq_version_2_where_a_zero_is_0_and_errors(tmp_path):
     assert torch.equal(read_gptq(tmp_path / "gptq")[name],
                        load_file(tmp_path / "hf/model.safetensors")[name])
     with pytest.raises(ValueError,
-                       match="blocks.0.attn.q is not quantized.*--bits 4 --grid uniform"):
+                       match="blocks.0.attn.q is not quantized.*--grid uniform --heal 0"):
         export.to_gptq(open_checkpoint(tmp_path / "hf"), tmp_path / "no")
     packed.blocks[0].mlp.down.zero[0] = 1.5
     save_model(packed, tmp_path / "tuned")

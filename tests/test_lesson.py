@@ -116,6 +116,12 @@ def test_the_packed_row_that_is_drawn():
     s = scale.item()
     expected = [s * 5.5, 0, -s * 3.5, 0, 0, s * 1.5, 0, s * 2.5]  # 11 is 0b1011: minus, k = 3
     assert torch.equal(w[:8], torch.tensor(expected).half().float())
+    stored = int(packed.tensors["codes"][0, 0])
+    ranks = [stored >> 4 * i & 15 for i in range(4)]
+    assert ranks == [0xd, 0x4, 0x9, 0xa]                        # as README.md shows them
+    for rank, weight in zip(ranks, (w[0], w[2], w[5], w[7])):
+        level = rank - 8 + 0.5 if rank >= 8 else -(7 - rank + 0.5)
+        assert weight == torch.tensor(s * level).half()
     assert packed.meta["format"] == "nm"
     assert bits_per_weight(packed) == 1 + 4 / 2 + 2 * 16 / 128
 

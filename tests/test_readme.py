@@ -4,6 +4,9 @@ layers and models; its commands exist, and its tables have one.
     python -m pytest -q tests/test_readme.py
 """
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,26 @@ def test_snippets_run_as_pasted():
     load = found[3].replace("checkpoints/opt-125m", str(SHIPPED["tiny-opt"]))
     exec(load, loaded)
     assert loaded["logits"].shape[-1] == loaded["model"].config.vocab_size
+
+
+def test_modules_are_at_home_with_the_files_that_are_named(tmp_path):
+    """What a sentence of the section names, copied without the rest, can be imported."""
+    texts = re.sub(r"^    .*$", "", section("Take a module home"), flags=re.M)
+    sentences = [text for text in re.split(r"\n\s*\n", texts) if ".py`" in text or "kernels/" in text]
+    assert len(sentences) == 4
+    for k, sentence in enumerate(sentences):
+        home = tmp_path / str(k)
+        files = re.findall(r"`([\w/]+\.py)`", sentence)
+        for name in files:
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, home / name)
+        if "kernels/" in sentence:
+            shutil.copytree(ROOT / "kernels", home / "kernels")
+            files.append("kernels/linear.py")
+        modules = [name[:-3].replace("/", ".") for name in files]
+        done = subprocess.run([sys.executable, "-c", f"import {', '.join(modules)}"], cwd=home,
+                              capture_output=True, text=True)
+        assert not done.returncode, f"{sentence}: {done.stderr[-300:]}"
 
 
 def commands() -> list[tuple[str, str]]:

@@ -357,7 +357,8 @@ class Steps:
             self.tokens = tokens.clone()
             with torch.cuda.device(self.device):
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):          # records, computes nothing
+                stream = torch.cuda.Stream(self.device)     # by default it is that of another GPU
+                with torch.cuda.graph(self.graph, stream=stream):   # records, computes nothing
                     self.logits = self.compute(self.tokens)
         self.tokens.copy_(tokens)
         self.graph.replay()

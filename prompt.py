@@ -449,9 +449,10 @@ def fingerprint(*tensors: torch.Tensor) -> str:
 
 
 def mark_of_model(model) -> str:
-    """`fingerprint` of the first numbers of each of its tensors, which tell models apart in no
-    time."""
-    return fingerprint(*(t.flatten()[:256] for t in model.state_dict().values()))
+    """`fingerprint` of the first of its weights and of its grids' numbers, which tell models apart
+    in no time. Codes and masks lie in another order on a GPU, and are not looked at."""
+    grids = [t for name, t in model.named_buffers() if name.endswith(("scale", "zero"))]
+    return fingerprint(*(t.flatten()[:256] for t in (*model.parameters(), *grids)))
 
 
 def default_rate(model, prompt: torch.Tensor) -> float:

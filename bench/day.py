@@ -103,8 +103,9 @@ def until(deadline: float, work: list[tuple[object, Callable[[], None]]], record
             return
         try:
             call()
-        except (RuntimeError, ValueError) as problem:   # no memory, or triton cannot compile it
-            record.add("failed", name, str(problem).splitlines()[0])
+        except Exception as problem:                    # no memory, or triton cannot compile it
+            said = str(problem).splitlines() or [""]
+            record.add("failed", name, f"{type(problem).__name__}: {said[0]}")
 
 
 def check(format: str, grid: str, shape, groupsize: int, tokens, dtype,
@@ -156,7 +157,7 @@ def warm(part: int, parts: int) -> None:
     from kernels.linear import PackedLinear
     device = torch.device("cuda", 0)
     for one in all_checks()[part::parts]:
-        with contextlib.suppress(RuntimeError, ValueError):
+        with contextlib.suppress(Exception):
             list(check(*one, device))
     layers = {}                                             # each is packed once, for all its cases
     for case in cases()[:WARMED]:
@@ -166,7 +167,7 @@ def warm(part: int, parts: int) -> None:
         for case in wanted:
             width = case.shape[1] if case.direction == "forward" else case.shape[0]
             x = torch.zeros(case.batch, width, device=device).half()
-            with contextlib.suppress(RuntimeError, ValueError):
+            with contextlib.suppress(Exception):
                 layer.product(x, transposed=case.direction != "forward")
 
 

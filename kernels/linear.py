@@ -13,9 +13,12 @@ fp16 products are some sixty times slower there.
 
 On a GPU the first product reorders the weight for it (fragments.py), in place of the packed
 tensors; who asks for `packed` gets these back. So a CUDA graph wants one call before it is
-recorded. What `triton_reads` refuses, and float64, unpacks the whole weight for every product by
-torch operations. torch.compile goes around these layers.
+recorded. What `triton_reads` refuses, float64, and GPUs before Ampere unpack the whole weight for
+every product by torch operations. torch.compile goes around these layers.
 """
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -45,6 +48,15 @@ class PackedMatmul(torch.autograd.Function):
 def triton_reads(packed: Packed) -> bool:
     """Can the kernels multiply this? 4-bit codes, groups of neighbours."""
     return packed.meta["bits"] == 4 and "g_idx" not in packed.tensors
+
+
+@cache
+def runs_triton(device: torch.device) -> bool:
+    """Do the kernels run on this GPU? Their instructions came with compute capability 8.0."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if not is_nvidia or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Unpacked:
@@ -107,13 +119,18 @@ class PackedLinear(nn.Module):
         self.reordered = reordered
         self.plan = None
 
+    def in_file_order(self) -> dict[str, torch.Tensor]:
+        """The tensors of a file, on the layer's device."""
+        if not self.reordered:
+            return self.held()
+        from kernels.fragments import Fragments, from_fragments
+        tensors = from_fragments(Fragments(self.held(), self.meta)).tensors
+        return {name: t.to(self.codes.device) for name, t in tensors.items()}
+
     def restore(self) -> None:
         """The buffers are the tensors of a file again, until the next product on a GPU."""
         if self.reordered:
-            from kernels.fragments import Fragments, from_fragments
-            device = self.codes.device
-            tensors = from_fragments(Fragments(self.held(), self.meta)).tensors
-            self.hold({name: t.to(device) for name, t in tensors.items()}, False)
+            self.hold(self.in_file_order(), False)
 
     @property
     def packed(self) -> Packed:
@@ -135,7 +152,8 @@ class PackedLinear(nn.Module):
     def weight_dequantized(self, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         """(out, in) on the layer's device."""
         if self.reordered and self.codes.is_cuda:
-            return self.launches().unpack(dtype, (0, self.out_features), (0, self.in_features))
+            with torch.cuda.device_of(self.codes):
+                return self.launches().unpack(dtype, (0, self.out_features), (0, self.in_features))
         made_by = unpack if self.codes.device.type == "cpu" else dequantize
         return made_by(self.packed, dtype)
 
@@ -163,7 +181,8 @@ class PackedLinear(nn.Module):
 
     def product(self, x: torch.Tensor, transposed: bool = False) -> torch.Tensor:
         """x W^T, or x W: by Triton on a GPU, or by unpacking W for this one product."""
-        if self.fused and self.in_triton and x.is_cuda and x.dtype != torch.float64:
+        in_triton = self.fused and self.in_triton and x.dtype != torch.float64
+        if in_triton and runs_triton(x.device):
             from kernels.matmul import matmul, matmul_transposed
             multiply = matmul_transposed if transposed else matmul
             if x.device.index == torch.cuda.current_device():
@@ -201,9 +220,15 @@ class PackedLinear(nn.Module):
         self.plan = None
         return self
 
-    def _save_to_state_dict(self, *args, **kwargs):
-        self.restore()                                      # files know no other order
-        super()._save_to_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.names:
+            del destination[prefix + name]
+        for name, tensor in self.in_file_order().items():   # files know no other order
+            destination[prefix + name] = tensor
+
+    def __getstate__(self):
+        return {**self.__dict__, "plan": None}              # what is launched cannot be copied
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.restore()

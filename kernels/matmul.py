@@ -42,12 +42,21 @@ def fused_tokens(device: torch.device) -> int:
     return FUSED.get(10 * major + minor, 64)
 
 
-def in_fp16(fragments: Fragments) -> bool:
-    """Do the weights over their scale stay within fp16 when planes.py scales them: by 1024
-    (uniform), 2048 (offset)?"""
+def weighs_in(dtype: torch.dtype, fragments: Fragments) -> bool:
+    """Can planes.py make weights of patterns in this dtype?
+
+    In fp16, if the weights over their scale stay within it when they are scaled: by 1024 (uniform),
+    2048 (offset). In bf16, if a uniform grid's zeros are exact: rounded, they would move all
+    weights of a row the same way, and such errors do not average out. An offset grid's zeros are
+    small, and so is what rounding moves them by."""
     zero = fragments.tensors["zero"].float()
-    reach = (2 * zero - 1).abs() < 31.9 if fragments.meta["grid"] == "offset" else zero.abs() < 63.9
-    return bool(reach.all())
+    if fragments.meta["grid"] == "offset":
+        good = (2 * zero - 1).abs() < 31.9
+    elif dtype == torch.float16:
+        good = zero.abs() < 63.9
+    else:
+        good = zero == zero.bfloat16()
+    return bool(good.all())
 
 
 def warps_of(K: int, tokens: int) -> int:
@@ -98,13 +107,15 @@ class Plan:
         self.pointers = t.get("mask", none), none, *optional, t["scale"], t["zero"]
         size = self.meta["groupsize"]
         whole = size == -1 or size % 128 == 0
-        self.most = 0 if not whole else 64 if in_fp16(fragments) else 8
-        self.most = min(self.most, fused_tokens(none.device))
+        self.most = {}                                      # tokens for product.py, by dtype
+        for dtype in (torch.float16, torch.bfloat16) if whole else ():
+            most = fused_tokens(none.device) if weighs_in(dtype, fragments) else 8
+            self.most[dtype] = most
         self.chosen = {}                                    # by bucket: what `launch` says
         self.compiled = {}                                  # by key: a kernel and its constants
 
     def multiply(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y (M, N) = x (M, K) W^T for up to self.most tokens, fp16 or bf16, both contiguous."""
+        """y (M, N) = x (M, K) W^T for up to self.most[x.dtype] tokens, both contiguous."""
         M = len(x)
         bucket = max(8, 1 << (M - 1).bit_length())          # 8, 16, 32, 64
         if bucket not in self.chosen:
@@ -146,7 +157,7 @@ def matmul(x: torch.Tensor, plan: Plan) -> torch.Tensor:
         flat = flat.clone()                                 # the kernel reads 16 bytes at a time
     M = len(flat)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    if 0 < M <= plan.most and x.dtype != torch.float32:
+    if 0 < M <= plan.most.get(x.dtype, 0):
         plan.multiply(flat, y)
     elif M:
         for a, b in slabs(N, K, x.dtype, 16):

@@ -471,7 +471,7 @@ def test_a_gpu_day_without_a_gpu(tmp_path):
     assert [len(lines) for lines in seen] == [2, 4]
     assert seen[0][1] == f"product,{cases[0]},1e-05,3e-05,"
     lines = path.read_text().splitlines()
-    assert lines[2] == "failed,b,out of memory,,"
+    assert lines[2] == "failed,b,RuntimeError: out of memory,,"
     assert lines[4] == 'left out,"2 cases, from d on",no time left,,'
 
 

@@ -139,7 +139,8 @@ def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, b
     a = (W * keep).abs()
     top = 2 ** (bits - 1) - 1
     largest = a.amax(1, keepdim=True)
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    empty = largest == 0
+    largest = torch.where(empty, torch.ones_like(largest), largest)
     for shrink in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         scale = fp16_exact(shrink * largest / (top + 0.5)).clamp(min=2 ** -24)
         best = better(best, scale, torch.full_like(scale, 0.5))
@@ -160,7 +161,9 @@ def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, b
         scale = fp16_exact(slope).clamp(min=2 ** -24)
         zero = fp16_exact((offset / scale).clamp(0, 16))
         best = better(best, scale, zero)
-    return best[1:]
+    _, scale, zero = best
+    # a row of zeros needs a level on zero after all
+    return scale.masked_fill(empty, 2 ** -24), zero.masked_fill(empty, 0)
 
 
 def check(W: torch.Tensor, H: torch.Tensor, bits: int | None, blocksize: int,
@@ -189,14 +192,15 @@ def inverse_factor(H: torch.Tensor, percdamp: float = 0.01,
     raised until it works.
 
     H = R R^T with R upper is Cholesky with rows and columns in reverse order, and U = R^-1: one
-    factorization. Inputs that are always zero get a diagonal of 1. order (in,): of the columns,
-    first to last. Linears that share H can share U."""
+    factorization. Inputs that are always zero get the mean of the others, so that they do not decide
+    on the damping. order (in,): of the columns, first to last. Linears that share H can share U."""
     if order is None:
         order = torch.arange(len(H), device=H.device)
     back = order.flip(0)
     H = H[back[:, None], back]
-    H.diagonal().masked_fill_(H.diagonal() == 0, 1)
-    mean = float(H.diagonal().mean())
+    dead = H.diagonal() == 0
+    mean = float(H.diagonal().sum() / (~dead).sum().clamp(min=1)) or 1.0
+    H.diagonal().masked_fill_(dead, mean)
     for _ in range(8):
         H.diagonal().add_(percdamp * mean)
         with one_thread():

@@ -407,6 +407,35 @@ def test_a_7b_block_is_planned_under_8_gb_and_a_70b_block_under_29():
         assert 0.3 * most < planned.device < most, planned
 
 
+def test_an_error_on_other_windows_counts_what_the_bias_was_not_made_for():
+    """With a bias, outputs on held-out text differ by (W - V) (x - mean), the calibration's mean."""
+    g = torch.Generator().manual_seed(0)
+    W, V = torch.randn(2, 5, 7, generator=g)
+    seen, other = torch.randn(64, 7, generator=g) + 1, torch.randn(32, 7, generator=g) + 1.5
+    moments, held = Moments(), Moments()
+    moments.add(seen, torch.zeros_like(seen))
+    held.add(other)
+    target = aim(W, moments.finish(), True, 0.5, False)
+    V_bias = target.bias_gain(V)
+    e = other @ (target.W - V).T + (target.bias_gain(target.W) - V_bias)
+    lost = e.square().sum(1).mean()
+    H = target.measure(held.finish())
+    assert torch.trace((target.W - V) @ H @ (target.W - V).T) == pytest.approx(float(lost), rel=1e-4)
+
+
+def test_a_constant_input_stays_the_biass_after_many_tokens():
+    """Sums of many equal numbers round the same way every time."""
+    g = torch.Generator().manual_seed(0)
+    constant = torch.rand(32, generator=g) + 0.5
+    moments = Moments()
+    for _ in range(256):
+        x = torch.cat([constant.expand(512, -1), torch.randn(512, 32, generator=g)], 1)
+        moments.add(x, 0.01 * torch.randn(512, 64, generator=g))
+    target = aim(torch.randn(8, 64, generator=g), moments.finish(), True, 0.5, False)
+    assert torch.isfinite(target.W).all()
+    assert (target.H[:32] == 0).all()
+
+
 def test_correcting_needs_the_walk_group_by_group():
     with pytest.raises(ValueError, match="--correct 0"):
         compress_model(tiny(), TOKENS[:96].view(6, 16), make_solver(4, 0.5), Settings(False, 0.5))

@@ -15,6 +15,8 @@ from bench.naive import naive_sparsegpt
 from bench.solvers import random_layer, steps
 from gptq import (Compressed, descend, find_grid, gptq, hessian, inverse_factor, invert_, nearest,
                   quantize, relative_error, search_grid)
+from kernels.packing import pack_compressed
+from kernels.unpacking import unpack
 from sparsegpt import (admm, kth_smallest, parse_sparsity, prune_and_round, prune_smallest, refit,
                        sparsegpt)
 
@@ -161,6 +163,30 @@ def test_dead_inputs_are_pruned_first_and_harmless():
     assert torch.isfinite(out.weight).all()
     assert torch.isfinite(gptq(W, H, 4).weight).all()
     assert torch.isfinite(gptq(W, torch.zeros_like(H), 4).weight).all()
+
+
+@pytest.mark.parametrize("recipe", ["plain", "best"])
+def test_the_size_of_inputs_does_not_matter_beside_dead_ones(recipe):
+    """An input that is always 0 has no say in how the others are damped."""
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(512, 48, generator=g) @ torch.randn(48, 48, generator=g)
+    X[:, ::5] = 0
+    W = torch.randn(24, 48, generator=g)
+    solve = sparsegpt if recipe == "plain" else prune_and_round
+    one, other = (solve(W, hessian(X * size), 0.5, 4) for size in (1.0, 2.0 ** -10))
+    assert torch.equal(one.weight, other.weight)
+    assert other.error == pytest.approx(one.error, rel=1e-3)
+
+
+def test_a_row_of_zeros_stays_one_on_an_offset_grid():
+    g = torch.Generator().manual_seed(0)
+    W = 0.02 * torch.randn(8, 64, generator=g)
+    W[3] = 0
+    H = hessian(torch.randn(256, 64, generator=g))
+    out = prune_and_round(W, H, "2:4", 4)
+    assert (out.weight[3] == 0).all()
+    assert (out.mask[3] == 0).any()                 # though kept
+    assert torch.equal(unpack(pack_compressed(out), torch.float32), out.weight)
 
 
 def test_damping_rises_with_a_printed_line(capsys):

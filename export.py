@@ -62,7 +62,7 @@ import torch
 
 from data.checkpoint import (raw, read_json, read_safetensors, verify, write_json,
                              write_safetensors, write_torch)
-from data.config import Config, hf_config, resolve
+from data.config import Config, hf_config, meta_context, resolve
 from data.tokenizer import SentencePiece, copy_tokenizer, load_tokenizer
 from kernels.packing import Packed, groups_of
 from kernels.unpacking import unpack
@@ -304,6 +304,27 @@ def bit_stream(q: torch.Tensor, bits: int) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------------
 # Meta
 
+def meta_params(c: Config) -> dict:
+    """params.json of a LLaMA. Meta's code takes no field that its version does not know, and brings
+    a max_seq_len of its own: so only what it would not find by itself."""
+    params = {"dim": c.d_model, "n_layers": c.n_layer, "n_heads": c.n_head,
+              "vocab_size": c.vocab_size, "norm_eps": c.norm_eps, "multiple_of": 256}
+    known = {"d_model": c.d_model, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
+    # the MLP's width: two thirds of 4 d_model, perhaps multiplied, rounded up
+    hidden = int(8 * c.d_model / 3)
+    if -(-hidden // 256) * 256 != c.d_ff:
+        params.update(multiple_of=1, ffn_dim_multiplier=(c.d_ff + 0.5) / hidden)
+    if c.n_kv_head != c.n_head:
+        params["n_kv_heads"] = known["n_kv_head"] = c.n_kv_head
+    if c.rope_theta != 10000.0:
+        params["rope_theta"] = c.rope_theta
+    if c.rope_scaling:
+        params.update(use_scaled_rope=True, rope_scaling_factor=c.rope_scaling["factor"])
+    if c.max_positions != meta_context(known, bool(c.rope_scaling)):
+        params["max_seq_len"] = c.max_positions
+    return params
+
+
 def to_meta(source: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
     """consolidated.00.pth and params.json. ValueError for what Meta's code has no word for."""
     c = source.config
@@ -315,15 +336,6 @@ def to_meta(source: Checkpoint, folder: Path, dtype: torch.dtype | None = None) 
     for what, is_so in odd.items():
         if is_so:
             raise ValueError(f"{source.place}: Meta's layout cannot say {what}: use --to hf")
-    hidden = int(8 * c.d_model / 3)             # Meta's code finds the MLP's width in this way
-    params = {"dim": c.d_model, "n_layers": c.n_layer, "n_heads": c.n_head,
-              "n_kv_heads": c.n_kv_head, "vocab_size": c.vocab_size, "multiple_of": 1,
-              "ffn_dim_multiplier": (c.d_ff + 0.5) / hidden, "norm_eps": c.norm_eps,
-              "rope_theta": c.rope_theta, "max_seq_len": c.max_positions}
-    if scaling:
-        params.update(use_scaled_rope=True, rope_scaling_factor=scaling["factor"])
-    if c.n_kv_head == c.n_head:
-        del params["n_kv_heads"]
 
     def make(name: str) -> torch.Tensor:
         w = weight(source, name, dtype)
@@ -334,7 +346,7 @@ def to_meta(source: Checkpoint, folder: Path, dtype: torch.dtype | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     write_pth(folder / "consolidated.00.pth", entries)
     take_tokenizer(source.place, folder)
-    write_json(folder / "params.json", params)
+    write_json(folder / "params.json", meta_params(c))
 
 
 LLAMA31 = {"rope_type": "llama3", "factor": 0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

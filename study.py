@@ -221,7 +221,8 @@ class Lab:
         self.args = args
         self.out = Path(args.out)
         self.cache = self.out / "cache"
-        self.cases = [Case(folder, args.data_dir) for folder in args.runs]
+        runs = [run for run in args.runs if Path(run).resolve() != self.out.resolve()]   # of runs/*
+        self.cases = [Case(folder, args.data_dir) for folder in runs]
         self.loaded = {}
 
     def model(self, case: Case, which: str):
@@ -293,10 +294,11 @@ class Lab:
         dense = str(case.dense) if case.dense and which == "compressed" else None
         asked = {**vars(s), "model": str(case.place(which)), "dense": dense, "bits": 16,
                  "sparsity": "0", "packed": bool(packed_layers(case.place(which))),
-                 "control": False, "heal": 0, "reconstruct": 0, "train_data": text,
+                 "control": False, "heal": 0, "retrain": 0, "reconstruct": 0, "train_data": text,
                  "prompt_tokens": n, "max_tokens": s.seqlen}
 
         def make():
+            self.loaded.clear()                         # the run loads its model itself
             folder = self.cache / f"run-{mark(asked)}"
             begun = (folder / "report.json").exists()
             run = Run(argparse.Namespace(**asked, out=str(folder), resume=begun, overwrite=False))
@@ -359,7 +361,11 @@ class Lab:
         for name in self.args.texts.split(",") if self.args.texts else default:
             learn, _, measure = name.partition(":")
             measure = measure or name
-            found[Path(measure).stem] = learn, measure
+            label = Path(measure).stem
+            if label in found:
+                raise ValueError(f"--texts names two texts {label!r} to measure on: one table has "
+                                 f"each once, so ask for the other in a study of its own")
+            found[label] = learn, measure
         return found
 
     def items(self, case: Case) -> dict[str, list[Item]]:
@@ -649,17 +655,25 @@ def seconds(lab: Lab, case: Case, prompt, count: int = 16) -> dict:
     """Seconds of reading prompt and text, and a token of writing behind them; bytes of the prompt's
     keys and values."""
     model = lab.model(case, "compressed")
+    device = case.settings.device
     text = case.measured()[:case.settings.seqlen - count]
     prefill = []                                        # seconds, of every try
     writing = []
+
+    def now() -> float:
+        """When all is done that was asked for: a GPU is behind."""
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     for _ in range(3):
-        began = time.perf_counter()
-        model.hidden(*with_prompt(model, prompt, text[None].to(case.settings.device)))
-        read = time.perf_counter()
+        began = now()
+        model.hidden(*with_prompt(model, prompt, text[None].to(device)))
+        read = now()
         for _ in decode(model, [text.tolist()], count, prompt=prompt):
             pass
         prefill.append(read - began)
-        writing.append((time.perf_counter() - read - prefill[-1]) / count)
+        writing.append((now() - read - prefill[-1]) / count)
     c = model.config
     held = 0 if prompt is None else len(prompt) * c.n_layer * 2 * c.n_kv_head * c.head_dim
     return {"prefill": min(prefill), "decode": max(min(writing), 0.0),

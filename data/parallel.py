@@ -7,6 +7,7 @@ Every process holds a share of the windows (`mine`); what is summed over windows
 processes (`add`); the first process decides and the others copy it (`copy_first`). gloo connects
 CPUs, nccl GPUs. Left out: splitting a model.
 """
+import datetime
 import os
 import sys
 from collections.abc import Sequence
@@ -20,9 +21,15 @@ def start(device: str = "cpu") -> str:
     torchrun: device, unchanged."""
     if is_one_of_several() and not dist.is_initialized():
         if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            place, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if place >= count:
+                raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, {count} GPUs: use "
+                                 f"--nproc-per-node {count}")
+            device = f"cuda:{place}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        # the others wait while the first solves, for hours where models are large
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
     return device
 
 

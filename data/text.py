@@ -50,6 +50,7 @@ SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
 CUT = re.compile(r"[^\W_](?=\s)")      # a letter or digit before white space, see first_tokens
 C4_EVAL_DOCUMENTS = 1100
 C4_EVAL_WINDOWS = 256
+C4_LEARNED_DOCUMENTS = 5000             # of its train split, by the paper's code
 
 
 def load_text(name: str, split: str, folder: str | Path | None = None) -> list[str] | str:
@@ -80,10 +81,12 @@ def eval_tokens(tokenizer, name: str, split: str, seqlen: int, max_tokens: int |
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens {max_tokens}: at least 1 is needed, or none for all")
     text = load_text(name, split, folder)
-    if name == "c4":
+    if name == "c4" and split == "validation":
         text = " ".join(text[:C4_EVAL_DOCUMENTS])
         most = C4_EVAL_WINDOWS * seqlen
         max_tokens = most if max_tokens is None else min(most, max_tokens)
+    elif name == "c4":
+        text = " ".join(text[:C4_LEARNED_DOCUMENTS])
     tokens = first_tokens(tokenizer, joined(text), max_tokens)
     if len(tokens) < seqlen:
         raise ValueError(f"{name} {split} has {len(tokens)} tokens (max_tokens {max_tokens}), "

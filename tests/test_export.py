@@ -21,7 +21,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQC
 
 import export
 from data.checkpoint import read_folder, verify, write_safetensors
-from data.config import SHIPPED, file_sums
+from data.config import PUBLISHED, SHIPPED, Config, file_sums
 from data.tokenizer import load_tokenizer
 from model import load_model, open_checkpoint, save_model
 from prompt import initial_prompt, load_prompt, save_prompt
@@ -308,9 +308,21 @@ def test_meta_and_hugging_face_both_ways(name, shards, tmp_path, monkeypatch):
     assert zipfile.ZipFile(tmp_path / "meta2/consolidated.00.pth").testzip() is None
     # the width of the MLP as Meta's code finds it
     p = json.loads((tmp_path / "meta2/params.json").read_text())
-    hidden = int(p["ffn_dim_multiplier"] * int(2 * 4 * p["dim"] / 3))
+    hidden = int(p.get("ffn_dim_multiplier", 1) * int(2 * 4 * p["dim"] / 3))
     rounded_up = p["multiple_of"] * -(-hidden // p["multiple_of"])
     assert rounded_up == theirs["layers.0.feed_forward.w1.weight"].shape[0]
+
+
+@pytest.mark.parametrize("name, more", [("llama-7b", set()), ("llama-2-70b", {
+    "n_kv_heads", "ffn_dim_multiplier"})])
+def test_metas_file_has_the_fields_of_its_own(name, more):
+    """It calls ModelArgs(max_seq_len=..., **params): a field too many is an error there."""
+    width, layers, heads, kv_heads, d_ff, vocab, _ = PUBLISHED[name]
+    norm, most = (1e-6, 2048) if name == "llama-7b" else (1e-5, 4096)
+    c = Config("llama", vocab, width, layers, heads, d_ff, kv_heads, norm_eps=norm,
+               max_positions=most)
+    assert set(export.meta_params(c)) == more | {"dim", "n_layers", "n_heads", "vocab_size",
+                                                 "norm_eps", "multiple_of"}
 
 
 def test_packed_to_meta_and_what_meta_cannot_say(tmp_path):

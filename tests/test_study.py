@@ -213,6 +213,24 @@ def test_every_flag_does_something(place, tmp_path):
         assert tables[0] != tables[1], name
 
 
+def test_runs_are_taken_by_a_pattern_that_names_the_study_too(place):
+    out = place / "among"
+    for _ in range(2):                                  # the second time its folder is there
+        study.main(study.flags().parse_args(
+            ["recipes", str(place / "a"), str(out), "--out", str(out)]))
+
+
+def test_a_study_lets_go_of_its_models_before_a_run_loads_its_own(place, tmp_path, monkeypatch):
+    lab = study.Lab(study.flags().parse_args(["length", str(place / "a"), "--out", str(tmp_path)]))
+    case = lab.cases[0]
+    lab.model(case, "dense")
+    held = []
+    real = study.Run
+    monkeypatch.setattr(study, "Run", lambda args: held.append(dict(lab.loaded)) or real(args))
+    lab.learned(case, "dense", n=3)
+    assert held == [{}]
+
+
 def test_a_killed_study_goes_on(place, monkeypatch):
     want = run(place, "robust", place / "a")
     calls = []
@@ -247,6 +265,7 @@ def test_a_killed_study_goes_on(place, monkeypatch):
     (["hard", "a", "b"], "takes one RUN, not 2"),
     (["length", "a", "--lengths", "3,x"], "is not numbers"),
     (["levels", "nowhere"], "no report .*a RUN is a folder"),
+    (["recipes", "a", "--texts", "x/one.txt,y/one.txt"], "two texts 'one'"),
 ])
 def test_what_makes_no_study(words, message, place):
     folders = ("a", "b", "nowhere")

@@ -18,7 +18,7 @@ import torch
 
 import data.text
 from data.download import FILES, download, fetch
-from data.text import calibration, eval_tokens, load_text
+from data.text import calibration, eval_tokens, learning_windows, load_text
 from data.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -59,6 +59,11 @@ def test_sets_are_joined_as_in_the_literature(tmp_path):
     assert tokens.tolist() == [1, *map(ord, text[:2559])]
     tokens = eval_tokens(Characters(), "c4", "validation", 1000, folder=folder)
     assert len(tokens) == 1000 * 4 + 100 * 5
+    train = "".join(json.dumps({"text": "x" * 100}) + "\n" for _ in range(5100))
+    (folder / "c4/en/train.jsonl").write_text(train)
+    text, val, pool = learning_windows(Characters(), "c4", 10, 8, seed=0, folder=folder)
+    assert len(text) == 1 + 5000 * 101 - 1                  # of more windows than are measured on
+    assert len(val) + len(pool) == len(text) // 10
     tokens = eval_tokens(Characters(), "ptb", "test", 4, max_tokens=5, folder=folder)
     assert tokens.tolist() == [1, *map(ord, "no i")]
 

@@ -67,9 +67,9 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
     """solve(W, H, parts, held=None, share=None) -> Compressed, or None where nothing is to be done.
 
     W (rows, in) stacks the Linears that read one input, H (in, in) is that input's Hessian, parts
-    has the Linears' rows, held the mask if there is one already, share how much to prune in place
-    of `sparsity`. bits None prunes only, sparsity 0 quantizes only; steps (mask, refits, grid,
-    act_order, descent, percdamp) replace the recipe's."""
+    has the Linears' rows, held the mask if there is one already (Settings.keep_zeros), share how
+    much to prune in place of `sparsity`. bits None prunes only, sparsity 0 quantizes only; steps
+    (mask, refits, grid, act_order, descent, percdamp) replace the recipe's."""
     s = {**RECIPES[recipe], **steps}
     fraction, _, m = parse_sparsity(sparsity)
     if bits is None and not fraction:
@@ -171,10 +171,11 @@ class Target(NamedTuple):
                                         # is to restore
 
     def measure(self, moments: Moments) -> torch.Tensor:
-        """(in, in) H of other inputs, taken around their mean if this one's is."""
+        """(in, in) H of other inputs; with a bias, around the mean that it was made for."""
         if self.mean is None:
             return moments.H
-        return moments.H - torch.outer(moments.x, moments.x)
+        mixed = torch.outer(moments.x, self.mean)
+        return moments.H - mixed - mixed.T + torch.outer(self.mean, self.mean)
 
     def bias_gain(self, V: torch.Tensor) -> torch.Tensor | None:
         """(out,) what the bias gains once the weights have become V."""
@@ -204,8 +205,8 @@ def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_out
     if biased:
         wanted = W @ mean + strength * a
         around = H - torch.outer(mean, mean)
-        # a constant input is the bias's alone
-        varies = (around.diagonal() > 1e-5 * H.diagonal()).float()
+        # a constant input is the bias's alone; sums over 2^18 tokens are good to 2e-5
+        varies = (around.diagonal() > 1e-4 * H.diagonal()).float()
         H = around * varies * varies[:, None]
         A = (A - torch.outer(a, mean)) * varies
     damped = H.clone()
@@ -319,6 +320,7 @@ class Settings(NamedTuple):
     true_sequential: bool = True
     correct: float = 0.5                # strength of `aim`; 0: at the dense weights
     reconstruct: int = 0                # passes over the windows in `reconstruct`; 0: without
+    keep_zeros: bool = False            # of a model that is pruned already: what is 0 stays 0
 
     def check(self) -> None:
         if self.correct and not self.true_sequential:
@@ -461,6 +463,8 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
     moments.finish()
     if parallel.rank() == 0:
         target = aim(W, moments, linears[0].bias is not None, settings.correct, of_outputs)
+        if settings.keep_zeros and (W == 0).any():
+            solve = partial(solve, held=W == 0)
         out = solve(target.W, target.H, parts)
         error_dense = errors(W, out.weight, target.H, parts)
         seen = {"error": out.error}

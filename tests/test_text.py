@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import data.text
+from data import text as text_module
 from data.download import FILES, download, fetch
 from data.text import calibration, eval_tokens, learning_windows, load_text
 from data.tokenizer import load_tokenizer
@@ -188,6 +189,17 @@ def test_calibration_crops(tmp_path):
     # one document each, never the short one
     assert set(samples[:, -1].tolist()) == {ord("y"), ord("z")}
     assert all(len(set(row[1:].tolist())) == 1 for row in samples)
+
+
+def test_of_a_huge_text_only_the_beginning_is_learned_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "MOST_CHARACTERS", 500)
+    (tmp_path / "t.txt").write_text("a" * 500 + "b" * 5000)
+    name = str(tmp_path / "t.txt")
+    windows = calibration(Characters(), name, "train", 50, 20, seed=0)
+    text, _, _ = learning_windows(Characters(), name, 20, 2, seed=0)
+    assert (windows != ord("b")).all()
+    assert len(text) == 501
+    assert len(eval_tokens(Characters(), name, "test", 20)) == 5501     # all is measured on
 
 
 def test_calibration_depends_on_the_seed_only(tmp_path):

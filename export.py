@@ -15,8 +15,8 @@ config.json comes last: a folder without one is not complete.
 hf     dense weights, in shards, with the tokenizer.
 gptq   qweight, qzeros, scales, g_idx (arXiv 2210.17323's own layout): w = scale (q - zero). Pruned
        weights lie on the zero point. So grids must have a level on zero: `train.py --grid uniform
-       --heal 0`, or with --sparsity 0 just --heal 0. A grid without one has one value more than its
-       bits can count, so 4 such bits go exactly into 8, and only where the offset is 1/2:
+       --heal 0`, or with --sparsity 0 just --heal 0, and without --reconstruct, as both move grids
+       between levels. A grid without a level on zero has one value more than its bits can count, so 4 such bits go exactly into 8, and only where the offset is 1/2:
        w = +-s (k + 1/2) = s/2 (q - 128) with q = 128 +- (2k + 1).
 meta   LLaMA's first layout, one shard; rotary channels interleaved again.
 peft   prompt_embeddings and adapter_config.json.
@@ -266,8 +266,8 @@ def check_grid(held: Packed, name: str) -> None:
                              f"train.py --grid uniform --heal 0, or use --to hf")
     elif not ((zero == zero.round()) & (zero >= 0) & (zero < 1 << bits)).all():
         raise ValueError(f"{name} has a zero that is no level of its grid, which GPTQ's files "
-                         f"cannot say: compress with train.py --grid uniform --heal 0, or use "
-                         f"--to hf")
+                         f"cannot say: compress with train.py --grid uniform --heal 0, without "
+                         f"--reconstruct, or use --to hf")
 
 
 def gptq_tensors(held: Packed, bits: int, old: bool) -> dict[str, torch.Tensor]:

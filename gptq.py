@@ -429,8 +429,8 @@ def descend(Vt, Wt, H, keep, scale, zero, g_idx, bits: int, grid: str, passes: i
 
         v_j <- nearest(v_j - g_j / H[j, j]),   g = (V - W) H,
 
-    which can only lower the error, now of the kept weights alone. H is damped here as in
-    `inverse_factor`. With T = V - g / diag(H), moving column j by e moves T[:, k] by
+    which can only lower the error, now of the kept weights alone; H is damped by a share of its own
+    diagonal, as in sparsegpt.refit. With T = V - g / diag(H), moving column j by e moves T[:, k] by
     -e H[j, k] / H[k, k]: the same loop as GPTQ's. Vt, Wt, keep are (in, out), scale and zero
     (groups, out), g_idx (in,) says which of them is a column's; returns the new Vt."""
     h = H.diagonal() * (1 + percdamp)

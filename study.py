@@ -221,8 +221,7 @@ class Lab:
         self.args = args
         self.out = Path(args.out)
         self.cache = self.out / "cache"
-        runs = [run for run in args.runs if Path(run).resolve() != self.out.resolve()]   # of runs/*
-        self.cases = [Case(folder, args.data_dir) for folder in runs]
+        self.cases = [Case(folder, args.data_dir) for folder in args.runs]
         self.loaded = {}
 
     def model(self, case: Case, which: str):
@@ -791,6 +790,10 @@ def main(args) -> None:
     for name, studies in USES.items():
         if getattr(args, name) is not None and args.study not in studies:
             raise ValueError(f"--{name} does nothing in study {args.study}: leave it out")
+    # runs/* names the studies' own folder too
+    own = Path(args.out).resolve()
+    args.runs = [run for run in args.runs
+                 if Path(run).resolve() != own or (Path(run) / "report.json").exists()] or args.runs
     if args.study in ONE_RUN and len(args.runs) > 1:
         raise ValueError(f"study {args.study} takes one RUN, not {len(args.runs)}")
     lab = Lab(args)

@@ -570,6 +570,8 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
                 healed.rename(folder)
             state.unlink(missing_ok=True)
+            if folder == self.made:
+                self.forget_teacher()               # the prompt's reads other windows
         parallel.wait()
         self.measure_made(folder, row, time.monotonic() - began)
 
@@ -606,7 +608,7 @@ class Run:
     def teacher(self, windows: torch.Tensor,
                 val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense model's last states of the windows to learn from and to choose by, in
-        out/teacher until the run ends."""
+        out/teacher until this stage ends."""
         a, checkpoint = self.args, open_checkpoint(self.dense)
         ends = checkpoint.ends(self.dtype, a.device)
 
@@ -634,18 +636,17 @@ class Run:
                 self.prune()
             self.compress()
             self.heal()
-            self.forget_teacher()                   # the prompt's reads other windows
         elif a.packed and not self.report.has("compressed"):
             self.measure_made(self.made, "compressed")
         if a.steps:
             self.learn(self.made, self.name, "prompt.safetensors")
             if a.control and self.name != "dense":  # how much of it is adaptation
                 self.learn(self.dense, "dense", "prompt-dense.safetensors")
-        self.forget_teacher()
+        if parallel.rank() == 0:
+            self.forget_teacher()
 
     def forget_teacher(self) -> None:
-        if parallel.rank() == 0:
-            shutil.rmtree(self.out / "teacher", ignore_errors=True)
+        shutil.rmtree(self.out / "teacher", ignore_errors=True)
 
 
 class Quiet(Report):

@@ -580,7 +580,10 @@ class Run:
         measured."""
         a, path = self.args, self.out / file
         rows = f"{name} + initial prompt", f"{name} + learned prompt"
+        state = path.with_suffix(".state")
         if all(self.report.has(row) for row in rows):
+            if parallel.rank() == 0:
+                state.unlink(missing_ok=True)
             return
         model = self.load(open_checkpoint(folder))
         size = self.report.size(name)
@@ -592,7 +595,6 @@ class Run:
         began = time.monotonic()
         model.checkpointing = self.recomputes(heals=False)
         lr = a.lr or default_rate(model, start)
-        state = path.with_suffix(".state")
         teacher = self.teacher(self.pool, self.val) if a.objective == "kl" else None
         got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, a.warmup, a.clip,
                     seed=a.seed, teacher=teacher, state=state, progress=Progress)

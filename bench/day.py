@@ -163,24 +163,29 @@ def warm(part: int, parts: int) -> None:
     for case in cases()[:WARMED]:
         layers.setdefault((case.shape, case.format, case.grid), []).append(case)
     for key, wanted in list(layers.items())[part::parts]:
-        layer = PackedLinear(random_packed(*key, -1, device)).to(device)
-        for case in wanted:
-            width = case.shape[1] if case.direction == "forward" else case.shape[0]
-            x = torch.zeros(case.batch, width, device=device).half()
-            with contextlib.suppress(Exception):
-                layer.product(x, transposed=case.direction != "forward")
+        with contextlib.suppress(Exception):
+            layer = PackedLinear(random_packed(*key, -1, device)).to(device)
+            for case in wanted:
+                width = case.shape[1] if case.direction == "forward" else case.shape[0]
+                x = torch.zeros(case.batch, width, device=device).half()
+                with contextlib.suppress(Exception):
+                    layer.product(x, transposed=case.direction != "forward")
 
 
-def warm_all() -> None:
+def warm_all(most: float) -> None:
+    """Warm in many processes, for at most so many seconds: a process that dies is never done."""
     parts = max(1, min(16, os.cpu_count() or 1))
     with multiprocessing.get_context("spawn").Pool(parts) as pool:
-        pool.starmap(warm, [(part, parts) for part in range(parts)], chunksize=1)
+        every = [(part, parts) for part in range(parts)]
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            pool.starmap_async(warm, every, chunksize=1).get(timeout=most)
 
 
-def run_tests(record: Record) -> None:
+def run_tests(record: Record, deadline: float) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_kernels.py",
                "-k", "on_a_gpu"]
-    result = subprocess.run(command, capture_output=True, text=True,
+    left = max(1, deadline - time.monotonic())
+    result = subprocess.run(command, capture_output=True, text=True, timeout=left,
                             cwd=Path(__file__).resolve().parents[1])
     said = result.stdout.strip() or result.stderr.strip()
     record.add("check", "tests that need a GPU", said.splitlines()[-1])
@@ -232,10 +237,10 @@ def main(minutes: float, out: str) -> None:
     device = torch.device("cuda", 0)
     deadline, record = time.monotonic() + 60 * minutes, Record(out)
     record.add("machine", torch.cuda.get_device_name(device), f"torch {torch.__version__}")
-    warm_all()
+    warm_all(30 * minutes)                                  # half of the time
     check_all(record, device)
     todo = [(case, lambda case=case: time_product(case, record, device)) for case in cases()]
     until(deadline, [("copy", lambda: bandwidth(record, device)), *todo[:12],
                      *[(f"LLaMA-7B's shape, {how}", partial(whole_model, record, device, *how))
                        for how in (("nm", "uniform"), ("unstructured", "offset"))],
-                     *todo[12:], ("tests", lambda: run_tests(record))], record)
+                     *todo[12:], ("tests", lambda: run_tests(record, deadline))], record)

@@ -9,6 +9,7 @@ report.json has what was run (settings, the checkpoint's files, versions), "rows
 temporary name and renamed, and one process at a time holds the folder. Left out: several runs in
 one folder.
 """
+import errno
 import json
 import math
 import os
@@ -66,7 +67,9 @@ class Report:
 
     def clear(self) -> None:
         """Remove what a run writes; report.json last, so that what is left can still be
-        recognized."""
+        recognized, and emptied first, so that nothing takes what is left for a whole run."""
+        if self.held():
+            write_json(self.folder / "report.json", {})
         for name in reversed(self.held()):
             path = self.folder / name
             if path.is_dir():
@@ -78,12 +81,15 @@ class Report:
         """Take up what a run of the same settings has done."""
         path = self.folder / "report.json"
         if not path.exists():
-            if self.held():
+            if set(self.held()) - {"seconds.json"}:         # it is written first
                 raise ValueError(f"{self.folder} holds {', '.join(self.held())} but no "
                                  f"report.json: --overwrite replaces them, or name another --out")
             print(f"{self.folder} holds nothing to resume: starting anew")
             return
         held = read_json(path)
+        if held == {}:
+            raise ValueError(f"--resume: {self.folder} was being cleared by --overwrite, which "
+                             f"was stopped: use it again, or name another --out")
         differs = difference({key: held.get(key) for key in self.run}, self.run)
         if differs:
             raise ValueError(f"--resume: {path} is of another run: {differs}; use the same "
@@ -174,7 +180,8 @@ def difference(theirs, ours, name: str = "") -> str:
 
 def take_lock(folder: Path):
     """Hold the folder until this process ends, however it ends; returns the open file that does so.
-    Raises ValueError if another process holds it."""
+    Raises ValueError if another process holds it. Where a file system has no locks nobody holds
+    it."""
     file = open(folder / ".lock", "ab")
     try:
         if os.name == "nt":
@@ -183,7 +190,9 @@ def take_lock(folder: Path):
         else:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as problem:
+        if problem.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            return file
         raise ValueError(f"--out {folder} is in use by another run: wait for it, or name another "
                          f"--out") from None
     return file

@@ -335,6 +335,15 @@ def test_the_device_holds_what_finding_shares_takes(nsamples, seqlen, tmp_path):
     assert 0.5 * planned < counted.peak - streams <= planned
 
 
+def test_a_folder_that_is_complete_is_not_run_again(tmp_path, monkeypatch):
+    config = Config("llama", 64, 32, 2, 4, 48, 2)
+    save_model(Transformer(config), tmp_path / "dense")
+    checkpoint, windows = open_checkpoint(tmp_path / "dense"), torch.randint(0, 64, (4, 16))
+    first = compress(checkpoint, tmp_path / "out", windows, make_solver(4, 0.5))
+    monkeypatch.setattr("compress.Walk", None)
+    assert compress(checkpoint, tmp_path / "out", windows, make_solver(4, 0.5)) == first
+
+
 def test_the_walk_of_a_published_shape_runs_beside_its_plan(tmp_path, monkeypatch, capsys):
     from bench import walk
     monkeypatch.setattr(walk, "config_of", lambda shape, blocks: Config(

@@ -2,6 +2,7 @@
 
     python -m pytest -q tests/test_train.py
 """
+import errno
 import json
 import shutil
 import subprocess
@@ -232,6 +233,38 @@ def test_windows_leave_room_for_the_prompt_where_no_flag_says_how_long(text, tmp
         "--val-windows", "2", "--plan", *PLAIN_CPU])
     train.main(args)
     assert args.seqlen == 256                           # of 512 positions
+
+
+def test_what_overwrite_left_half_cleared_is_no_run(tmp_path, monkeypatch):
+    begin = lambda **how: Report(tmp_path, {"settings": {"seed": 0}}, **{
+        "resume": False, "overwrite": False, **how})
+    report = begin()
+    report.add("dense", 0.0, 1.0, perplexity=2.0, megabytes=1.0, bits_per_weight=16.0,
+               linear_bits_per_weight=16.0, nominal=1.0)
+    (tmp_path / "compressed").mkdir()
+    report.lock.close()
+
+    def stopped(path):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr("shutil.rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            begin(overwrite=True)
+    with pytest.raises(ValueError, match="was being cleared by --overwrite"):
+        begin(resume=True)
+    begin(overwrite=True).lock.close()
+    assert not (tmp_path / "compressed").exists()
+    (tmp_path / "report.json").unlink()                 # killed between the two files of a save
+    begin(resume=True).lock.close()
+
+
+def test_a_folder_on_a_disk_without_locks_can_be_used(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    Report(tmp_path, {}, False, False)
 
 
 @needs_tiny

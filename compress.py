@@ -67,9 +67,9 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
     """solve(W, H, parts, held=None, share=None) -> Compressed, or None where nothing is to be done.
 
     W (rows, in) stacks the Linears that read one input, H (in, in) is that input's Hessian, parts
-    has the Linears' rows, held the mask if there is one already (Settings.keep_zeros), share how
-    much to prune in place of `sparsity`. bits None prunes only, sparsity 0 quantizes only; steps
-    (mask, refits, grid, act_order, descent, percdamp) replace the recipe's."""
+    has the Linears' rows, held the mask if there is one already, share how much to prune in place
+    of `sparsity`. bits None prunes only, sparsity 0 quantizes only; steps (mask, refits, grid,
+    act_order, descent, percdamp) replace the recipe's."""
     s = {**RECIPES[recipe], **steps}
     fraction, _, m = parse_sparsity(sparsity)
     if bits is None and not fraction:
@@ -320,7 +320,6 @@ class Settings(NamedTuple):
     true_sequential: bool = True
     correct: float = 0.5                # strength of `aim`; 0: at the dense weights
     reconstruct: int = 0                # passes over the windows in `reconstruct`; 0: without
-    keep_zeros: bool = False            # of a model that is pruned already: what is 0 stays 0
 
     def check(self) -> None:
         if self.correct and not self.true_sequential:
@@ -463,8 +462,6 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
     moments.finish()
     if parallel.rank() == 0:
         target = aim(W, moments, linears[0].bias is not None, settings.correct, of_outputs)
-        if settings.keep_zeros and (W == 0).any():
-            solve = partial(solve, held=W == 0)
         out = solve(target.W, target.H, parts)
         error_dense = errors(W, out.weight, target.H, parts)
         seen = {"error": out.error}

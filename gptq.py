@@ -255,7 +255,9 @@ def quick_dtype(like: torch.Tensor) -> torch.dtype:
     """What products that stand noise are fastest in: bfloat16, or like's dtype on a CPU without
     instructions for it, where bfloat16 is 10 to 100 times slower."""
     has = torch.cpu.get_capabilities()
-    fast = any(has.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    # Apple's have bf16, but torch has no products for it there
+    on_arm = has.get("bf16") and torch.backends.mkldnn.is_available()
+    fast = has.get("amx_bf16") or has.get("avx512_bf16") or on_arm
     return torch.bfloat16 if fast or like.device.type != "cpu" else like.dtype
 
 

@@ -214,6 +214,9 @@ class Case:
                 f"of {Path(s.data).name}, seqlen {s.seqlen}, seed {s.seed}, {s.dtype}")
 
 
+COLON = re.compile(r"(?<!^[A-Za-z]):(?!\\)")            # but for those of C:\
+
+
 class Lab:
     """Measurements of runs, each made once and kept in a folder under what it is made of."""
 
@@ -293,7 +296,7 @@ class Lab:
         dense = str(case.dense) if case.dense and which == "compressed" else None
         asked = {**vars(s), "model": str(case.place(which)), "dense": dense, "bits": 16,
                  "sparsity": "0", "packed": bool(packed_layers(case.place(which))),
-                 "control": False, "heal": 0, "retrain": 0, "reconstruct": 0, "train_data": text,
+                 "control": False, "heal": 0, "reconstruct": 0, "train_data": text,
                  "prompt_tokens": n, "max_tokens": s.seqlen}
 
         def make():
@@ -353,13 +356,14 @@ class Lab:
     def texts(self, case: Case) -> dict[str, tuple[str, str]]:
         """{label: (text to learn on, text to measure on)}."""
         s = case.settings
-        default = [f"{s.train_data}:{s.data}"]
+        asked = [(s.train_data, s.data)]
         if s.model in SHIPPED or str(s.dense) in SHIPPED:
-            default += [name for name in ("docs", "code") if name != s.data]
+            asked += [(name, name) for name in ("docs", "code") if name != s.data]
+        if self.args.texts:
+            names = [COLON.split(name) for name in self.args.texts.split(",")]
+            asked = [(pair[0], pair[-1]) for pair in names]
         found = {}
-        for name in self.args.texts.split(",") if self.args.texts else default:
-            learn, _, measure = name.partition(":")
-            measure = measure or name
+        for learn, measure in asked:
             label = Path(measure).stem
             if label in found:
                 raise ValueError(f"--texts names two texts {label!r} to measure on: one table has "

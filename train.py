@@ -18,11 +18,11 @@ from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, s
 # Flags that do nothing with a --model that is compressed already.
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid",
                "act_order", "static_groups", "descent", "true_sequential", "correct", "percdamp",
-               "blocksize", "nsamples", "allocation", "reconstruct", "heal", "retrain")
+               "blocksize", "nsamples", "allocation", "reconstruct", "heal")
 # Flags that do nothing with --bits 16.
 GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent")
 # Flags that do nothing with --sparsity 0.
-MASKS = ("mask", "refits", "retrain")
+MASKS = ("mask", "refits")
 # Flags that do nothing with --steps 0.
 PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "kind",
           "objective", "prompt_recipe")
@@ -88,9 +88,6 @@ def flags() -> Flags:
     a("--reconstruct", type=whole(0, 1000), metavar="PASSES",
       help="when attention or MLP is solved, so many passes over the windows move its weights, and "
            "half as many its grids, towards what the dense one gives (default 0: none)")
-    a("--retrain", type=whole(0, 10**7), metavar="STEPS",
-      help="prune the whole model first, and tune what is kept against the dense one on the same "
-           "windows, in so many steps; then round (default 0: prune and round block by block)")
     a("--heal", type=whole(0, 10**7), metavar="STEPS",
       help="then tune grids (with --bits 16: the weights kept), norms and biases against the "
            "dense model on the same windows, in so many steps (default 64; tiny models 0)")
@@ -181,8 +178,7 @@ def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
     folder = resolve(args.model)
     given = {name for name, value in vars(args).items() if value is not None}
-    for name, nothing in (("heal", 0), ("retrain", 0), ("reconstruct", 0),
-                          ("allocation", "uniform")):
+    for name, nothing in (("heal", 0), ("reconstruct", 0), ("allocation", "uniform")):
         if getattr(args, name) == nothing:
             given.discard(name)                     # asks for nothing
     args.packed = bool(packed_layers(folder))
@@ -204,7 +200,7 @@ def settle(args) -> None:
     size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
     settle_prompt(args)
     general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best",
-                   static_groups=False, blocksize=128, reconstruct=0, retrain=0, seed=0, fused="on",
+                   static_groups=False, blocksize=128, reconstruct=0, seed=0, fused="on",
                    val_windows=8, prompt_init="text", checkpointing=False)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
         if getattr(args, name) is None:
@@ -259,12 +255,11 @@ def refuse_idle(args, given: set[str]) -> None:
     calib_idle = not solves and ("train_data" in given or not learns)
     idle = [                            # (whether, flags, where they do nothing)
         (not learns, PROMPT, "with --steps 0"),
-        (not learns and not args.heal and not args.retrain, ("checkpointing",),
-         "where neither a prompt is learned nor a model healed or retrained"),
+        (not learns and not args.heal, ("checkpointing",),
+         "where neither a prompt is learned nor a model healed"),
         (not solves and not args.packed, (*COMPRESSION[2:], "fused", "control"),
          "with --bits 16 --sparsity 0"),
         (prunes and not rounds, (*GRIDS, "fused"), "with --bits 16"),
-        (prunes and not rounds, ("retrain",), "with --bits 16, whose --heal is the same"),
         (rounds and not prunes, MASKS, "with --sparsity 0"),
         (prunes and not rounds and args.mask == "admm", ("blocksize",),
          "with --bits 16 and --mask admm"),
@@ -354,7 +349,12 @@ class Run:
         settle_seqlen(args, self.checkpoint)
         self.bits = None if args.bits == 16 else args.bits
         self.settings = Settings(args.true_sequential, args.correct, args.reconstruct)
-        self.solve = None if args.packed else self.solver(self.bits, args.sparsity)
+        self.solve = None
+        if not args.packed:
+            steps = {name: getattr(args, name) for name in
+                     ("mask", "refits", "grid", "act_order", "descent", "percdamp")}
+            self.solve = make_solver(self.bits, args.sparsity, args.recipe, args.groupsize,
+                                     args.sym, args.blocksize, args.static_groups, **steps)
         if parallel.rank() == 0:                    # it downloads what is not there,
             self.read_texts()
         parallel.wait()                             # and the others find it
@@ -366,13 +366,6 @@ class Run:
         if args.dense:
             self.dense = resolve(args.dense)
         self.name = "compressed" if self.solve or args.packed else "dense"
-
-    def solver(self, bits: int | None, sparsity: float | str):
-        a = self.args
-        steps = {name: getattr(a, name) for name in
-                 ("mask", "refits", "grid", "act_order", "descent", "percdamp")}
-        return make_solver(bits, sparsity, a.recipe, a.groupsize, a.sym, a.blocksize,
-                           a.static_groups, **steps)
 
     def read_texts(self) -> None:
         """Tokens to measure on, calibration windows, and windows to learn from and to choose by."""
@@ -406,30 +399,25 @@ class Run:
     def plan(self) -> str:
         a = self.args
         said = "plan: nothing to compress"
-        dense = model = self.dtype.itemsize * self.checkpoint.count()
+        model = self.dtype.itemsize * self.checkpoint.count()   # of what is learned on
         stays_packed = a.fused == "on" and not a.control        # nor is the dense one learned on
         if a.packed and stays_packed:
             model = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
         if self.solve:
-            taught = self.windows.numel() + self.held.numel() if a.heal or a.retrain else 0
+            taught = self.windows.numel() + self.held.numel() if a.heal else 0
             planned = plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen,
                            self.dtype, self.settings, self.bits, a.sparsity,
                            self.judges().numel(), taught, a.seqlen, a.allocation == "fisher")
-            width = self.checkpoint.config.d_embed
-            if a.retrain:                                       # the pruned model, twice
-                pruned = 4 * self.checkpoint.count() + 2 * taught * width
-                planned = planned._replace(disk=max(planned.disk, pruned))
             if a.steps and a.objective == "kl":
                 read = self.pool.numel() + self.val.numel()
-                planned = planned._replace(disk=max(planned.disk, planned.model + 2 * read * width))
+                states = 2 * read * self.checkpoint.config.d_embed
+                planned = planned._replace(disk=max(planned.disk, planned.model + states))
             said = str(planned)
             if self.bits and stays_packed:
                 model = planned.model
-        # (the model that runs, whether its own numbers are tuned) of every stage that learns
-        learns = [(dense, True, a.retrain), (model, True, a.heal), (model, False, a.steps)]
-        stages = [(size, heals) for size, heals, steps in learns if steps]
-        if stages:
-            most, least = (max(size + self.step_bytes(heals, recomputes) for size, heals in stages)
+        kinds = [heals for heals, steps in ((True, a.heal), (False, a.steps)) if steps]
+        if kinds:
+            most, least = (model + max(self.step_bytes(heals, recomputes) for heals in kinds)
                            for recomputes in (False, True))
             said += (f"; then {1.1 * most / 1e9:.2f} GB on the device for a step of healing or of "
                      f"the prompt, or {1.1 * least / 1e9:.2f} if activations are recomputed")
@@ -484,9 +472,9 @@ class Run:
     def load(self, checkpoint: Checkpoint):
         return checkpoint.model(self.dtype, self.args.device, packed=self.args.fused == "on")
 
-    def measure_made(self, folder: Path, name: str, making: float = 0.0) -> None:
-        """A row for a compressed folder as it is now."""
-        checkpoint = open_checkpoint(folder)
+    def measure_made(self, name: str, making: float = 0.0) -> None:
+        """A row for the compressed model as it is now."""
+        checkpoint = open_checkpoint(self.made)
         self.measure(name, self.load(checkpoint), folder_storage(checkpoint), making=making)
 
     def measure_dense(self) -> None:
@@ -498,39 +486,21 @@ class Run:
             model = checkpoint.model(self.dtype, self.args.device)
         self.measure("dense", model, storage(checkpoint.skeleton()))
 
-    def prune(self) -> None:
-        """--retrain: a folder with the pruned model, whose kept weights are tuned. From here on it
-        is the one to compress, and its zeros stay."""
-        a, folder = self.args, self.out / "pruned"
-        if not self.report.has("compressed"):
-            self.walk(folder, "pruned", self.solver(None, a.sparsity))
-            self.tune(folder, "pruned + retrained", a.retrain)
-            self.checkpoint = open_checkpoint(folder)
-        self.solve = self.solver(self.bits, 0)
-        self.settings = self.settings._replace(keep_zeros=True)
-
     def compress(self) -> None:
-        self.walk(self.made, "compressed", self.solve)
-        if parallel.rank() == 0:
-            shutil.rmtree(self.out / "pruned", ignore_errors=True)
-
-    def walk(self, folder: Path, row: str, solve) -> None:
-        """A row: what `compress` makes of the checkpoint, in folder."""
-        if self.report.has(row):
+        if self.report.has("compressed"):
             return
         a, start = self.args, time.monotonic()
         if parallel.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            copy_tokenizer(self.folder, folder)
+            self.made.mkdir(parents=True, exist_ok=True)
+            copy_tokenizer(self.folder, self.made)
         spent = {}
-        by_loss = a.allocation == "fisher" and not self.settings.keep_zeros
-        shares = self.shares() if by_loss else None
-        self.report.layers = compress(self.checkpoint, folder, self.windows, solve, self.settings,
-                                      a.batch_size, self.dtype, a.device, held=self.judges(),
-                                      spent=spent, shares=shares)
+        shares = self.shares() if a.allocation == "fisher" else None
+        self.report.layers = compress(self.checkpoint, self.made, self.windows, self.solve,
+                                      self.settings, a.batch_size, self.dtype, a.device,
+                                      held=self.judges(), spent=spent, shares=shares)
         self.report.save()
-        self.measure_made(folder, row, time.monotonic() - start)
-        self.report.seconds[row].update(spent)
+        self.measure_made("compressed", time.monotonic() - start)
+        self.report.seconds["compressed"].update(spent)
         self.report.save()
 
     def shares(self) -> dict[str, float]:
@@ -543,37 +513,33 @@ class Run:
         return parallel.first_object(read_json(path) if parallel.rank() == 0 else None)
 
     def heal(self) -> None:
-        self.tune(self.made, "compressed + healed", self.args.heal)
-
-    def tune(self, folder: Path, row: str, steps: int) -> None:
-        """A row: the model of a folder after `heal`. It is written beside the folder, and takes its
-        place when it is complete: from the moment on that the report holds its losses."""
-        a, began, name = self.args, time.monotonic(), folder.name
-        if not steps or self.report.has(row):
+        """The row of the healed model. It is written beside compressed/, and takes its place when
+        it is complete: from the moment on that the report holds its losses."""
+        a, began, row = self.args, time.monotonic(), "compressed + healed"
+        if not a.heal or self.report.has(row):
             return
         healed, state = self.out / "healed", self.out / "heal.state"
         first = parallel.rank() == 0
-        if not parallel.first_object(name in self.report.losses):
+        if not parallel.first_object("compressed" in self.report.losses):
             teacher = self.teacher(self.windows, self.held)
-            model = open_checkpoint(folder).model(self.dtype, a.device)
+            model = open_checkpoint(self.made).model(self.dtype, a.device)
             model.checkpointing = self.recomputes(heals=True)
-            got = heal(model, self.windows, self.held, teacher, steps, a.batch_size, seed=a.seed,
+            got = heal(model, self.windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed,
                        state=state, progress=Progress)
             if first:
-                save_healed(model, folder, healed)
-                copy_tokenizer(folder, healed)
-            self.report.losses[name] = {"training": got.losses, "validation": got.scores}
+                save_healed(model, self.made, healed)
+                copy_tokenizer(self.made, healed)
+            self.report.losses["compressed"] = {"training": got.losses, "validation": got.scores}
             self.report.save()
             del model
         if first:
             if healed.exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                healed.rename(folder)
+                shutil.rmtree(self.made, ignore_errors=True)
+                healed.rename(self.made)
             state.unlink(missing_ok=True)
-            if folder == self.made:
-                self.forget_teacher()               # the prompt's reads other windows
+            self.forget_teacher()                   # the prompt's reads other windows
         parallel.wait()
-        self.measure_made(folder, row, time.monotonic() - began)
+        self.measure_made(row, time.monotonic() - began)
 
     def learn(self, folder: Path, name: str, file: str) -> None:
         """Rows for the start of a prompt and for the learned one; the prompt is saved before it is
@@ -634,12 +600,10 @@ class Run:
         if self.dense:
             self.measure_dense()
         if self.solve:
-            if a.retrain:
-                self.prune()
             self.compress()
             self.heal()
         elif a.packed and not self.report.has("compressed"):
-            self.measure_made(self.made, "compressed")
+            self.measure_made("compressed")
         if a.steps:
             self.learn(self.made, self.name, "prompt.safetensors")
             if a.control and self.name != "dense":  # how much of it is adaptation

@@ -1,6 +1,6 @@
 """RESULTS.md from runs: what is missing is run, and the tables go between their marks.
 
-    python -m bench.results --folder runs/results              # the tiny models: an hour, once
+    python -m bench.results --folder runs/results              # the tiny models: two hours, once
     python -m bench.results --folder runs/results --smollm2 FOLDER --texts FOLDER   # SmolLM2 too
     python -m bench.results --folder runs/results --check      # run nothing, write nothing
 
@@ -241,16 +241,26 @@ def elsewhere_table(out: Path) -> str:
 
 
 def longer_table(out: Path) -> str:
-    """A row a compressed model, without and with a prompt."""
-    head = ["50% + 4-bit", "dense", "compressed", "+ start", "+ learned", "learning, s"]
+    """A row a compressed model and objective, without and with a prompt; the gap to the dense model
+    behind a prompt learned alike."""
+    head = ["50% + 4-bit", "objective", "dense", "compressed", "+ start", "+ learned",
+            "learning, s", "dense + learned", "gap without", "gap with prompts"]
     rows = []
-    for label, family in (("calibrated on 32 windows", LONGER),
-                          ("calibrated on 256 windows, and healed", LONGER_HEALED)):
-        found = rows_of(out, family.name)
-        shown = [found[name] for name in ("dense", "compressed", "compressed + initial prompt",
-                                          "compressed + learned prompt")]
-        rows.append([label, *(f"{row['perplexity']:.2f}" for row in shown),
-                     f"{shown[-1]['seconds']:,.0f}"])
+    few, many = "calibrated on 32 windows", "calibrated on 256 windows, and healed"
+    for label, objective, name in ((few, "next", LONGER.name),
+                                   (many, "next", LONGER_HEALED.name),
+                                   (few, "kl", fill(LONGER_KL.name, {"seed": 0}))):
+        found = rows_of(out, name)
+        ppl = {row: found[row]["perplexity"] for row in found}
+        shown = [f"{ppl[row]:.2f}" for row in ("dense", "compressed", "compressed + initial prompt",
+                                               "compressed + learned prompt")]
+        learned = found["compressed + learned prompt"]
+        gaps = [f"{math.log(ppl['compressed'] / ppl['dense']):.3f}", ""]
+        control = ppl.get("dense + learned prompt")
+        if control:
+            gaps[1] = f"{math.log(learned['perplexity'] / control):.3f}"
+        rows.append([label, objective, *shown, f"{learned['seconds']:,.0f}",
+                     f"{control:.2f}" if control else "", *gaps])
     return markdown(head, rows)
 
 
@@ -358,6 +368,11 @@ LONGER = Family(
 LONGER_HEALED = Family(
     "longer-prefix-healed",
     f"train.py --model {{out}}/smollm2-healed-256-0/compressed {LONGER_TAUGHT}")
+LONGER_KL = Family(
+    "longer-prefix-kl-{seed}",
+    f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --objective kl --control "
+    f"--seed {{seed}} {LONGER_TAUGHT}",
+    {"seed": (0,)})
 EXPORTED = Family("tiny-llama-hf", "export.py tiny-llama --to hf {out}/tiny-llama-hf")
 BESIDE_PEFT = Family(
     "prompts",
@@ -408,7 +423,7 @@ PARTS = {
                               elsewhere_table),
     "smollm2 prompts": studied("recipes", [SMOLLM2, HEALED, PROMPTS, ON_HEALED],
                                names(PROMPTS, ON_HEALED), folder="study-smollm2"),
-    "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_HEALED], longer_table),
+    "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_HEALED, LONGER_KL], longer_table),
     "smollm2 c4": studied("recipes", [SMOLLM2, ON_C4], names(ON_C4), ELSEWHERE,
                           folder="study-smollm2-c4"),
     "smollm2 prompt learning": Part([SMOLLM2_BESIDE_PEFT], printed("prompts-smollm2")),

@@ -81,6 +81,9 @@ def run_program(main, args, after_interrupt=lambda: "stopped") -> None:
     """main(args) with its errors turned into one line and an exit code. after_interrupt(): what
     Ctrl-C prints."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):                  # a pipe on Windows is not UTF-8
+            stream.reconfigure(encoding="utf-8")
     try:
         main(args)
         sys.stdout.flush()

@@ -87,8 +87,6 @@ def panels(reports: list[dict]) -> list[dict]:
         panel["details"] = max(panel["details"], measured_how(s), key=len)
         for row in report["rows"]:
             model, _, prompt = row["name"].partition(" + ")
-            if model == "pruned":
-                continue                            # a stage on the way to the compressed one
             panel["values"].setdefault((model, prompt), row["perplexity"])
             if model != "dense":
                 panel["made"].setdefault(model, made_how(s))

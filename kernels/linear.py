@@ -16,6 +16,7 @@ tensors; who asks for `packed` gets these back. So a CUDA graph wants one call b
 recorded. What `triton_reads` refuses, float64, and GPUs before Ampere unpack the whole weight for
 every product by torch operations. torch.compile goes around these layers.
 """
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
@@ -52,11 +53,22 @@ def triton_reads(packed: Packed) -> bool:
 
 @cache
 def runs_triton(device: torch.device) -> bool:
-    """Do the kernels run on this GPU? Their instructions came with compute capability 8.0."""
+    """Do the kernels run on this GPU? Their instructions came with compute capability 8.0, and
+    Triton compiles a little C at its first use."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     if not is_nvidia or find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from triton.runtime import driver
+        driver.active.get_current_target()
+    except Exception as problem:
+        said = (str(problem).splitlines() or [""])[0]
+        warnings.warn(f"Triton cannot start ({said}): packed weights are unpacked for every product, "
+                      f"which is slow. It needs a C compiler and Python.h (gcc, python3-dev)")
+        return False
+    return True
 
 
 class Unpacked:

@@ -180,13 +180,11 @@ def test_killed_again_and_again_and_gone_on_to_the_same_bytes(text, other, tmp_p
         "--calib", text,
         "--data", text,
         "--train-data", other,
-        "--retrain", 2,
         "--heal", 2,
         "--steps", 6,
     ]
     run("train.py", *args, "--out", tmp_path / "a")
-    for moment in ("shares.json", "pruned/model-00003-of-*", "heal.state",
-                   "compressed/model-00003-of-*", "prompt.state"):
+    for moment in ("shares.json", "compressed/model-00003-of-*", "prompt.state"):
         kill_when("train.py", *args, "--out", tmp_path / "b", "--resume",
                   there=lambda: list((tmp_path / "b").glob(moment)))
     assert not (tmp_path / "b/prompt.safetensors").exists()
@@ -265,27 +263,6 @@ def test_a_folder_on_a_disk_without_locks_can_be_used(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "no locks available")
     monkeypatch.setattr(fcntl, "flock", no_locks)
     Report(tmp_path, {}, False, False)
-
-
-@needs_tiny
-@pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
-def test_a_pruned_model_is_retrained_and_then_rounded_under_its_mask(model, text, tmp_path):
-    args = ["--model", model, *SMALL[:4], *PLAIN_CPU, "--nsamples", 8, "--calib", text,
-            "--data", text, "--steps", 0]
-    pruned = here(*args, "--bits", 16, "--heal", 4, "--out", tmp_path / "pruned")
-    rows = here(*args, "--retrain", 4, "--heal", 0, "--out", tmp_path / "rounded")
-    assert list(rows) == ["dense", "pruned", "pruned + retrained", "compressed"]
-    for row, same in (("pruned", "compressed"), ("pruned + retrained", "compressed + healed")):
-        assert rows[row]["perplexity"] == pruned[same]["perplexity"]
-    one, two = (load_model(tmp_path / name / "compressed", packed=False)
-                for name in ("pruned", "rounded"))
-    for (name, before), (_, after) in zip(one.linears(), two.linears()):
-        zeros = before.weight == 0
-        assert (after.weight[zeros] == 0).all(), name           # and few levels are 0 by themselves
-        assert (after.weight == 0).sum() < 1.01 * zeros.sum(), name
-        assert len(after.weight[0].unique()) <= 17, name        # levels of 4 bits, and 0
-    assert rows["compressed"]["perplexity"] < 1.1 * rows["pruned + retrained"]["perplexity"]
-    assert not (tmp_path / "rounded/pruned").exists()
 
 
 def kill_when(*args, there) -> None:

@@ -16,7 +16,8 @@ hf     dense weights, in shards, with the tokenizer.
 gptq   qweight, qzeros, scales, g_idx (arXiv 2210.17323's own layout): w = scale (q - zero). Pruned
        weights lie on the zero point. So grids must have a level on zero: `train.py --grid uniform
        --heal 0`, or with --sparsity 0 just --heal 0, and without --reconstruct, as both move grids
-       between levels. A grid without a level on zero has one value more than its bits can count, so 4 such bits go exactly into 8, and only where the offset is 1/2:
+       between levels. A grid without a level on zero has one value more than its bits can count:
+       4 such bits go exactly into 8, and only where the offset is 1/2:
        w = +-s (k + 1/2) = s/2 (q - 128) with q = 128 +- (2k + 1).
 meta   LLaMA's first layout, one shard; rotary channels interleaved again.
 peft   prompt_embeddings and adapter_config.json.

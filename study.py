@@ -188,7 +188,11 @@ class Case:
         if self.compressed is None and "compressed" in self.rows:
             raise FileNotFoundError(f"{made} is missing: let the run end, train.py ... --resume")
         maker = source.parent / "report.json"               # of the run that compressed it
-        self.made = read_json(maker)["settings"] if s.packed and maker.is_file() else vars(s)
+        self.made = vars(s)
+        if s.packed and maker.is_file():
+            self.made = read_json(maker).get("settings")
+        if self.made is None:
+            raise ValueError(f"{maker} holds no settings: was its run stopped while it was cleared?")
         self.n = s.prompt_tokens
         self.tokenizer = load_tokenizer(source)
         healed = " + healed" if self.made.get("heal") else ""
@@ -214,7 +218,7 @@ class Case:
                 f"of {Path(s.data).name}, seqlen {s.seqlen}, seed {s.seed}, {s.dtype}")
 
 
-COLON = re.compile(r"(?<!^[A-Za-z]):(?!\\)")            # but for those of C:\
+COLON = re.compile(r":(?!\\|(?<=^[A-Za-z]:)/)")         # but for those of C:\ and C:/
 
 
 class Lab:
@@ -360,7 +364,7 @@ class Lab:
         if s.model in SHIPPED or str(s.dense) in SHIPPED:
             asked += [(name, name) for name in ("docs", "code") if name != s.data]
         if self.args.texts:
-            names = [COLON.split(name) for name in self.args.texts.split(",")]
+            names = [COLON.split(name, maxsplit=1) for name in self.args.texts.split(",")]
             asked = [(pair[0], pair[-1]) for pair in names]
         found = {}
         for learn, measure in asked:

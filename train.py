@@ -531,7 +531,7 @@ class Run:
                 copy_tokenizer(self.made, healed)
             self.report.losses["compressed"] = {"training": got.losses, "validation": got.scores}
             self.report.save()
-            del model
+            del model, teacher
         if first:
             if healed.exists():
                 shutil.rmtree(self.made, ignore_errors=True)

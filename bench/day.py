@@ -235,6 +235,10 @@ def main(minutes: float, out: str) -> None:
         raise ValueError("--minutes measures a GPU, and torch finds none here; python -m "
                          "kernels.predict says what to expect")
     device = torch.device("cuda", 0)
+    from kernels.linear import runs_triton
+    if not runs_triton(device):
+        raise ValueError("the kernels do not run on this GPU: they need an Ampere or newer, triton, "
+                         "a C compiler and Python.h")
     deadline, record = time.monotonic() + 60 * minutes, Record(out)
     record.add("machine", torch.cuda.get_device_name(device), f"torch {torch.__version__}")
     warm_all(30 * minutes)                                  # half of the time

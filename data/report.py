@@ -191,7 +191,7 @@ def take_lock(folder: Path):
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as problem:
-        if problem.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if problem.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
             return file
         raise ValueError(f"--out {folder} is in use by another run: wait for it, or name another "
                          f"--out") from None

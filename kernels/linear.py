@@ -65,8 +65,9 @@ def runs_triton(device: torch.device) -> bool:
         driver.active.get_current_target()
     except Exception as problem:
         said = (str(problem).splitlines() or [""])[0]
-        warnings.warn(f"Triton cannot start ({said}): packed weights are unpacked for every product, "
-                      f"which is slow. It needs a C compiler and Python.h (gcc, python3-dev)")
+        warnings.warn(f"Triton cannot start ({said}): packed weights are unpacked for every "
+                      f"product, which is slow. It needs a C compiler and Python.h (gcc, "
+                      f"python3-dev)")
         return False
     return True
 

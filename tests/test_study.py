@@ -96,6 +96,18 @@ def test_mcnemar_by_hand():
     assert mcnemar(base, base) == (0, 0, 1.0)
 
 
+@pytest.mark.parametrize("text, parts", [
+    ("c4", ["c4"]),
+    ("c4:wikitext2", ["c4", "wikitext2"]),
+    ("a.txt:/p/b.txt", ["a.txt", "/p/b.txt"]),
+    (r"C:\x\a.txt", [r"C:\x\a.txt"]),
+    (r"C:\a.txt:D:\b.txt", [r"C:\a.txt", r"D:\b.txt"]),
+    ("C:/a.txt:D:/b.txt", ["C:/a.txt", "D:/b.txt"]),
+])
+def test_a_drives_colon_parts_no_texts(text, parts):
+    assert study.COLON.split(text, maxsplit=1) == parts
+
+
 def test_damaged_text():
     text = "The river rises in the hills,\n\n a long way from the sea. " * 40
     for how in ("typos", "swapped"):

@@ -199,7 +199,7 @@ def inverse_factor(H: torch.Tensor, percdamp: float = 0.01,
     back = order.flip(0)
     H = H[back[:, None], back]
     dead = H.diagonal() == 0
-    mean = float(H.diagonal().sum() / (~dead).sum().clamp(min=1)) or 1.0
+    mean = float(H.diagonal().mean()) * len(H) / max(1, int((~dead).sum())) or 1.0
     H.diagonal().masked_fill_(dead, mean)
     for _ in range(8):
         H.diagonal().add_(percdamp * mean)

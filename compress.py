@@ -880,7 +880,7 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
              shares: dict[str, float] | None = None) -> list[dict]:
     """Compress a checkpoint block by block into `folder`, a shard a block, each written when it is
     done; load_model reads the folder once config.json is there, which is last. Shards that are
-    there are kept, and only run.
+    there are kept, and only run; where config.json is there too, nothing is.
 
     windows (N, T) int64: the calibration text; held (M, T), if given, only measures
     (error_heldout), and judges reconstruction. dtype: of activations; solvers work in fp32. exact:

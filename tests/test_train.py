@@ -81,12 +81,12 @@ def test_main_job_end_to_end(model, text, other, tmp_path, capsys):
         "--model", model,
         "--bits", 4,
         "--sparsity", 0.5,
-        "--nsamples", 16,
+        "--nsamples", 32,
         "--seqlen", 128,
         "--calib", text,
         "--data", unseen,
         "--max-tokens", 2048,
-        "--heal", 8,
+        "--heal", 16,
         "--steps", 16,
         "--prompt-tokens", 16,
         "--batch-size", 2,
@@ -111,7 +111,7 @@ def test_main_job_end_to_end(model, text, other, tmp_path, capsys):
     assert made["compressed + learned prompt"] < 0.97 * made["compressed + initial prompt"]
     assert made["dense"] < made["compressed"]
     gaps = [kl for _, kl in report["losses"]["compressed"]["validation"]]     # to the dense model,
-    assert 0 < min(gaps) <= gaps[0]             # on held-out windows; the start, if nothing is won
+    assert 0 < min(gaps) < gaps[0]                                # on held-out windows
     assert made["compressed + healed"] < 1.02 * made["compressed"]
     assert rows["compressed + healed"]["megabytes"] == rows["compressed"]["megabytes"]
     columns = {"name", "perplexity", "megabytes", "bits_per_weight", "linear_bits_per_weight"}
@@ -120,7 +120,7 @@ def test_main_job_end_to_end(model, text, other, tmp_path, capsys):
         assert f"{r['perplexity']:.3f}" in done.stdout
         assert r["scored_tokens"] == 16 * 127
     assert report["settings"]["seed"] == 0
-    assert report["settings"]["nsamples"] == 16
+    assert report["settings"]["nsamples"] == 32
     assert {layer["against"] for layer in report["layers"]} == {"corrected weights"}
     assert all(0 < layer["error_heldout"] < 1 for layer in report["layers"])
     assert ", held out 0." in done.stdout

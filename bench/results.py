@@ -324,13 +324,14 @@ SMOLLM2 = Family(
 HEALED = Family(
     "smollm2-healed-{nsamples}-{seed}",
     f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 64 --seed {{seed}}",
-    {"nsamples": (32, 256), "seed": (0,)})
+    {"nsamples": (32, 256), "seed": (0, 1)},
+    without=("smollm2-healed-256-1",))
 HEALED_LEVELS = Family(
     "smollm2-healed-{bits}bit-{sparsity}",
     f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI} --steps 0 --heal 64 --bits {{bits}} "
     f"--sparsity {{sparsity}}",
-    {"bits": (4, 3), "sparsity": ("2:4", "0")},
-    without=("smollm2-healed-3bit-2:4",))
+    {"bits": (4, 3), "sparsity": ("0.625", "2:4", "0")},
+    without=("smollm2-healed-3bit-0.625", "smollm2-healed-3bit-2:4"))
 CALIBRATED_ON_C4 = Family(
     "smollm2-c4",
     "train.py --model {smollm2} --calib c4 --data-dir {texts} --nsamples 32 --seqlen 512 "

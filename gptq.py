@@ -18,7 +18,7 @@ section 3.3, step 3.
     from gptq import gptq, hessian
     layer, x = nn.Linear(64, 32), torch.randn(512, 64)
     out = gptq(layer.weight.data, hessian(x), bits=4)
-    layer.weight.data = out.weight          # out.codes, out.scale, out.zero store it in 4 bits
+    layer.weight.data.copy_(out.weight)     # out.codes, out.scale, out.zero store it in 4 bits
 
 That is the paper's method. Beyond it: grids searched with the Hessian's diagonal as weights
 ("uniform"), grids without a level on zero, for weights whose zeros a mask stores ("offset"), a mask
@@ -45,9 +45,13 @@ class Compressed(NamedTuple):
     bits: int | None = None             # of a code; None when nothing was quantized
 
 
+@torch.no_grad()
 def hessian(x: torch.Tensor) -> torch.Tensor:
-    """Mean of x x^T over all leading dimensions: (..., in) -> (in, in) float32."""
+    """Mean of x x^T over all leading dimensions: (..., in) -> (in, in) float32. Of several batches,
+    take the mean of their Hessians, weighted by their numbers of tokens."""
     x = x.reshape(-1, x.shape[-1]).float()
+    if not len(x):
+        raise ValueError("a Hessian needs calibration inputs: x holds none")
     return x.T @ x / len(x)
 
 
@@ -370,6 +374,7 @@ def static_grids(W, H, keep, bits, groupsize, grid, sym):
     return scale.T.contiguous(), zero.T.contiguous()
 
 
+@torch.no_grad()
 def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: bool = False,
          act_order: bool = False, static_groups: bool = False, percdamp: float = 0.01,
          blocksize: int = 128, U: torch.Tensor | None = None, grid: str = "minmax",

@@ -121,7 +121,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def join(kv: KV, k, v):
-        """Keys and values held in kv, with the new ones behind them. A full cache is a prefix: read
+        """Keys and values held in kv, with the new ones behind them. What is full is a prefix: read
         by every row of the batch, and never written. Where kv has a mask all of it comes back."""
         T = k.shape[2]
         if kv.mask is not None:
@@ -215,8 +215,8 @@ class Cache:
     """Keys and values of the positions seen so far: kv holds a pair (B, n_kv_head, length,
     head_dim) for every block.
 
-    A full one of batch 1 is a prefix: any batch reads it, nothing is written, gradients reach what
-    it was made of. start, the number of positions seen, may be a tensor (1,) int64: then a step of
+    One of batch 1 whose `is_prefix` is set, which is full, is a prefix: any batch reads it, nothing
+    is written, gradients reach what it was made of. start, the number of positions seen, may be a tensor (1,) int64: then a step of
     one token does the same operations at every position, as a CUDA graph wants."""
 
     def __init__(self, c: Config, batch: int, length: int, dtype, device):
@@ -226,10 +226,15 @@ class Cache:
             return torch.zeros(shape, dtype=dtype, device=device)
         self.kv = [(zeros(), zeros()) for _ in range(c.n_layer)]
         self.start = 0
+        self.is_prefix = False
 
-    @property
-    def full(self) -> bool:
-        return not torch.is_tensor(self.start) and self.start == self.kv[0][0].shape[2]
+    def check_room(self, length: int) -> None:
+        """Raises ValueError where `length` more positions are too many. A start in a tensor, which
+        only the device knows, is not looked at."""
+        room = self.kv[0][0].shape[2]
+        if not torch.is_tensor(self.start) and self.start + length > room:
+            raise ValueError(f"a cache of {room} positions, {self.start} of them filled, has no "
+                             f"room for {length} more: make a longer one with new_cache")
 
     def block(self, i: int, mask: torch.Tensor | None = None) -> KV:
         return KV(*self.kv[i], self.start, mask)
@@ -293,8 +298,10 @@ class Transformer(nn.Module):
         """Tokens (B, T) or embeddings (B, T, d_embed) -> the last block's output (B, T,
         d_model)."""
         start = cache.start if cache else 0
-        writes = cache is not None and not cache.full
+        writes = cache is not None and not cache.is_prefix
         embeds = x if x.is_floating_point() else self.embed(x)
+        if writes:
+            cache.check_room(x.shape[1])
         h = self.stem(embeds.to(self.embed_tokens.weight.dtype), start)
         rope = self.rope(start, h.shape[1], h.device)
         if rope is not None:

@@ -23,12 +23,13 @@ the prompt's positions predict nothing, have no loss, and are counted in no perp
 
 The prompt stays in fp32, whatever the model is in: late, small updates vanish in bf16. A hard
 prompt is plain text whose embeddings go in front in the same way. Embedding prompts work on any
-model with `embed(tokens)`, `embed_tokens.weight` and `forward(embeds)`. `fit` is the loop, for
-heal.py too. Left out: weight decay, which the paper does without.
+torch Module with `embed(tokens)`, `embed_tokens.weight` and `forward(embeds)`. `fit` is the loop,
+for heal.py too. Left out: weight decay, which the paper does without.
 """
 import hashlib
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -78,7 +79,12 @@ def initial_prompt(model, n: int, how: str = "text", tokens: torch.Tensor | None
     else:
         raise ValueError(f"prompt start {how!r}: known are text, vocab and random")
     start = start.detach().float()
-    return start if kind == "embedding" else as_prefix(model, start)
+    if kind == "embedding":
+        return start
+    if not reads_caches(model):
+        raise ValueError("a prefix is read from a cache, as model.py's models have: other models "
+                         "take embedding prompts")
+    return as_prefix(model, start)
 
 
 @torch.no_grad()
@@ -111,8 +117,16 @@ def kind_of(prompt: torch.Tensor) -> str:
     return {2: "embedding", 5: "prefix"}[prompt.dim()]
 
 
+def reads_caches(model) -> bool:
+    """Is it a model of model.py, whose prompts lie in a cache? Others get embeddings in front."""
+    return hasattr(model, "new_cache")
+
+
 def check_fits(model, prompt: torch.Tensor, where: str = "a prompt") -> None:
     """Raises ValueError unless the prompt's positions have the shape that this model reads."""
+    if prompt.dim() == 5 and not reads_caches(model):
+        raise ValueError(f"{where}: a prefix is read from a cache, as model.py's models have: other "
+                         f"models take embedding prompts")
     if prompt.dim() == 5:
         c = model.config
         want = c.n_layer, 2, c.n_kv_head, c.head_dim
@@ -143,8 +157,10 @@ def read_prompt(model, prompt: torch.Tensor):
     if prompt.dim() == 2:
         cache = model.new_cache(1, len(prompt))
         model.hidden(prompt[None], cache)                       # once, not for every window
+        cache.is_prefix = True
         return cache
     cache = model.new_cache(1, 0)
+    cache.is_prefix = True
     heads_first = prompt.permute(1, 2, 3, 0, 4)             # (n_layer, 2, n_kv_head, n, head_dim)
     cache.kv = [(layer[0][None], layer[1][None]) for layer in heads_first]
     cache.start = len(prompt)
@@ -152,18 +168,18 @@ def read_prompt(model, prompt: torch.Tensor):
 
 
 def with_prompt(model, prompt, tokens: torch.Tensor, room: int = 0) -> tuple:
-    """What model(...), model.hidden(...) take to read tokens (B, T) behind a prompt of either kind:
-    (embeddings (B, T, width), cache or None). room: positions that may follow, for generation; the
-    cache then belongs to this batch.
+    """What model(*...), model.hidden(*...) take to read tokens (B, T) behind a prompt of either
+    kind: (embeddings (B, T, width), cache or None). room: positions that may follow, for
+    generation; the cache then belongs to this batch.
 
-    Other projects' models, without `hidden`, get ((B, n + T, width), None): their logits begin with
-    the prompt's."""
+    Other projects' models, which read no cache, get one thing, (embeddings (B, n + T, width),):
+    their logits begin with the prompt's."""
     x = model.embed(tokens)
-    if not hasattr(model, "hidden"):
+    if not reads_caches(model):
         if prompt is None or len(prompt) == 0:
-            return x, None
+            return x,
         check_fits(model, prompt)
-        return torch.cat([prompt.to(x.device, x.dtype).expand(len(x), -1, -1), x], 1), None
+        return torch.cat([prompt.to(x.device, x.dtype).expand(len(x), -1, -1), x], 1),
     full = read_prompt(model, prompt)
     if not room:
         return x, full
@@ -230,15 +246,15 @@ def text_loss(model, prompt, tokens: torch.Tensor, teacher: torch.Tensor | None 
     teacher (B, T, d_embed): the dense model's states of the same windows (`teacher_states`); the
     loss is then mix KL + (1 - mix) next token. The head is never touched by compression, so the
     teacher's logits come from this model's."""
-    x, cache = with_prompt(model, prompt, tokens)
-    if not hasattr(model, "hidden"):
+    x, *cache = with_prompt(model, prompt, tokens)
+    if not reads_caches(model):
         if teacher is not None:
             raise ValueError("KL to a teacher needs a model with hidden, final and unembed, as "
                              "model.py's")
         logits = model(x)[:, x.shape[1] - tokens.shape[1]:-1]   # n + i predicts token i + 1
         logits = logits.flatten(0, 1).float()
         return F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
-    z = model.final(model.hidden(x, cache)[:, :-1]).flatten(0, 1)
+    z = model.final(model.hidden(x, *cache)[:, :-1]).flatten(0, 1)
     wanted = None if teacher is None else teacher[:, :-1].flatten(0, 1)
     return HeadLoss.apply(z, model.unembed, tokens[:, 1:].flatten(), wanted, mix)
 
@@ -253,7 +269,7 @@ def mean_loss(model, prompt, windows: torch.Tensor, batch_size: int = 4,
               teacher: torch.Tensor | None = None, mix: float = 1.0) -> float:
     """Mean text_loss a text token over windows (N, T), nats."""
     device, total, count = model.embed_tokens.weight.device, 0.0, 0
-    prompt = read_prompt(model, prompt) if hasattr(model, "hidden") else prompt
+    prompt = read_prompt(model, prompt) if reads_caches(model) else prompt
     for start in range(0, len(windows), batch_size):
         part = slice(start, start + batch_size)
         wanted = None if teacher is None else teacher[part]
@@ -459,7 +475,7 @@ def default_rate(model, prompt: torch.Tensor) -> float:
     """The peak rate that `learn` uses where none is given. An embedding prompt: 0.35 deviations of
     the embeddings (4.7e-2 for SmolLM2-135M, about 6e-3 for LLaMA-7B). A prefix: 0.05, in deviations
     of its own keys and values."""
-    return 0.05 if prompt.dim() == 5 else 0.35 * float(model.embed_tokens.weight.float().std())
+    return 0.05 if prompt.dim() == 5 else 0.35 * float(model.embed_tokens.weight.detach().float().std())
 
 
 AT_ONCE = 512                           # tokens whose activations a CPU keeps at a time,
@@ -485,12 +501,29 @@ def backward_by_parts(losses_of: Callable, index: torch.Tensor, at_once: int) ->
     return total
 
 
+@contextmanager
+def frozen(model):
+    """The model in eval mode, none of its parameters asking for a gradient; afterwards as it
+    was."""
+    modes = [(module, module.training) for module in model.modules()]
+    asked = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for p in asked:
+            p.requires_grad_(True)
+
+
 def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor | None = None,
           steps: int = 200, batch_size: int = 4, lr: float | None = None, warmup: int | None = None,
           clip: float = 1.0, val_every: int | None = None, seed: int = 0,
           teacher: tuple[torch.Tensor, torch.Tensor | None] | None = None, mix: float = 1.0,
           state: str | Path | None = None, progress=lambda items, title: items) -> Learned:
-    """Learn a prompt of either kind on the frozen model; `fit` says how, and what state is.
+    """Learn a prompt of either kind on the model, which is frozen for that time; `fit` says how,
+    and what state is.
 
     prompt: the start; windows (N, T) int64 training text; val (M, T): what has the lowest loss
     there, the start included, is returned; without it, the last. teacher: the dense model's
@@ -517,7 +550,7 @@ def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor 
     def loss_of_batch(index):
         """The prompt is read once, the windows behind it a few at a time: their gradients gather in
         its keys and values."""
-        if not hasattr(model, "hidden"):
+        if not reads_caches(model):
             return text_loss(model, now(), windows[index].to(device)).mean()
         full = read_prompt(model, now())
         ends = [t for pair in full.kv for t in pair]
@@ -537,9 +570,10 @@ def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor 
     marks = {"model": mark_of_model(model), "prompt": fingerprint(start),
              "text": fingerprint(windows), "val": None if val is None else fingerprint(val),
              "kind": kind_of(prompt), "kl": 0.0 if teacher is None else mix}
-    got = fit({"moved": moved}, loss_of_batch, len(windows), score if val is not None else None,
-              steps, batch_size, lr, warmup, clip, val_every, seed=seed, state=state,
-              settings=marks, title="learning the prompt", progress=progress)
+    with frozen(model):
+        got = fit({"moved": moved}, loss_of_batch, len(windows), score if val is not None else None,
+                  steps, batch_size, lr, warmup, clip, val_every, seed=seed, state=state,
+                  settings=marks, title="learning the prompt", progress=progress)
     return Learned(now().detach(), *got)
 
 

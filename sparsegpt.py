@@ -15,10 +15,12 @@ update.
     import torch, torch.nn as nn
     from gptq import hessian
     from sparsegpt import prune_and_round, sparsegpt
-    layer, x = nn.Linear(64, 32), torch.randn(512, 64)
+    layer = nn.Linear(64, 32)
+    x = torch.randn(512, 64) @ torch.randn(64, 64)              # correlated, as real inputs are
     W, H = layer.weight.data, hessian(x)
     plain = sparsegpt(W, H, sparsity=0.5, bits=4)               # or "2:4", or bits=None
-    layer.weight.data = prune_and_round(W, H, 0.5, 4).weight    # slower, half of the error
+    better = prune_and_round(W, H, sparsity=0.5, bits=4)        # slower; compare plain.error
+    layer.weight.data.copy_(better.weight)
 
 `prune_and_round` takes the same problem apart: a mask that sees the whole matrix at once (`admm`),
 the exact best values of what the mask keeps (`refit`), a grid for those values alone and GPTQ with
@@ -138,6 +140,7 @@ class Pruner(Rounder):
         return round(self.fraction * rows * stop) - round(self.fraction * rows * self.before)
 
 
+@torch.no_grad()
 def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int | None = None,
               groupsize: int = -1, sym: bool = False, percdamp: float = 0.01, blocksize: int = 128,
               parts: list[int] | None = None) -> Compressed:
@@ -205,6 +208,7 @@ def coprime(stride: int, columns: int) -> int:
     return stride
 
 
+@torch.no_grad()
 def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: int = 15,
          percdamp: float = 0.01, rho: float = 0.2, growth: float = 1.7,
          every: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,6 +257,7 @@ def admm(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, iterations: in
     return ~keep, Z.masked_fill_(~keep, 0).div_(d)
 
 
+@torch.no_grad()
 def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Tensor | None = None,
           iterations: int = 3, percdamp: float = 0.01) -> torch.Tensor:
     """The best values of the weights that mask (True = pruned) keeps: each row solves
@@ -279,6 +284,7 @@ def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Ten
     return V.div_(d)
 
 
+@torch.no_grad()
 def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str,
                     bits: int | None = None, groupsize: int = -1, mask: str = "admm",
                     refits: int = 3, grid: str = "auto", act_order: bool = True, descent: int = 2,

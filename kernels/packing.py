@@ -258,6 +258,8 @@ def codes_of(eights: tuple[int, ...], bits: int) -> tuple[torch.dtype, tuple[int
 def pack_compressed(out) -> Packed:
     """A solver's result (gptq.Compressed: mask, codes, scale, zero, g_idx, grid, bits) in the
     smallest format that fits."""
+    if out.codes is None:
+        raise ValueError("nothing was quantized (bits=None): there are no codes to pack")
     cols = out.codes.shape[1]
     size = -1
     g_idx = None

@@ -78,6 +78,18 @@ def test_logits_and_cache_against_transformers(name, tmp_path):
     assert (torch.cat(steps, 1) - want).abs().max() < 1e-4
 
 
+def test_a_full_cache_is_not_overrun_in_silence(tmp_path):
+    """A filled cache of generation is no prefix: one more token would not be written."""
+    peer("llama", tmp_path)
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        cache = model.new_cache(2, 10)
+        model(X[:, :10], cache)
+        for more in (1, 3):
+            with pytest.raises(ValueError, match=f"a cache of 10 positions, 10 .* for {more} more"):
+                model(X[:, :more], cache)
+
+
 @pytest.mark.parametrize("name",
                          ["llama-llama3", "llama-linear", "llama-biases", "opt-350m", "opt"])
 def test_older_config_spelling_and_our_own_folder(name, tmp_path):

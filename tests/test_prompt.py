@@ -478,6 +478,26 @@ def test_kinds_and_objectives_that_cannot_be():
         learn(model, initial_prompt(model, 1, "text", TOKENS, kind="prefix"), windows)
     with pytest.raises(ValueError, match="KL to a teacher needs a model with hidden"):
         text_loss(Foreign(model), None, windows, torch.zeros(3, 16, 32))
+    prefix = initial_prompt(model, 4, "text", TOKENS, kind="prefix")
+    for read in (lambda: initial_prompt(Foreign(model), 4, "text", TOKENS, kind="prefix"),
+                 lambda: text_loss(Foreign(model), prefix, windows)):
+        with pytest.raises(ValueError, match="a prefix is read from a cache"):
+            read()
+
+
+def test_learning_freezes_another_projects_model_and_leaves_it_as_it_was():
+    """It comes in train mode, with dropout, and asks for gradients of every weight."""
+    model = Foreign(tiny())
+    model.requires_grad_(True).train()
+    model.m.blocks[0].mlp.down = torch.nn.Sequential(model.m.blocks[0].mlp.down,
+                                                     torch.nn.Dropout(0.5))
+    model.m.blocks[1].eval()
+    windows = TOKENS[:48].view(3, 16)
+    start = initial_prompt(model, 4, "text", TOKENS)
+    once, again = (learn(model, start, windows, windows, steps=2) for _ in range(2))
+    assert torch.equal(once.prompt, again.prompt) and once.scores == again.scores
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert model.m.blocks[0].mlp.down.training and not model.m.blocks[1].attn.training
 
 
 

@@ -6,10 +6,12 @@ them.
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 
 from bench.naive import naive_sparsegpt
 from bench.solvers import random_layer, steps
@@ -253,9 +255,29 @@ def test_docstring_lines_run_alone_in_an_empty_folder(module, tmp_path):
     doc = (ROOT / f"{module}.py").read_text().split('"""')[1]
     lines = "\n".join(line[4:] for line in doc[doc.index("    import torch"):].split("\n")
                       if line.startswith("    "))
+    if module == "sparsegpt":
+        lines += "\nassert better.error < plain.error / 2\n"
     done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_parameters_and_inputs_that_ask_for_gradients():
+    """layer.weight as it is, and inputs out of a model that is being trained."""
+    layer, x = nn.Linear(16, 8), torch.randn(64, 16, requires_grad=True)
+    H = hessian(x)
+    for solve in (partial(gptq, bits=4, descent=2), partial(sparsegpt, sparsity=0.5, bits=4),
+                  partial(prune_and_round, sparsity=0.5, bits=4)):
+        out, want = solve(layer.weight, H), solve(layer.weight.data, H)
+        assert torch.equal(out.weight, want.weight) and not out.weight.requires_grad
+
+
+def test_nothing_to_take_a_mean_of_and_nothing_to_pack():
+    with pytest.raises(ValueError, match="a Hessian needs calibration inputs"):
+        hessian(torch.randn(0, 16))
+    out = prune_and_round(torch.randn(8, 16), hessian(torch.randn(64, 16)), 0.5)
+    with pytest.raises(ValueError, match="nothing was quantized"):
+        pack_compressed(out)
 
 
 def test_hessian_is_the_mean_of_outer_products():

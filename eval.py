@@ -71,7 +71,8 @@ def flags() -> Flags:
       help="continue each line of FILE, or each field text of a .jsonl; -: of stdin")
     a("--chat", action="store_true", default=None,
       help="talk to it; without a chat template, lines are continued")
-    a("--max-new", type=whole(1, 1 << 20), help="tokens to generate (default 100)")
+    a("--max-new", type=whole(1, 1 << 20),
+      help="at most so many tokens for a text (default 100), or an answer (default 1000)")
     a("--temperature", type=real(0, 100), help="0, the default, is greedy")
     a("--top-p", type=real(0, 1, above=True),
       help="draw from the likeliest tokens of this mass only (default 1)")
@@ -325,7 +326,9 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, u: torch.Tensor
     decide."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, ids = torch.softmax(logits.float() / temperature, -1).sort(descending=True)
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # the largest stays finite
+    p, ids = torch.softmax(logits, -1).sort(descending=True)
     kept = p.cumsum(-1) - p < top_p                      # the first token always is
     mass = (p * kept).cumsum(-1)
     drawn = torch.searchsorted(mass, (u.to(mass) * mass[:, -1])[:, None], right=True)
@@ -365,6 +368,17 @@ class Steps:
         return self.logits
 
 
+def check_row(model, row: list[int], prompt_tokens: int, what: str = "the text") -> None:
+    """ValueError for a row of ids that cannot be continued."""
+    positions = model.config.max_positions
+    if not row:
+        raise ValueError(f"{what} has no tokens, and this tokenizer adds none in front: there is "
+                         f"nothing to continue")
+    if prompt_tokens + len(row) >= positions:
+        raise ValueError(f"{what} and the prompt take {prompt_tokens + len(row)} of the model's "
+                         f"{positions} positions: no room to continue, use a shorter text")
+
+
 @torch.no_grad()
 def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float = 0.0,
            top_p: float = 1.0, prompt: torch.Tensor | None = None, seeds: list[int] | None = None,
@@ -378,13 +392,9 @@ def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float 
     draws by its own seed, whatever else is in the batch."""
     n = 0 if prompt is None else len(prompt)
     positions = model.config.max_positions - n
-    shortest, longest = min(map(len, rows)), max(map(len, rows))
-    if not shortest:
-        raise ValueError("nothing to continue: a text has no tokens, and this tokenizer adds none "
-                         "in front")
-    if longest >= positions:
-        raise ValueError(f"text and prompt take {n + longest} of the model's {n + positions} "
-                         f"positions: no room to continue, use a shorter text")
+    shortest = min(map(len, rows))
+    for row in rows:
+        check_row(model, row, n)
     device = model.embed_tokens.weight.device
     draws = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * len(rows)]
     ends = [min(len(row) + max_new, positions) for row in rows]
@@ -415,36 +425,66 @@ def decode(model, rows: list[list[int]], max_new: int = 100, temperature: float 
         logits = step(torch.tensor(tokens, device=device)[:, None])
 
 
-def stream(model, tokenizer, rows: list[list[int]], stops: frozenset[int] | None = None,
-           **how) -> Iterator[tuple[int, str]]:
+def stream_text(model, tokenizer, rows: list[list[int]], stops: frozenset[int] | None = None,
+                **how) -> Iterator[tuple[int, str]]:
     """`decode` as text: yields (row, new piece of its text), and (row, "") when a row has ended. A
-    character whose bytes are not all there yet waits for them. stops: the end-of-text token unless
-    given; how: see `decode`."""
-    stops = frozenset([tokenizer.eos_id]) if stops is None else stops
-    made = [[] for _ in rows]
-    shown = [len(tokenizer.decode(row)) for row in rows]  # alone, a first word would lose its space
+    character whose bytes are not all there yet waits for them. stops: the tokenizer's unless given;
+    how: see `decode`."""
+    stops = tokenizer.stops if stops is None else stops
+    ends = [last_ids(tokenizer, row) for row in rows]   # what new tokens are decoded behind
+    shown = [len(tokenizer.decode(end)) for end in ends]
     for i, token in decode(model, rows, stops=stops, **how):
-        made[i] += [] if token is None else [token]
-        text = tokenizer.decode(rows[i] + made[i])
+        ends[i] += [] if token is None else [token]
+        text = tokenizer.decode(ends[i])
         if text[shown[i]:] and (token is None or not text.endswith("\ufffd")):
             yield i, text[shown[i]:]
-            shown[i] = len(text)
+            ends[i] = last_ids(tokenizer, ends[i])
+            shown[i] = len(tokenizer.decode(ends[i]))
         if token is None:
             yield i, ""
+
+
+def last_ids(tokenizer, ids: list[int]) -> list[int]:
+    """The last of a text's ids, as many as have some text: what follows decodes behind them as it
+    does behind all. (Behind nothing, a first word would lose its space.)"""
+    n = 4
+    while n < len(ids) and not tokenizer.decode(ids[-n:]).strip():
+        n *= 2
+    return list(ids[-n:])
 
 
 def generate(model, tokenizer, texts: list[str], max_new: int = 100, temperature: float = 0.0,
              top_p: float = 1.0, prompt: torch.Tensor | None = None, seed: int = 0,
              batch_size: int = 4) -> Iterator[tuple[int, str]]:
-    """Continue the texts, batch_size at a time: yields what `stream` does, (number of the text, new
-    piece or ""). Text i draws by seed + i, so that its continuation does not depend on the
-    batch."""
-    for start in range(0, len(texts), batch_size):
-        rows = [tokenizer.encode(text) for text in texts[start:start + batch_size]]
-        seeds = [seed + start + i for i in range(len(rows))]
-        for i, piece in stream(model, tokenizer, rows, max_new=max_new, temperature=temperature,
-                               top_p=top_p, prompt=prompt, seeds=seeds):
-            yield start + i, piece
+    """Continue the texts, up to batch_size at a time: yields what `stream_text` does, (number of
+    the text, new piece or ""). Text i draws by seed + i, so that its continuation does not depend
+    on the batch. Raises ValueError, before the first, for a text that has no room."""
+    rows = [tokenizer.encode(text) for text in texts]
+    n = 0 if prompt is None else len(prompt)
+    for i, row in enumerate(rows):
+        check_row(model, row, n, f"text {i + 1}, {texts[i][:40]!r}")
+
+    def pieces():
+        for batch in batches_alike(list(map(len, rows)), batch_size, max_new):
+            seeds = [seed + i for i in batch]
+            for i, piece in stream_text(model, tokenizer, [rows[i] for i in batch], seeds=seeds,
+                                        max_new=max_new, temperature=temperature, top_p=top_p,
+                                        prompt=prompt):
+                yield batch[i], piece
+    return pieces()
+
+
+def batches_alike(lengths: list[int], batch_size: int, spread: int) -> Iterator[list[int]]:
+    """Numbers of neighbours, at most batch_size, whose lengths differ by at most `spread`: a batch
+    reads the rest of its longest token by token."""
+    batch = []
+    for i, length in enumerate(lengths):
+        inside = [lengths[k] for k in batch] + [length]
+        if batch and (len(batch) == batch_size or max(inside) - min(inside) > spread):
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch
 
 
 def print_in_order(texts: list[str], pieces: Iterator[tuple[int, str]]) -> list[str]:
@@ -471,8 +511,12 @@ def print_in_order(texts: list[str], pieces: Iterator[tuple[int, str]]) -> list[
 def talk(model, tokenizer, template: ChatTemplate | None, lines: Iterator[str], seed: int = 0,
          **how) -> None:
     """Print an answer to each line. With a template the whole conversation is read again for each
-    answer; without one each line is continued by itself. how: see `decode`."""
-    stops = frozenset([tokenizer.eos_id]) | (template.stops(tokenizer) if template else frozenset())
+    answer, without its beginning where that leaves no room; without one each line is continued by
+    itself. how: see `decode`."""
+    stops = tokenizer.stops | (template.stops(tokenizer) if template else frozenset())
+    n = 0 if how.get("prompt") is None else len(how["prompt"])
+    positions = model.config.max_positions - n
+    room = min(how.get("max_new", 100), positions // 4)
     messages = []
     for number, line in enumerate(lines):
         line = line.rstrip("\n")
@@ -480,8 +524,21 @@ def talk(model, tokenizer, template: ChatTemplate | None, lines: Iterator[str], 
             continue
         messages.append({"role": "user", "content": line})
         row = template.encode(tokenizer, messages) if template else tokenizer.encode(line)
+        forgotten = 0
+        while template and len(row) + room > positions and len(messages) > 1:
+            messages = messages[2:]                             # a question and its answer
+            row = template.encode(tokenizer, messages)
+            forgotten += 1
+        if forgotten:
+            say(f"(the first {forgotten} of its turns no longer fit, and are left out)")
+        try:
+            check_row(model, row, n, "this line")
+        except ValueError as e:
+            say(f"({e})")
+            messages.pop()
+            continue
         answer = ""
-        for _, piece in stream(model, tokenizer, [row], stops, seeds=[seed + number], **how):
+        for _, piece in stream_text(model, tokenizer, [row], stops, seeds=[seed + number], **how):
             print(piece, end="", flush=True)
             answer += piece
         print()
@@ -605,7 +662,8 @@ def fill_in(args, folder: Path, run: dict, source: str, positions: int) -> str:
         if run.get("seqlen"):
             choose("seqlen", run["seqlen"], source)
         choose("seqlen", min(2048, positions), "no run")
-    defaults = {"batch_size": 16 if args.mode == "tasks" else 4, "max_new": 100,
+    defaults = {"batch_size": 16 if args.mode == "tasks" else 4,
+                "max_new": 1000 if args.mode == "chat" else 100,
                 "temperature": 0.0, "top_p": 1.0, "seed": 0}
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -669,7 +727,7 @@ def read_texts(path: str) -> list[str]:
     .jsonl."""
     if path == "-":
         found = [line.rstrip("\n") for line in sys.stdin]
-    elif Path(path).suffix == ".jsonl":
+    elif Path(path.removesuffix(".gz")).suffix == ".jsonl":
         found = documents(Path(path))
     else:
         found = [line.rstrip("\r\n") for line in lines_of(Path(path))]

@@ -19,15 +19,17 @@ gptq   qweight, qzeros, scales, g_idx (arXiv 2210.17323's own layout): w = scale
        between levels. A grid without a level on zero has one value more than its bits can count:
        4 such bits go exactly into 8, and only where the offset is 1/2:
        w = +-s (k + 1/2) = s/2 (q - 128) with q = 128 +- (2k + 1).
-meta   LLaMA's first layout, one shard; rotary channels interleaved again.
-peft   prompt_embeddings and adapter_config.json.
+meta   LLaMA's first layout, one shard; rotary channels interleaved again; a tied head is written
+       out, as Meta's code has no tied heads.
+peft   prompt_embeddings and adapter_config.json, whose base model is MODEL as it was given: for
+       AutoPeftModel, name a folder that transformers opens, such as --to hf's.
 
 Left out: GGUF, compressed-tensors (its sparse forms left vLLM in 2026), and model-parallel shards
 of Meta's layout.
 """
 import argparse
 
-from data.flags import PRECISIONS, Flags, read_flags, run_program
+from data.flags import PRECISIONS, Flags, read_flags, run_program, say
 
 
 def flags() -> Flags:
@@ -61,10 +63,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.checkpoint import (raw, read_json, read_safetensors, verify, write_json,
+from data.checkpoint import (raw, read_json, read_safetensors, read_state, verify, write_json,
                              write_safetensors, write_torch)
-from data.config import Config, hf_config, meta_context, resolve
-from data.tokenizer import SentencePiece, copy_tokenizer, load_tokenizer
+from data.config import Config, hf_config, meta_context, meta_factor, resolve
+from data.tokenizer import Ranks, SentencePiece, copy_tokenizer, load_tokenizer
 from kernels.packing import Packed, groups_of
 from kernels.unpacking import unpack
 from model import HF, META, Checkpoint, open_checkpoint, published_name, skeleton_of
@@ -118,36 +120,60 @@ def write_folder(folder: Path, parts: list[tuple[int, Make]]) -> None:
 
 
 def take_tokenizer(source: Path, folder: Path) -> dict:
-    """Copy the files that a model's text goes through, and return what config.json says of them."""
-    copy_tokenizer(source, folder)
+    """Copy the files that a model's text goes through into a new folder for transformers, and
+    return what config.json says of them. What only transformers understands is copied as it is."""
     try:
         tokenizer = load_tokenizer(source)
-    except FileNotFoundError:                                   # weights alone
+    except (FileNotFoundError, ValueError) as e:                # weights alone, or not for us
+        tokenizer = None
+        if not isinstance(e, FileNotFoundError):
+            say(f"its tokenizer is copied unread: {e}")
+    if isinstance(tokenizer, Ranks) and not (source / "tokenizer.json").exists():
+        raise ValueError(f"{source} has a rank file for tokenizer, and transformers would read its "
+                         f"special tokens as text: put the tokenizer.json of Hugging Face's "
+                         f"edition of the model beside it")
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_tokenizer(source, folder)
+    if tokenizer is None:
         return {}
     held = {"add_bos_token": tokenizer.bos_id is not None}
     if isinstance(tokenizer, SentencePiece):
         # without it, transformers needs sentencepiece and protobuf
-        if not (folder / "tokenizer.json").exists():
+        if not (folder / "tokenizer.json").exists() and is_plain_bpe(tokenizer.model):
             write_json(folder / "tokenizer.json", sentencepiece_json(tokenizer))
         model = tokenizer.model
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": model.unk_id()}
-        held.update({f"{role}_token": model.id_to_piece(i)
+        held.update({f"{role}_token": tokenizer.text_of.get(i) or model.id_to_piece(i)
                      for role, i in ids.items() if i is not None})
         held["tokenizer_class"] = "PreTrainedTokenizerFast"     # LlamaTokenizer changes it
     elif (folder / "merges.txt").exists():                      # OPT
-        held.update(bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>",
-                    tokenizer_class="GPT2Tokenizer")
+        text_of = {i: text for text, i in read_json(folder / "vocab.json").items()}
+        held.update(bos_token="</s>", eos_token=text_of[tokenizer.eos_id], unk_token="</s>",
+                    pad_token="<pad>", tokenizer_class="GPT2Tokenizer")
     if not (folder / "tokenizer_config.json").exists():
         write_json(folder / "tokenizer_config.json", held)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def is_plain_bpe(model) -> bool:
+    """Is a sentencepiece model of LLaMA's kind, which a tokenizer.json can be made of? Merges in
+    the order of the pieces, no piece that the text is searched for first, text left as it is, a
+    space in front. Without a tokenizer.json, transformers reads tokenizer.model."""
+    scores = [model.get_score(i) for i in range(model.get_piece_size())
+              if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))]
+    in_order = scores == [-float(k) for k in range(len(scores))]
+    text = " \uff41  b"                                         # a wide letter and two spaces
+    is_kept = model.decode(model.encode(text)) == text
+    has_space = model.encode("a", out_type=str)[0].startswith("\u2581")
+    return in_order and is_kept and has_space
 
 
 def sentencepiece_json(tokenizer: SentencePiece) -> dict:
     """A sentencepiece BPE as a tokenizer.json: merges in the order of their results' scores, a
     space in front of a text."""
     model, space = tokenizer.model, "\u2581"
-    pieces = {model.id_to_piece(i): i for i in range(tokenizer.vocab_size)}
-    special = [i for i in range(tokenizer.vocab_size)
+    pieces = {model.id_to_piece(i): i for i in range(tokenizer.pieces)}
+    special = [i for i in range(tokenizer.pieces)
                if model.is_control(i) or model.is_unknown(i)]
     whole = {p: i for p, i in pieces.items() if i not in special and not model.is_byte(i)}
     merges = sorted((-model.get_score(i), pieces[p[:k]], pieces[p[k:]], p[:k], p[k:])
@@ -160,8 +186,11 @@ def sentencepiece_json(tokenizer: SentencePiece) -> dict:
         bos = model.id_to_piece(tokenizer.bos_id)
         text = [{"SpecialToken": {"id": bos, "type_id": 0}}, *text]
         template = {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}
-    added = [{"id": i, "content": model.id_to_piece(i), "special": True, "normalized": False,
-              "lstrip": False, "rstrip": False, "single_word": False} for i in special]
+    kinds = [(i, model.id_to_piece(i), True) for i in special]
+    kinds += [(i, text, i in tokenizer.silent) for i, text in sorted(tokenizer.text_of.items())]
+    added = [{"id": i, "content": text, "special": is_special, "normalized": False,
+              "lstrip": False, "rstrip": False, "single_word": False}
+             for i, text, is_special in kinds]
     normalizers = [{"type": "Prepend", "prepend": space},
                    {"type": "Replace", "pattern": {"String": " "}, "content": space}]
     decoders = [{"type": "Replace", "pattern": {"String": space}, "content": " "},
@@ -182,7 +211,7 @@ def sentencepiece_json(tokenizer: SentencePiece) -> dict:
 
 
 def stored_dtype(source: Checkpoint, dtype: torch.dtype | None) -> str:
-    return str(dtype or source.tensor("embed_tokens.weight").dtype).removeprefix("torch.")
+    return str(dtype or source_dtype(source, "embed_tokens.weight")).removeprefix("torch.")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -195,10 +224,10 @@ def to_hf(source: Checkpoint, folder: Path, dtype: torch.dtype | None = None) ->
 
     def part(name: str, shape: torch.Size) -> tuple[int, Make]:
         return shape.numel() * 2, lambda: {published_name(name, table): weight(source, name, dtype)}
+    of_tokenizer = take_tokenizer(source.place, folder)         # first: it may be refused
     write_folder(folder, [part(name, shape) for name, shape in shapes_of(c).items()])
-    config = {**hf_config(c), "torch_dtype": stored_dtype(source, dtype),
-              **take_tokenizer(source.place, folder)}
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", {**hf_config(c), "torch_dtype": stored_dtype(source, dtype),
+                                        **of_tokenizer})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -239,6 +268,7 @@ def to_gptq(source: Checkpoint, folder: Path) -> None:
             tensors = gptq_tensors(source.packed[linear], bits, old)
             return {prefix + n: t for n, t in tensors.items()}
         return shape.numel(), make
+    of_tokenizer = take_tokenizer(source.place, folder)         # first: it may be refused
     write_folder(folder, [part(name, shape) for name, shape in shapes_of(c).items()])
     order = any("g_idx" in source.packed[name].tensors for name in linears)
     quantization = {"quant_method": "gptq", "bits": bits, "group_size": meta["groupsize"],
@@ -246,7 +276,7 @@ def to_gptq(source: Checkpoint, folder: Path) -> None:
                     "pack_dtype": "int32",
                     "checkpoint_format": "gptq" if old else "gptq_v2"}
     write_json(folder / "quantize_config.json", quantization)
-    config = {**hf_config(c), "torch_dtype": "float16", **take_tokenizer(source.place, folder)}
+    config = {**hf_config(c), "torch_dtype": "float16", **of_tokenizer}
     write_json(folder / "config.json", {**config, "quantization_config": quantization})
 
 
@@ -320,7 +350,9 @@ def meta_params(c: Config) -> dict:
     if c.rope_theta != 10000.0:
         params["rope_theta"] = c.rope_theta
     if c.rope_scaling:
-        params.update(use_scaled_rope=True, rope_scaling_factor=c.rope_scaling["factor"])
+        params["use_scaled_rope"] = True
+        if c.rope_scaling["factor"] != meta_factor(c.d_model):
+            params["rope_scaling_factor"] = c.rope_scaling["factor"]
     if c.max_positions != meta_context(known, bool(c.rope_scaling)):
         params["max_seq_len"] = c.max_positions
     return params
@@ -344,9 +376,12 @@ def to_meta(source: Checkpoint, folder: Path, dtype: torch.dtype | None = None) 
         return interleave(w, w.shape[0] // c.head_dim) if rotated else w
     entries = [(published_name(name, META), shape, dtype or source_dtype(source, name),
                 lambda name=name: make(name)) for name, shape in shapes_of(c).items()]
+    if c.tied:
+        _, *embedding = entries[0]
+        entries.append((published_name("lm_head.weight", META), *embedding))
     folder.mkdir(parents=True, exist_ok=True)
     write_pth(folder / "consolidated.00.pth", entries)
-    take_tokenizer(source.place, folder)
+    copy_tokenizer(source.place, folder)
     write_json(folder / "params.json", meta_params(c))
 
 
@@ -356,7 +391,7 @@ LLAMA31 = {"rope_type": "llama3", "factor": 0, "low_freq_factor": 1.0, "high_fre
 
 def source_dtype(source: Checkpoint, name: str) -> torch.dtype:
     packed = name.removesuffix(".weight") in source.packed
-    return torch.float16 if packed else source.tensor(name).dtype
+    return torch.float16 if packed else source.files.dtype(source.keys[name])
 
 
 def interleave(w: torch.Tensor, heads: int) -> torch.Tensor:
@@ -438,7 +473,9 @@ def from_peft(folder: Path) -> torch.Tensor:
                          f"submodules: only PROMPT_TUNING of a causal model is a prompt of "
                          f"embeddings")
     path = folder / "adapter_model.safetensors"
-    prompt = read_safetensors(path).get("prompt_embeddings")
+    older = path.with_suffix(".bin")
+    held = read_state(older) if older.exists() and not path.exists() else read_safetensors(path)
+    prompt = held.get("prompt_embeddings")
     n = said.get("num_virtual_tokens")
     whole = prompt is not None and prompt.dim() == 2 and prompt.is_floating_point()
     if not whole or len(prompt) != n:
@@ -469,6 +506,10 @@ def main(args) -> None:
             if count is not None:
                 found = f"{count} tensors as they were written"
             print(f"{file}: {found}")
+        if (folder / "config.json").exists():
+            open_checkpoint(folder)                     # no file and no weight is missing
+        else:
+            print(f"{folder} has no config.json: whether it is complete is not known")
         return
     if not args.to or not args.out:
         raise ValueError("say what to write and where: --to hf|gptq|meta|peft|prompt OUT; or "
@@ -492,6 +533,8 @@ def main(args) -> None:
         check_width(prompt)
         if out.exists():
             raise ValueError(f"{out} exists: give a new file, nothing is overwritten")
+        if out.suffix != ".safetensors":
+            raise ValueError(f"{out}: a prompt's file ends in .safetensors")
         save_prompt(out, prompt, {"from": str(args.prompt)})
     elif args.to == "peft":
         prompt, _ = load_prompt(args.prompt)

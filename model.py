@@ -12,7 +12,7 @@ ReLU) and the biases: `Config` says which.
 steps of the residual stream, so that a walk over blocks needs no hooks. A model larger than the
 memory is read block by block:
 
-    checkpoint = open_checkpoint("checkpoints/llama-7b")    # names and shapes checked, nothing read
+    checkpoint = open_checkpoint("checkpoints/llama-7b")    # names and shapes checked, weights not
     block = checkpoint.block(3, torch.float16, "cuda")      # one block of it
 
 Left out: training dropout, and rotary scalings other than linear and llama3.
@@ -215,9 +215,10 @@ class Cache:
     """Keys and values of the positions seen so far: kv holds a pair (B, n_kv_head, length,
     head_dim) for every block.
 
-    One of batch 1 whose `is_prefix` is set, which is full, is a prefix: any batch reads it, nothing
-    is written, gradients reach what it was made of. start, the number of positions seen, may be a tensor (1,) int64: then a step of
-    one token does the same operations at every position, as a CUDA graph wants."""
+    A full one of batch 1 whose `is_prefix` is set is read by any batch, nothing is written, and
+    gradients reach what it was made of. start, the number of positions seen, may be a tensor (1,)
+    int64: then a step of one token does the same operations at every position, as a CUDA graph
+    wants."""
 
     def __init__(self, c: Config, batch: int, length: int, dtype, device):
         shape = batch, c.n_kv_head, length, c.head_dim
@@ -408,7 +409,8 @@ def skeleton_of(config: Config) -> Transformer:
 
 
 class Checkpoint:
-    """Weights under our own names: compared with a configuration, mapped, not read.
+    """Weights under our own names: compared with a configuration, mapped, not read (but for packed
+    Linears, which are looked through).
 
     tensor("blocks.0.attn.q.weight") is one of them as it is stored; packed["blocks.0.attn.q"] is a
     Linear that is stored packed. Raises ValueError with one line for missing, extra or mis-shaped
@@ -429,6 +431,10 @@ class Checkpoint:
             config.tied = True              # OPT always ties; some files say so by leaving it out
             skeleton.lm_head = None
         self.packed = self.take_packed(skeleton, prefix, stored, dict(layers))
+        embedding = bare_name(published_name("embed_tokens.weight", HF[config.family]))
+        if config.tied and not meta and not prefix and embedding not in stored:
+            if "lm_head.weight" in stored:              # safetensors keeps one name of the two
+                stored[embedding] = stored.pop("lm_head.weight")
         self.keys = {}                                  # our name -> the file's
         missing = []
         for name, p in skeleton.named_parameters():
@@ -443,8 +449,8 @@ class Checkpoint:
                 raise ValueError(f"{files.files[key]}: {key} has shape {tuple(files.shape(key))}, "
                                  f"but the configuration wants {tuple(p.shape)}")
             self.keys[prefix + name] = key
-        if config.tied:
-            stored.pop("lm_head.weight", None)          # a stored copy of the tied head
+        # a stored copy of the tied head
+        self.copy_of_head = stored.pop("lm_head.weight", None) if config.tied else None
         extra = [n for n in stored.values() if not IGNORED.search(n)]
         found = (("missing", missing), ("unexpected", extra))
         if missing or extra:
@@ -472,6 +478,17 @@ class Checkpoint:
             raise ValueError(f"{self.place} packs {next(iter(layers))}, which is no Linear of this "
                              f"model")
         return packed
+
+    def check_head(self) -> None:
+        """ValueError where the configuration ties the head to the embedding, and the file holds
+        another head."""
+        if self.copy_of_head is None:
+            return
+        head, embedding = self.files[self.copy_of_head], self.tensor("embed_tokens.weight")
+        if not torch.equal(head, embedding):
+            raise ValueError(f"{self.place}: its configuration ties head and embedding, and its "
+                             f"{self.copy_of_head} is not the embedding: set tie_word_embeddings "
+                             f"to false, or remove that weight")
 
     def skeleton(self) -> Transformer:
         """The model on the meta device: names and shapes without weights."""
@@ -507,6 +524,8 @@ class Checkpoint:
             else:
                 state[f"{name}.weight"] = unpack(held, dtype or torch.float16).to(device)
         for name, _ in module.named_parameters():
+            if prefix + name == "embed_tokens.weight":
+                self.check_head()
             if name not in state:
                 state[name] = self.tensor(prefix + name).to(device=device, dtype=dtype)
         # not strict: packed tensors are in place already
@@ -666,6 +685,7 @@ def save_index(folder: Path, config: Config) -> None:
         total += sum(t.nbytes for t in tensors.values())
         names.update(dict.fromkeys(tensors, path.name))
         layers.update(read_note(path)["layers"])
+    (folder / "model.safetensors").unlink(missing_ok=True)      # it would be read in their place
     write_json(folder / "model.safetensors.index.json",
                {"metadata": {"total_size": total}, "weight_map": names})
     save_config(folder, config, layers)

@@ -125,8 +125,8 @@ def reads_caches(model) -> bool:
 def check_fits(model, prompt: torch.Tensor, where: str = "a prompt") -> None:
     """Raises ValueError unless the prompt's positions have the shape that this model reads."""
     if prompt.dim() == 5 and not reads_caches(model):
-        raise ValueError(f"{where}: a prefix is read from a cache, as model.py's models have: other "
-                         f"models take embedding prompts")
+        raise ValueError(f"{where}: a prefix is read from a cache, as model.py's models have: "
+                         f"other models take embedding prompts")
     if prompt.dim() == 5:
         c = model.config
         want = c.n_layer, 2, c.n_kv_head, c.head_dim
@@ -475,7 +475,9 @@ def default_rate(model, prompt: torch.Tensor) -> float:
     """The peak rate that `learn` uses where none is given. An embedding prompt: 0.35 deviations of
     the embeddings (4.7e-2 for SmolLM2-135M, about 6e-3 for LLaMA-7B). A prefix: 0.05, in deviations
     of its own keys and values."""
-    return 0.05 if prompt.dim() == 5 else 0.35 * float(model.embed_tokens.weight.detach().float().std())
+    if prompt.dim() == 5:
+        return 0.05
+    return 0.35 * float(model.embed_tokens.weight.detach().float().std())
 
 
 AT_ONCE = 512                           # tokens whose activations a CPU keeps at a time,

@@ -148,6 +148,7 @@ if __name__ == "__main__":
 
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -635,7 +636,7 @@ def how_to_continue(args) -> str:
     """What is printed when a run is stopped."""
     words = [w for w in sys.argv[1:] if w not in ("--resume", "--overwrite")]
     return (f"stopped; what is done is in {args.out}; to continue: python train.py "
-            f"{' '.join(words)} --resume")
+            f"{shlex.join([*words, '--resume'])}")
 
 
 def summary(run: Run) -> str:

@@ -36,41 +36,72 @@ class ByteLevelBPE:
     added: {string: id} of what is cut out of the text before anything else
     silent: ids that decode leaves out
     bos_id, eos_id: None where the tokenizer has none
+    stops: ids that end a text, eos_id among them
     """
 
     def __init__(self, words: str, tokens: list[bytes], ids: dict[bytes, int],
-                 added: dict[str, int], silent: set[int], bos_id: int | None, eos_id: int | None):
+                 added: dict[str, int], silent: set[int], bos_id: int | None, eos_id: int | None,
+                 stops: frozenset[int] = frozenset()):
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        added_ranks = {text: len(ranks) + i for i, text in enumerate(added)}
         self.bpe = tiktoken.Encoding("byte_level", pat_str=words, mergeable_ranks=ranks,
-                                     special_tokens=added_ranks)
-        id_of_token = [ids.get(token, -1) for token in tokens]
-        self.id_of_rank = np.array(id_of_token + list(added.values()))
+                                     special_tokens={})
+        self.id_of_rank = np.array([ids.get(token, -1) for token in tokens])
+        self.added = added
         self.bytes_of = {i: token for token, i in ids.items()}
         self.bytes_of.update({i: text.encode() for text, i in added.items()})
         self.vocab_size = max(self.bytes_of) + 1
         self.bytes_of.update(dict.fromkeys(silent, b""))
         self.bos_id = bos_id
         self.eos_id = eos_id
+        self.stops = stops | ({eos_id} if eos_id is not None else set())
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text, behind the BOS token where the tokenizer has one and bos is True."""
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        for part in cut_out(valid(text), self.added):
+            ids += [self.added[part]] if part in self.added else self.encode_ordinary(part)
+        return ids
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """The ids of a text without added tokens."""
         try:
-            ranks = self.bpe.encode_to_numpy(text, allowed_special="all")
+            ranks = self.bpe.encode_to_numpy(text, disallowed_special=())
         except BaseException as e:           # tiktoken panics where its regular expressions give up
             if type(e).__name__ != "PanicException":
                 raise
             raise ValueError("tiktoken gives up on this text: a pattern that takes too long, or a "
                              "run of several 100,000 spaces") from None
         ids = self.id_of_rank[ranks]
-        front = [self.bos_id] if bos and self.bos_id is not None else []
-        return front + ids[ids >= 0].tolist()
+        return ids[ids >= 0].tolist()
+
+    def special(self, text: str) -> int | None:
+        """The id of a special token by its text, if it is one."""
+        return self.added.get(text)
 
     def decode(self, ids) -> str:
         """The text of ids. Ids past the vocabulary (embedding rows that only pad the matrix) are
         nothing; half characters are U+FFFD."""
         parts = [self.bytes_of.get(int(i), b"") for i in ids]
         return b"".join(parts).decode("utf-8", errors="replace")
+
+
+def valid(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which UTF-8 cannot say."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def cut_out(text: str, added) -> list[str]:
+    """The pieces of a text, none empty: strings of `added`, the longest that matches, and what lies
+    between them."""
+    if not added:
+        return [text] if text else []
+    longest_first = sorted(added, key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    return [piece for piece in pieces if piece]
 
 
 def tokens_and_ids(path: Path, order, merges: list,
@@ -83,7 +114,11 @@ def tokens_and_ids(path: Path, order, merges: list,
     except ValueError as error:
         raise ValueError(f"{path}: {error}; an incomplete download?") from None
     letters = byte_letters()
-    return tokens, {spell(token, letters): i for token, i in vocab.items()}
+    ids = {spell(token, letters): i for token, i in vocab.items()}
+    if len(ids) < len(vocab):
+        raise ValueError(f"{path}: two tokens of the vocabulary are the same bytes; a damaged "
+                         f"download?")
+    return tokens, ids
 
 
 def check_ids(path: Path, vocab: dict[str, int]) -> None:

@@ -9,15 +9,17 @@ space rules of the Hugging Face library (trim_blocks, lstrip_blocks). Understood
 #}, for, if / elif / else, set, and expressions that are also Python's (`|` for filters and `~`
 aside): Python's own parser reads them, and only the kinds listed in `evaluate` are computed, so
 that no code of a template can run; texts and loops end at limits. An expression is looked at only
-when it is reached: tools and the like may use more. Left out: macros, tools, images; anything
-unknown is one clear error.
+when it is reached: tools and the like may use more. Left out: macros, tools, images, and today's
+date, without which templates write one of their own; anything unknown is one clear error.
 """
 import ast
 import operator
 import re
 from pathlib import Path
 
+from data.bpe import cut_out
 from data.checkpoint import read_json
+from data.tokenizer import settings
 
 QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
 INSIDE = rf"(?:{QUOTED}|[^'\"])*?"                         # of a tag: its end in a string is none
@@ -85,8 +87,8 @@ UNDEFINED = Undefined()
 
 
 class ChatTemplate:
-    """source: the template's text; path: its file, for messages; names: bos_token and eos_token, as
-    it may write them."""
+    """source: the template's text; path: its file, for messages; names: bos_token, eos_token and
+    the like, as it may write them."""
 
     def __init__(self, source: str, path: Path | str = "template",
                  names: dict[str, str] | None = None):
@@ -119,11 +121,9 @@ class ChatTemplate:
             return None
         if not isinstance(source, str):
             raise ValueError(f"{path}: chat_template is no text: correct it, or use --generate")
-        names = {}
-        for role in ("bos_token", "eos_token"):
-            token = said.get(role)
-            token = token.get("content") if isinstance(token, dict) else token
-            names[role] = token if isinstance(token, str) else ""
+        named = settings(folder)
+        names = {f"{role}_token": named.get(f"{role}_token", "")
+                 for role in ("bos", "eos", "unk", "pad")}
         return cls(source, path, names)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
@@ -136,30 +136,28 @@ class ChatTemplate:
 
     def encode(self, tokenizer, messages: list[dict],
                add_generation_prompt: bool = True) -> list[int]:
-        """Its ids. BOS and EOS, which a sentencepiece model reads as ordinary text, become what
-        they are."""
-        ids = {self.names.get("bos_token"): tokenizer.bos_id,
-               self.names.get("eos_token"): tokenizer.eos_id}
-        ids = {text: i for text, i in ids.items() if text and i is not None}
-        parts = [self.render(messages, add_generation_prompt)]
-        if ids:
-            special = "|".join(map(re.escape, ids))
-            parts = re.split(f"({special})", parts[0])                 # text, token, text, ...
-        found = []
-        for part in parts:
-            if part in ids:
-                found.append(ids[part])
-            elif part:
-                found += tokenizer.encode(part, bos=False)
-        return found
+        """Its ids."""
+        return self.ids_of(tokenizer, self.render(messages, add_generation_prompt))
+
+    def ids_of(self, tokenizer, text: str) -> list[int]:
+        """The ids of a rendered text. BOS and EOS, which a sentencepiece model reads as ordinary
+        text, become what they are."""
+        special = {name: tokenizer.special(name) for name in self.names.values() if name}
+        special = {name: i for name, i in special.items() if i is not None}
+        ids = []
+        for part in cut_out(text, special):
+            ids += [special[part]] if part in special else tokenizer.encode(part, bos=False)
+        return ids
 
     def stops(self, tokenizer) -> frozenset[int]:
-        """The special token that the template writes after an answer, if there is one."""
+        """The token that the template writes after an answer, where it is a special one, or a
+        bracketed mark of its own such as <|im_end|>."""
         mark = "ANSWER"
         messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": mark}]
         after = self.render(messages, add_generation_prompt=False).rpartition(mark)[2].lstrip()
-        first = tokenizer.encode(after, bos=False)[:1] if after else []
-        return frozenset(i for i in first if tokenizer.decode([i]) == "")
+        first = self.ids_of(tokenizer, after)[:1]
+        return frozenset(i for i in first
+                         if re.fullmatch(r"|<.+>|\[.+\]", tokenizer.decode([i]).strip()))
 
     def errors(self) -> "Renamed":
         """A `with` inside which every error becomes one of this template."""
@@ -231,6 +229,8 @@ def parse(parts: list[str], at: int, until: tuple[str, ...]) -> tuple[list[tuple
             return nodes, at
         elif tag.startswith("{%") and word == "set" and "=" in rest:
             target, value = map(str.strip, rest.split("=", 1))
+            if not re.fullmatch(r"\w+(\.\w+)?", target):
+                raise ValueError(f"{{% set {target} = ... %}} is not supported")
             nodes.append(("set", target, value))
         elif tag.startswith("{%") and word == "for":
             names, _, items = rest.partition(" in ")
@@ -276,7 +276,9 @@ def run(nodes: list[tuple], scope: dict, out: list[str], left: list[int]) -> Non
             names, items, body = node
             items = list(evaluate(items, scope))
             for i, item in enumerate(items):
+                left_over = len(items) - i - 1
                 loop = {"index0": i, "index": i + 1, "length": len(items),
+                        "revindex0": left_over, "revindex": left_over + 1,
                         "first": i == 0, "last": i + 1 == len(items),
                         "previtem": items[i - 1] if i else UNDEFINED,
                         "nextitem": items[i + 1] if i + 1 < len(items) else UNDEFINED}

@@ -134,10 +134,22 @@ def write_torch(path: Path, write) -> None:
 # --------------------------------------------------------------------------------------------------
 # Tensors of a file
 
+class Unaligned(NamedTuple):
+    """A tensor that a file holds at an odd place: no view, a copy is made whenever it is asked
+    for."""
+    bytes: torch.Tensor
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def copy(self) -> torch.Tensor:
+        return self.bytes.clone().view(self.dtype).view(self.shape)
+
+
 class Tensors(dict):
     """{name: CPU tensor, a view of its file}. A tensor that is asked for is looked at once, in one
     pass that copies nothing: ValueError for a weight that is no floating point, for NaN and Inf,
-    and for bytes that do not give the checksum they were written with. shape(name) reads nothing.
+    and for bytes that do not give the checksum they were written with. shape(name) and dtype(name)
+    read nothing.
 
     metadata: what a safetensors header says beside its tensors
     sums: {name: CRC-32 the tensor was written with}, of files that carry them
@@ -157,6 +169,8 @@ class Tensors(dict):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = super().__getitem__(name)
+        if isinstance(tensor, Unaligned):
+            tensor = tensor.copy()
         if name not in self.seen:
             check_tensor(tensor, name, self.files[name], self.sums.get(name))
             self.seen.add(name)
@@ -164,6 +178,9 @@ class Tensors(dict):
 
     def shape(self, name: str) -> torch.Size:
         return super().__getitem__(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return super().__getitem__(name).dtype
 
     def join(self, other: "Tensors") -> None:
         """Take in the tensors of another file."""
@@ -311,8 +328,8 @@ def is_size(number) -> bool:
 
 
 def read_safetensors(path: Path) -> Tensors:
-    """The tensors of one .safetensors file, copy-on-write views of the mapped file, and its
-    metadata."""
+    """The tensors of one .safetensors file, copy-on-write views of the mapped file (or Unaligned),
+    and its metadata."""
     data = map_file(path)
     entries, metadata, begin = read_header(path, data)
     body = torch.from_numpy(data[begin:])
@@ -320,8 +337,9 @@ def read_safetensors(path: Path) -> Tensors:
     for name, first, end, dtype, shape in entries:
         part = body[first:end]
         if first % dtype.itemsize or part.data_ptr() % dtype.itemsize:
-            part = part.clone()                         # a view in another type needs alignment
-        held[name] = part.view(dtype).view(shape)
+            held[name] = Unaligned(part, dtype, torch.Size(shape))
+        else:
+            held[name] = part.view(dtype).view(shape)
     return Tensors(held, path, metadata, checksums(path, metadata, held))
 
 
@@ -485,18 +503,18 @@ def read_state(path: Path) -> Tensors:
 
 def read_folder(folder: Path) -> Tensors:
     """All tensors of a Hugging Face folder: one or many .safetensors, else one or many
-    pytorch_model*.bin."""
+    pytorch_model*.bin. A single file goes before an index, which an older save may have left."""
     folder = Path(folder)
     kinds = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_state}
     for single, read in kinds.items():
         index = folder / f"{single}.index.json"
+        if (folder / single).exists():
+            return read(folder / single)
         if index.exists():
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not names:
                 raise ValueError(f"{index} has no weight_map: download it again")
             return read_shards(folder, index, names, read)
-        if (folder / single).exists():
-            return read(folder / single)
     raise FileNotFoundError(f"{folder} holds no weights: looked for model.safetensors, "
                             f"pytorch_model.bin, their index files, and consolidated.*.pth")
 

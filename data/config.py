@@ -236,7 +236,7 @@ def is_switch(said: dict, key: str, default: bool) -> bool:
 
 def llama_config(said: dict) -> Config:
     """From the config.json of a LLaMA."""
-    if said.get("hidden_act", "silu") != "silu":
+    if said.get("hidden_act") not in (None, "silu"):
         raise ValueError(f"hidden_act {str(said['hidden_act'])[:60]!r} is not supported for LLaMA: "
                          f"only silu")
     rope = {}
@@ -246,7 +246,7 @@ def llama_config(said: dict) -> Config:
             raise ValueError(f"{key} {short(part)} is no object")
         rope.update(part)
     scaling = rope_scaling(rope)
-    if rope.get("partial_rotary_factor", 1) != 1 or said.get("partial_rotary_factor", 1) != 1:
+    if any(held.get("partial_rotary_factor") not in (None, 1) for held in (rope, said)):
         raise ValueError("partial_rotary_factor is not supported: only 1")
     known = {"norm_eps": 1e-6, "tied": False}
     known.update(fields(said, LLAMA, SIZES))
@@ -296,12 +296,18 @@ def meta_config(said: dict, weights) -> Config:
                          f"{vocab_size}: another model's params.json?")
     scaling = None
     if is_switch(said, "use_scaled_rope", False):
-        factor = in_range("factor", said.get("rope_scaling_factor", 8.0), "rope_scaling_factor")
+        factor = said.get("rope_scaling_factor", meta_factor(known["d_model"]))
+        factor = in_range("factor", factor, "rope_scaling_factor")
         scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     known = {"max_positions": meta_context(known, scaling is not None), **known}
     return Config("llama", vocab_size=vocab_size, d_ff=d_ff, tied="output.weight" not in weights,
                   rope_scaling=scaling, **known)
+
+
+def meta_factor(d_model: int) -> float:
+    """By what LLaMA 3.1 and 3.2 scale rotary positions, which their params.json do not say."""
+    return 32.0 if d_model in (2048, 3072) else 8.0             # 3.2's 1B and 3B
 
 
 def meta_context(known: dict, is_scaled: bool) -> int:
@@ -400,8 +406,10 @@ def check_files(path: Path, files: dict[str, str] | None) -> None:
 
 
 def file_sums(folder: Path) -> dict[str, str]:
-    """{name: header_sum} of a packed folder's weights, for hf_config."""
-    files = sorted(Path(folder).glob("model*.safetensors"))
+    """{name: header_sum} of the files that read_folder takes a packed folder's weights from, for
+    hf_config."""
+    single = Path(folder) / "model.safetensors"
+    files = [single] if single.exists() else sorted(Path(folder).glob("model*.safetensors"))
     return {file.name: header_sum(file) for file in files}
 
 

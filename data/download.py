@@ -131,6 +131,9 @@ def receive(response, part: Path, have: int, total: int | None) -> None:
     print(file=sys.stderr)
     if total is not None and have != total:
         raise OSError(f"{have} of {total} bytes arrived")
+    if part.stat().st_size != have:
+        part.unlink()
+        raise OSError(f"another process wrote to {part} as well")
 
 
 def file_sha256(path: Path) -> str:

@@ -83,7 +83,7 @@ def run_program(main, args, after_interrupt=lambda: "stopped") -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):                  # a pipe on Windows is not UTF-8
-            stream.reconfigure(encoding="utf-8", errors=stream.errors)
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main(args)
         sys.stdout.flush()

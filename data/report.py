@@ -50,13 +50,20 @@ class Report:
             self.clear()
         elif resume:
             self.load()
-        for part in [*self.folder.glob("*.part"), *self.folder.glob("*/*.part")]:
-            part.unlink()                                 # of a write that was killed
+        self.remove_parts()
         self.save()
 
     def held(self) -> list[str]:
         """What the folder has of a run."""
         return [name for name in OURS if (self.folder / name).exists()]
+
+    def remove_parts(self) -> None:
+        """Remove what a killed write left, of our own files alone: the folder may hold others'."""
+        for name in OURS:
+            path = self.folder / name
+            (self.folder / f"{name}.part").unlink(missing_ok=True)
+            for part in path.glob("*.part") if path.is_dir() else ():
+                part.unlink()
 
     def check_free(self, allowed: bool) -> None:
         """ValueError for a folder with the results of a run, unless they are allowed."""

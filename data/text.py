@@ -129,7 +129,7 @@ def calibration(tokenizer, name: str, split: str, nsamples: int, seqlen: int, se
     rng = random.Random(seed)
     text = load_text(name, split, folder)
     if name == "c4":
-        texts = list(text)
+        texts = list(text) or [""]
         encoded = {}                                        # each is drawn about once
     else:
         texts = [joined(text)[:MOST_CHARACTERS]]
@@ -197,22 +197,25 @@ def documents(path: Path) -> list[str]:
     for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             try:
-                texts.append(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{path} line {number} is not a JSON object with a field '
-                                 f'"text"') from None
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError
+                texts.append(text)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ValueError(f'{path} line {number} is not a JSON object with a field "text" '
+                                 f'that holds text') from None
     return texts
 
 
 def lines_of(path: Path):
     """Lines of a UTF-8 text with their ends, which are "\n" only and are not translated; unpacks a
-    .gz on the way."""
+    .gz on the way, and leaves out a byte order mark in front."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     is_packed = path.suffix == ".gz"
     unpack = gzip.open if is_packed else open
     try:
-        with unpack(path, "rt", encoding="utf-8", newline="\n") as file:
+        with unpack(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             yield from file
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         kind = "gzip of UTF-8" if is_packed else "UTF-8"

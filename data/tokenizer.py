@@ -15,24 +15,28 @@ vocab.json + merges.txt   OPT, in GPT-2's format; preferred to a tokenizer.json 
                           model_type opt
 
 Strings of special tokens inside a text ("<|end_of_text|>") become their ids in the three byte-level
-kinds, as in the Hugging Face tokenizers. A sentencepiece model reads them as ordinary text, as
-Meta's code does (so the `<unk>` of Penn Treebank is three pieces), and writes U+2581, its sign for
-a space, as a space. In OPT `<unk>` and `<s>` in a text are ordinary as well: its unknown and BOS
-token is </s>. A byte that a vocabulary lacks (SmolLM2: six control characters) is dropped, as
-there. In all other cases decode(encode(text)) == text. A run of several 100,000 spaces is an error
-of tiktoken's. Left out: chat templates, normalizers, padding.
+kinds, as in the Hugging Face tokenizers. A sentencepiece model reads its own as ordinary text, as
+Meta's code does (so the `<unk>` of Penn Treebank is three pieces); tokens that a fine-tuned model
+has added to it (added_tokens.json, added_tokens_decoder) become their ids. It writes U+2581, its
+sign for a space, as a space. In OPT `<unk>` and `<s>` in a text are ordinary as well: its unknown
+and BOS token is </s>. A byte that a vocabulary lacks (SmolLM2: six control characters) is dropped
+after the merges, there before them: what stands beside it may be cut otherwise. Half of a surrogate
+pair is read as U+FFFD. In all other cases decode(encode(text)) == text. A run of several 100,000
+spaces is an error of tiktoken's. Whether a BOS is put in front is said by add_bos_token, else by
+the file's template. Left out: normalizers, padding.
 """
 import base64
 import json
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 
-from data.bpe import (ByteLevelBPE, byte_letters, check_ids, merge_order, rank_order,
-                      tokens_and_ids)
-from data.checkpoint import read_json, write_atomic
+from data.bpe import (ByteLevelBPE, byte_letters, check_ids, cut_out, merge_order, rank_order,
+                      tokens_and_ids, valid)
+from data.checkpoint import read_json, write_atomic, write_json
 from data.config import QUANT_METHOD, in_range, read_config
 
 # How text is cut into words before merging; no merge crosses a cut. GPT-2 keeps a space with the
@@ -63,51 +67,89 @@ class Ranks(ByteLevelBPE):
 
 
 class SentencePiece:
-    """LLaMA 1 and 2. BOS and EOS are the model's own: the config.json of early conversions has
-    wrong ones."""
+    """LLaMA 1 and 2. BOS and EOS are the model's own, as the config.json of early conversions has
+    wrong ones, unless eos_token names another token. added: the tokens behind the model's."""
 
-    def __init__(self, path: Path, add_bos: bool):
+    def __init__(self, path: Path, add_bos: bool, added: "list[Added]" = (),
+                 eos_token: str | None = None, stops: frozenset[int] = frozenset()):
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.model = model
-        self.vocab_size = model.vocab_size()
+        self.pieces = model.vocab_size()
+        behind = [token for token in added if token.id >= self.pieces]
+        self.added = {token.text: token.id for token in behind}
+        self.text_of = {token.id: token.text for token in behind}
+        self.vocab_size = max([self.pieces, *(i + 1 for i in self.text_of)])
         self.bos_id = model.bos_id() if add_bos and model.bos_id() >= 0 else None
         self.eos_id = model.eos_id() if model.eos_id() >= 0 else None
-        self.silent = {i for i in range(self.vocab_size)
-                       if model.is_control(i) or model.is_unknown(i)}
+        if eos_token is not None and self.id_of(eos_token) is not None:
+            self.eos_id = self.id_of(eos_token)
+        self.stops = stops | ({self.eos_id} if self.eos_id is not None else set())
+        self.silent = {i for i in range(self.pieces) if model.is_control(i) or model.is_unknown(i)}
+        self.silent.update(token.id for token in behind if token.special)
+
+    def id_of(self, text: str) -> int | None:
+        """The id of the token that is this very text, if there is one."""
+        i = self.model.piece_to_id(text)
+        return self.added.get(text, i if self.model.id_to_piece(i) == text else None)
+
+    def special(self, text: str) -> int | None:
+        """The id of a special token by its text, if it is one."""
+        i = self.id_of(text)
+        return i if i in self.silent or i in self.text_of else None
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        front = [self.bos_id] if bos and self.bos_id is not None else []
-        return front + self.model.encode(text)
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        for part in cut_out(valid(text), self.added):
+            ids += [self.added[part]] if part in self.added else self.model.encode(part)
+        return ids
 
     def decode(self, ids) -> str:
+        """The text of ids; those that nothing stands for are nothing."""
+        text, run = "", []                              # pieces side by side
         spoken = [int(i) for i in ids if i < self.vocab_size and int(i) not in self.silent]
-        return self.model.decode(spoken)
+        for i in [*spoken, None]:
+            if i is not None and i < self.pieces:
+                run.append(i)
+                continue
+            if run:                                     # only a text's first space is put there
+                space = " " if text and self.model.id_to_piece(run[0])[0] == "\u2581" else ""
+                text += space + self.model.decode(run)
+                run = []
+            text += self.text_of.get(i, "")
+        return text
 
 
 # Names of files that belong to a tokenizer begin so.
-FILES = ("tokenizer", "vocab.", "merges.", "special_tokens", "generation_config", "chat_template")
+FILES = ("tokenizer", "vocab.", "merges.", "special_tokens", "added_tokens", "generation_config",
+         "chat_template")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the files that a model's text goes through into another model folder, each
-    atomically."""
+    """Copy the files that a model's text goes through into another model folder, each atomically.
+    Special tokens that config.json alone names go into a generation_config.json."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name.startswith(FILES):
             with open(file, "rb") as held:
                 write_atomic(folder / file.name, lambda f: shutil.copyfileobj(held, f))
+    config, generation = source / "config.json", folder / "generation_config.json"
+    said = read_json(config) if config.exists() else {}
+    ids = {key: said[key] for key in ("bos_token_id", "eos_token_id") if said.get(key) is not None}
+    if ids and not generation.exists():
+        write_json(generation, ids)
 
 
 def load_tokenizer(folder: str | Path) -> SentencePiece | ByteLevelBPE:
     """The tokenizer of a checkpoint folder: .encode(text, bos=True), .decode(ids), .bos_id,
-    .eos_id, .vocab_size.
+    .eos_id, .stops, .vocab_size, .special(text).
 
-    bos_id is the id that encode puts in front, None where the tokenizer puts none. ValueError for
+    bos_id is the id that encode puts in front, None where the tokenizer puts none; stops are the
+    ids that end a text. ValueError for
     files that are cut short or damaged, and for a vocabulary that does not fit the embedding of the
     model in the folder.
     """
     folder = Path(folder)
-    tokenizer = read_tokenizer(folder)
     rows = embedding_rows(folder)
+    tokenizer = read_tokenizer(folder, rows)
     size = tokenizer.vocab_size
     for role, i in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         if i is not None and (type(i) is not int or not 0 <= i < size):
@@ -133,26 +175,69 @@ def embedding_rows(folder: Path) -> int | None:
     return None
 
 
-def read_tokenizer(folder: Path) -> SentencePiece | ByteLevelBPE:
-    """The tokenizer of a folder, whatever model lies beside it."""
+class Added(NamedTuple):
+    """A token that a folder adds to a vocabulary."""
+    text: str
+    id: int
+    special: bool
+
+
+def added_tokens(folder: Path, rows: int | None) -> list[Added]:
+    """Of added_tokens.json and of tokenizer_config.json, which goes before it. Tokens past the
+    model's embedding, of `rows`, are left out: LLaMA 2's first release has one."""
+    found = {}
+    path = folder / "added_tokens.json"
+    if path.exists():
+        found.update({i: {"content": text, "special": True}
+                      for text, i in read_json(path).items()})
+    config = folder / "tokenizer_config.json"
+    decoder = read_json(config).get("added_tokens_decoder") if config.exists() else None
+    if isinstance(decoder, dict):
+        found.update({int(i) if i.isdigit() else i: said for i, said in decoder.items()})
+        path = config
+    for i, said in found.items():
+        whole = type(i) is int and isinstance(said, dict) and isinstance(said.get("content"), str)
+        if not whole or not said["content"]:
+            raise ValueError(f"{path}: added token {str(i)[:60]} is no number and text; a damaged "
+                             f"download?")
+    kept = {i: said for i, said in found.items() if rows is None or i < rows}
+    return [Added(said["content"], i, said.get("special") is True) for i, said in kept.items()]
+
+
+def check_settings(folder: Path, names: dict, is_sentencepiece: bool) -> None:
+    """ValueError for settings that ask for what no tokenizer here does."""
+    wanted = {"add_eos_token": False, "split_special_tokens": False,
+              "add_prefix_space": is_sentencepiece}
+    for key, value in wanted.items():
+        if names.get(key, value) != value:
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: {key} {names[key]} is not "
+                             f"supported, only {value}")
+
+
+def read_tokenizer(folder: Path, rows: int | None) -> SentencePiece | ByteLevelBPE:
+    """The tokenizer of a folder, whose model has an embedding of `rows`."""
     model = folder / "tokenizer.model"
     content = folder / "tokenizer.json"
     names = settings(folder)
+    added = added_tokens(folder, rows)
     family = names.get("model_type", "").removeprefix(f"{QUANT_METHOD}-") or None
     lines = model.read_bytes().split(b"\n") if model.exists() else []
     is_ranks = bool(lines) and re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", lines[0]) is not None
     if model.exists() and not is_ranks:
+        check_settings(folder, names, True)
         try:
-            return SentencePiece(model, add_bos=names.get("add_bos_token") is not False)
+            return SentencePiece(model, names.get("add_bos_token") is not False, added,
+                                 names.get("eos_token"), more_stops(names))
         except (RuntimeError, OSError, UnicodeDecodeError):
             raise ValueError(f"{model} is neither a sentencepiece model nor lines of base64 ranks; "
                              f"an incomplete download?") from None
+    check_settings(folder, names, False)
     has_vocab = (folder / "vocab.json").exists() and (folder / "merges.txt").exists()
     if has_vocab and (family == "opt" or not content.exists()):
-        return from_vocab_and_merges(folder, names, family)
+        return from_vocab_and_merges(folder, names, family, added)
     if content.exists():
         try:
-            return from_tokenizer_json(content, names)
+            return from_tokenizer_json(content, names, added)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{content} is not a whole tokenizer.json "
                              f"({str(repr(error))[:100]}): download it again") from None
@@ -181,10 +266,12 @@ def from_ranks(path: Path, names: dict, lines: list[bytes]) -> ByteLevelBPE:
     bos = None if names.get("add_bos_token") is False else added["<|begin_of_text|>"]
     eos = special_id(path, names, "eos", added, added["<|end_of_text|>"])
     tokens = sorted(ids, key=ids.get)
-    return Ranks(LLAMA3_WORDS, tokens, ids, added, set(added.values()), bos, eos)
+    stops = more_stops(names) | {added["<|end_of_text|>"], added["<|eot_id|>"]}    # as Meta's code
+    return Ranks(LLAMA3_WORDS, tokens, ids, added, set(added.values()), bos, eos, stops)
 
 
-def from_vocab_and_merges(folder: Path, names: dict, family: str | None) -> ByteLevelBPE:
+def from_vocab_and_merges(folder: Path, names: dict, family: str | None,
+                          more: list[Added]) -> ByteLevelBPE:
     """OPT. Its ids are in no merge order, its BOS is </s>; madeupword0000 and the like are in reach
     of no merge."""
     path = folder / "vocab.json"
@@ -204,12 +291,17 @@ def from_vocab_and_merges(folder: Path, names: dict, family: str | None) -> Byte
     added = {text: vocab[text] for text in sorted(texts) if text in vocab}
     silent = {vocab[text] for text in ("<s>", "<pad>", "</s>", "<unk>") if text in vocab}
     silent.update(added.values())
+    more = [token for token in more if token.text not in vocab]
+    added.update({token.text: token.id for token in more})
+    silent.update(token.id for token in more if token.special)
+    known = {**vocab, **added}
+    check_ids(path, known)
     bos = None
     if names.get("add_bos_token") is not False:
-        bos = special_id(path, names, "bos", vocab, vocab["</s>"])
-    eos = special_id(path, names, "eos", vocab, vocab["</s>"])
+        bos = special_id(path, names, "bos", known, vocab["</s>"])
+    eos = special_id(path, names, "eos", known, vocab["</s>"])
     tokens, ids = tokens_and_ids(folder / "merges.txt", merge_order, merges, vocab)
-    return ByteLevelBPE(GPT2_WORDS, tokens, ids, added, silent, bos, eos)
+    return ByteLevelBPE(GPT2_WORDS, tokens, ids, added, silent, bos, eos, more_stops(names))
 
 
 def read_merges(path: Path) -> list[list[str]]:
@@ -221,7 +313,7 @@ def read_merges(path: Path) -> list[list[str]]:
     return [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
 
 
-def from_tokenizer_json(path: Path, names: dict) -> ByteLevelBPE:
+def from_tokenizer_json(path: Path, names: dict, more: list[Added]) -> ByteLevelBPE:
     """A Hugging Face tokenizer.json whose parts are all understood; any other part is an error that
     names it."""
     content = read_json(path)
@@ -235,17 +327,23 @@ def from_tokenizer_json(path: Path, names: dict) -> ByteLevelBPE:
         raise ValueError(f"{path}: a vocabulary with unk_token that lacks some bytes is not "
                          f"supported")
     added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    twice = len(added) < len(content["added_tokens"])
+    if twice or any(model["vocab"].get(text, i) != i for text, i in added.items()):
+        raise ValueError(f"{path}: an added token has two ids; a damaged download?")
+    more = [token for token in more if token.text not in added]
+    added.update({token.text: token.id for token in more})
     known = {**model["vocab"], **added}
     if not all(isinstance(text, str) and text for text in added):
         raise ValueError(f"{path}: an added token is no text; a damaged download?")
     check_ids(path, known)
     silent = {token["id"] for token in content["added_tokens"] if token["special"]}
+    silent.update(token.id for token in more if token.special)
     bos = template_bos(path, content.get("post_processor"))
     if "add_bos_token" in names:
         bos = special_id(path, names, "bos", known, bos) if names["add_bos_token"] else None
     eos = special_id(path, names, "eos", known, None)
     try:
-        tokenizer = ByteLevelBPE(words, tokens, ids, added, silent, bos, eos)
+        tokenizer = ByteLevelBPE(words, tokens, ids, added, silent, bos, eos, more_stops(names))
         got = tokenizer.decode(tokenizer.encode(SAMPLE, bos=False))
     except ValueError as error:                            # of the regular expression
         raise ValueError(f"{path}: the pre_tokenizer pattern {words[:100]!r} cannot be used "
@@ -281,7 +379,7 @@ def word_pattern(path: Path, pre_tokenizer: dict) -> str:
     other."""
     steps = [pre_tokenizer]
     if pre_tokenizer["type"] == "Sequence":
-        steps = pre_tokenizer["pretokenizers"]
+        steps = pre_tokenizer["pretokenizers"] or [{"type": None}]
     kinds = [step["type"] for step in steps]
     first, last = steps[0], steps[-1]
     if kinds[-1] == "ByteLevel" and not last["add_prefix_space"]:
@@ -292,8 +390,10 @@ def word_pattern(path: Path, pre_tokenizer: dict) -> str:
             return DIGIT_WORDS.format("" if first["individual_digits"] else "+")
         if kinds == ["Split", "ByteLevel"] and not use_regex:
             is_plain = first["behavior"] == "Isolated" and not first["invert"]
-            if is_plain and "Regex" in first["pattern"]:
-                return first["pattern"]["Regex"]
+            words = first["pattern"].get("Regex")
+            # `$` and `{1,3}+` mean something else to the tokenizers library, which uses Oniguruma
+            if is_plain and words and not re.search(r"(?<!\\)\$|\{[\d,]*\}\+", words):
+                return words
     said = json.dumps(pre_tokenizer)[:200]
     raise ValueError(f"{path}: pre_tokenizer {said} is not supported")
 
@@ -308,7 +408,7 @@ def template_bos(path: Path, post_processor: dict | None) -> int | None:
             front, text = step["single"][:-1], step["single"][-1]
             names = [part["SpecialToken"]["id"] for part in front if "SpecialToken" in part]
             ids = [i for name in names for i in step["special_tokens"][name]["ids"]]
-            if len(ids) != len(front) or "Sequence" not in text or len(ids) > 1:
+            if len(ids) != len(front) or "Sequence" not in text or len(ids) > 1 or bos is not None:
                 raise ValueError(f"{path}: post_processor {json.dumps(step['single'])} is not "
                                  f"`BOS, text` or `text`")
             bos = ids[0] if ids else None
@@ -327,6 +427,9 @@ SETTINGS = {
     "pad_token": str,
     "bos_token_id": (int, list),
     "eos_token_id": (int, list),
+    "add_eos_token": bool,
+    "add_prefix_space": bool,
+    "split_special_tokens": bool,
 }
 
 
@@ -350,6 +453,13 @@ def settings(folder: Path) -> dict:
                                  f"damaged download?")
             said[key] = value
     return said
+
+
+def more_stops(names: dict) -> frozenset[int]:
+    """Ids that end a text where a model's files name several. (A single number is no more than
+    eos_token says, and in early conversions wrong.)"""
+    ids = names.get("eos_token_id")
+    return frozenset(i for i in ids if type(i) is int) if isinstance(ids, list) else frozenset()
 
 
 def special_id(path: Path, names: dict, role: str, ids: dict[str, int],

@@ -4,6 +4,7 @@ families write theirs.
     python -m pytest -q tests/test_chat.py
 """
 import json
+import shutil
 
 import pytest
 
@@ -159,6 +160,68 @@ def test_the_end_of_a_turn_stops_an_answer():
                              {256, 257}, None, 0)
     assert ChatTemplate(CHATML).stops(tokenizer) == {257}
     assert ChatTemplate("{{ messages[-1].content }} plain").stops(tokenizer) == frozenset()
+
+
+def test_a_long_talk_forgets_its_beginning(capsys):
+    """64 positions: turns that no longer fit are left out, and a line that does not is refused;
+    the talk goes on."""
+    model, tokenizer = tiny(), Letters()
+    template = ChatTemplate("{% for m in messages %}{{ m.role[0] ~ m.content }}{% endfor %}a")
+    lines = ["x" * 9 + "\n"] * 4 + ["y" * 70 + "\n", "z" * 9 + "\n"]
+    evaluation.talk(model, tokenizer, template, iter(lines), max_new=8)
+    out, err = capsys.readouterr()
+    answers = out.splitlines()
+    assert [len(a) for a in answers] == [8] * 5
+    assert err.splitlines() == [
+        "(the first 1 of its turns no longer fit, and are left out)",
+        "(the first 3 of its turns no longer fit, and are left out)",
+        "(this line and the prompt take 72 of the model's 64 positions: no room to continue, use a "
+        "shorter text)"]
+    expect = lambda text: "".join(p for _, p in evaluation.generate(model, tokenizer, [text], 8))
+    assert answers[-1] == expect("u" + "z" * 9 + "a")
+
+
+def test_loops_know_their_end_and_sets_their_names():
+    source = "{% for m in messages %}{{ loop.revindex }}{{ loop.revindex0 }} {% endfor %}"
+    assert ChatTemplate(source).render(LONG) == "32 21 10 "
+    with pytest.raises(ValueError, match="{% set a, b = ... %} is not supported"):
+        ChatTemplate("{% set a, b = 'x', 'y' %}")
+
+
+def test_names_of_special_tokens_come_from_all_files(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"chat_template": "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}", "eos_token": "</s>"}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(
+        {"bos_token": {"content": "<s>"}, "eos_token": "<old>", "unk_token": "<unk>"}))
+    assert ChatTemplate.of(tmp_path).render(ONE) == "<s>|</s>|<unk>"
+
+
+@pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_that_a_fine_tuned_sentencepiece_model_has_added(place, tmp_path):
+    """ChatML over LLaMA's pieces: markers become ids of their own, and end an answer."""
+    shutil.copy(SHIPPED["tiny-llama"] / "tokenizer.model", tmp_path)
+    plain = load_tokenizer(SHIPPED["tiny-llama"])
+    size = plain.vocab_size
+    marks = {"<|im_start|>": size, "<|im_end|>": size + 1}
+    config = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
+    if place == "added_tokens.json":
+        (tmp_path / place).write_text(json.dumps(marks))
+    else:
+        config["added_tokens_decoder"] = {str(i): {"content": text, "special": True}
+                                          for text, i in marks.items()}
+        config["added_tokens_decoder"]["0"] = {"content": "<unk>", "special": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, size + 1]}))
+    tokenizer, template = load_tokenizer(tmp_path), ChatTemplate.of(tmp_path)
+    assert tokenizer.stops == {2, size + 1} and tokenizer.eos_id == size + 1
+    assert template.stops(tokenizer) == {size + 1}
+    want = [size, *plain.encode("user\n Hi there\n", bos=False), size + 1,
+            *plain.encode("\n", bos=False), size, *plain.encode("assistant\n", bos=False)]
+    start = template.encode(tokenizer, ONE).index(size, 1)
+    assert template.encode(tokenizer, ONE)[start:] == want
+    assert tokenizer.decode(want) == "user\n Hi there\n \n assistant\n"
+    assert tokenizer.vocab_size == size + 2
+    assert tokenizer.encode("a b") == plain.encode("a b")
 
 
 def test_a_conversation_is_read_from_its_beginning(capsys):

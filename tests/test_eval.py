@@ -126,9 +126,9 @@ def test_greedy_generation_equals_transformers(family, tmp_path):
                          do_sample=False, pad_token_id=0, eos_token_id=None)[0, 5:]
     assert continued(model, "hello") == Letters().decode(want.tolist())
     assert len(continued(model, "hello", 500)) == 59  # positions run out at 64
-    with pytest.raises(ValueError, match="text and prompt take 64 of"):
+    with pytest.raises(ValueError, match="text 1, 'hello' and the prompt take 64 of"):
         continued(model, "hello", prompt=torch.randn(59, 32))
-    with pytest.raises(ValueError, match="a text has no tokens"):
+    with pytest.raises(ValueError, match="text 1, '' has no tokens"):
         continued(model, "")
 
 
@@ -198,11 +198,46 @@ def test_characters_are_shown_whole(monkeypatch):
     ids = tokenizer.encode("caf\u00e9 \u4e2d\u6587 \U0001f600 ok", bos=False)
     monkeypatch.setattr(evaluation, "decode",
                         lambda model, rows, **how: iter([*((0, i) for i in ids[1:]), (0, None)]))
-    pieces = [piece for _, piece in evaluation.stream(None, tokenizer, [ids[:1]])]
+    pieces = [piece for _, piece in evaluation.stream_text(None, tokenizer, [ids[:1]])]
     assert "".join(pieces) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:1])):]
     assert pieces[-1] == ""
     assert len(pieces) > 5
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_pieces_join_to_the_text_that_all_ids_have(name, monkeypatch):
+    """Behind few ids as behind all, whatever lies at the seam: specials, halves of characters."""
+    tokenizer = load_tokenizer(SHIPPED[name])
+    g = torch.Generator().manual_seed(0)
+    text = " a\u4e2d b" * 3 + "\n def f(x):\n    return \U0001f600" * 4
+    whole = tokenizer.encode(text, bos=False)
+    for trial in range(60):
+        ids = torch.randint(0, tokenizer.vocab_size, (30,), generator=g).tolist()
+        ids = [tokenizer.eos_id] * (trial % 7) + (whole if trial % 2 else ids)
+        cut = 0 if trial % 7 else int(torch.randint(0, len(ids), (), generator=g))
+        row = whole[:7] + [tokenizer.eos_id] * (cut % 6)
+        monkeypatch.setattr(evaluation, "decode", lambda model, rows, **how: iter(
+            [*((0, i) for i in ids), (0, None)]))
+        pieces = [piece for _, piece in evaluation.stream_text(None, tokenizer, [row])]
+        want = tokenizer.decode(row + ids)[len(tokenizer.decode(row)):]
+        assert "".join(pieces) == want
+
+
+def test_batches_are_of_neighbours_of_like_length():
+    lengths = [3, 4, 90, 91, 5, 5, 5, 5, 5]
+    assert list(evaluation.batches_alike(lengths, 4, 20)) == [[0, 1], [2, 3], [4, 5, 6, 7], [8]]
+    assert list(evaluation.batches_alike(lengths, 4, 100)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+
+
+def test_a_text_without_room_is_named_before_anything_is_made():
+    with pytest.raises(ValueError, match="text 3, 'xxx.* take 64 of the model's 64"):
+        evaluation.generate(tiny(), Letters(), ["a", "b", "x" * 64])
+
+
+def test_the_smallest_temperature_is_greedy():
+    logits = torch.tensor([[0.0, 5.0, 4.0, -3.0]])
+    assert evaluation.pick(logits, 1e-40, 1.0, torch.tensor([0.7])).tolist() == [1]
 
 
 def test_texts_are_printed_in_order(capsys):

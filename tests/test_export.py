@@ -3,6 +3,7 @@ from that format's text.
 
     python -m pytest -q tests/test_export.py
 """
+import base64
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import test_model
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +23,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQC
 
 import export
 from data.checkpoint import read_folder, verify, write_safetensors
-from data.config import PUBLISHED, SHIPPED, Config, file_sums
+from data.config import PUBLISHED, SHIPPED, Config, file_sums, meta_factor
 from data.tokenizer import load_tokenizer
 from model import load_model, open_checkpoint, save_model
 from prompt import initial_prompt, load_prompt, save_prompt
@@ -300,6 +302,8 @@ def test_meta_and_hugging_face_both_ways(name, shards, tmp_path, monkeypatch):
     theirs = torch.load(tmp_path / "meta2/consolidated.00.pth", weights_only=True)
     mapped = torch.load(tmp_path / "meta2/consolidated.00.pth", weights_only=True, mmap=True)
     parts = [torch.load(f, weights_only=True) for f in sorted(to_meta_folder.glob("*.pth"))]
+    # Meta's code has no tied heads
+    parts[0].setdefault("output.weight", parts[0]["tok_embeddings.weight"])
     assert set(theirs) == set(parts[0]) - {"rope.freqs"}
     if shards == 1:
         assert all(torch.equal(w, parts[0][n]) and torch.equal(w, mapped[n])
@@ -383,6 +387,78 @@ def test_a_prompt_goes_to_peft_and_back(family, tmp_path):
 
 # ---- the program
 
+def test_verify_misses_files(tmp_path, monkeypatch, capsys):
+    peer("llama", tmp_path / "model")
+    monkeypatch.setattr(export, "SHARD", 60_000)
+    run(tmp_path / "model", "--to", "hf", tmp_path / "hf")
+    run(tmp_path / "hf", "--verify")
+    sorted((tmp_path / "hf").glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(FileNotFoundError, match="lists model-00002"):
+        run(tmp_path / "hf", "--verify")
+    (tmp_path / "hf/config.json").unlink()
+    capsys.readouterr()
+    run(tmp_path / "hf", "--verify")
+    assert "whether it is complete is not known" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_only_transformers_reads_is_copied(tmp_path, capsys):
+    """And a rank file, which it would misread, is refused before anything is written."""
+    peer("llama", tmp_path / "model")
+    (tmp_path / "model/tokenizer.json").write_text('{"model": {"byte_fallback": true}}')
+    run(tmp_path / "model", "--to", "hf", tmp_path / "hf")
+    assert (tmp_path / "hf/tokenizer.json").exists() and (tmp_path / "hf/config.json").exists()
+    assert "copied unread" in capsys.readouterr().err
+    (tmp_path / "model/tokenizer.json").unlink()
+    ranks = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
+    (tmp_path / "model/tokenizer.model").write_text("\n".join(ranks))
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "vocab_size": 512}))
+    state = load_file(tmp_path / "model/model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.randn(512, state[name].shape[1])
+    save_file(state, tmp_path / "model/model.safetensors")
+    with pytest.raises(ValueError, match="put the tokenizer.json of Hugging Face's edition"):
+        run(tmp_path / "model", "--to", "hf", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    run(tmp_path / "model", "--to", "meta", tmp_path / "meta")
+    assert load_tokenizer(tmp_path / "meta").encode("a") == [256, 97]
+
+
+@pytest.mark.parametrize("how", [dict(model_type="unigram"), dict(user_defined_symbols=["<x>"]),
+                                 dict(normalization_rule_name="nmt_nfkc"),
+                                 dict(add_dummy_prefix=False), dict()])
+def test_a_tokenizer_json_is_made_of_plain_bpe_alone(how, tmp_path):
+    plain = dict(model_type="bpe", normalization_rule_name="identity", byte_fallback=True,
+                 remove_extra_whitespaces=False)
+    text = [f"the cat {i} sat on a mat and <x> ran" for i in range(50)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(tmp_path / "m"), vocab_size=300,
+        minloglevel=2, hard_vocab_limit=False, **{**plain, **how})
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    assert export.is_plain_bpe(model) == (how == {})
+
+
+def test_special_tokens_that_config_json_alone_names_go_along(tmp_path):
+    shutil.copytree(SHIPPED["tiny-opt"], tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "eos_token_id": 50}))
+    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "model" / name).unlink(missing_ok=True)
+    run(tmp_path / "model", "--to", "hf", tmp_path / "hf")
+    assert load_tokenizer(tmp_path / "model").eos_id == load_tokenizer(tmp_path / "hf").eos_id == 50
+
+
+def test_the_factor_that_metas_files_do_not_say(tmp_path):
+    """LLaMA 3.2's 32, LLaMA 3.1's 8; another is said."""
+    for width, factor, said in ((2048, 32.0, False), (4096, 8.0, False), (2048, 8.0, True)):
+        scaling = {**export.LLAMA31, "factor": factor}
+        c = Config("llama", 100, width, 2, 16, 256, 16, rope_scaling=scaling, norm_eps=1e-5,
+                   rope_theta=5e5, max_positions=131072)
+        params = export.meta_params(c)
+        assert ("rope_scaling_factor" in params) == said
+        assert params.get("rope_scaling_factor", meta_factor(width)) == factor
+
+
 def test_the_program_refuses_what_it_cannot_do(tmp_path):
     peer("llama", tmp_path / "model")
     (tmp_path / "full").mkdir()
@@ -412,5 +488,4 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
     (tmp_path / "model/tokenizer.model").write_bytes(b"x")
     with pytest.raises(OSError, match="tokenizer.model cannot be written .No space left on device"):
         export.to_hf(open_checkpoint(tmp_path / "model"), tmp_path / "out")
-    # complete, and no config.json
-    assert [f.name for f in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert not any((tmp_path / "out").iterdir())

@@ -104,6 +104,50 @@ def test_older_config_spelling_and_our_own_folder(name, tmp_path):
     assert (logits_of(back, X) - want).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_single_file_goes_before_an_older_saves_index(name, tmp_path):
+    """transformers leaves the index, with or without its shards, where it saves a second time."""
+    peer(name, tmp_path, max_shard_size="60KB")
+    old = list(tmp_path.glob("model-*.safetensors"))
+    model = peer(name, tmp_path)                            # its own save removes the shards
+    for p in model.parameters():
+        p.data.mul_(1.1)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists() and old
+    assert (logits_of(load_model(tmp_path), X) - logits_of(model, X)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "opt"])
+def test_heads_that_are_tied_and_heads_that_are_not(name, tmp_path):
+    """A file may keep the head's name alone (safetensors drops one of two); it may not hold another
+    head than the embedding."""
+    want = logits_of(peer(name, tmp_path), X)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    embedding = next(n for n in state if "embed_tokens" in n)
+    save_file({**state, "lm_head.weight": state[embedding] + 1}, path)
+    with pytest.raises(ValueError, match="its lm_head.weight is not the embedding: set tie_word"):
+        load_model(tmp_path)
+    save_file({n: t for n, t in state.items() if n != embedding}
+              | {"lm_head.weight": state[embedding]}, path)
+    assert (logits_of(load_model(tmp_path), X) - want).abs().max() < 1e-4
+
+
+def test_tensors_at_odd_places_are_copied_when_they_are_asked_for(tmp_path):
+    """As files of early writers, which did not pad their headers, have them."""
+    want = {"a": torch.randn(3, 5), "b": torch.randn(7).half()}
+    save_file(want, tmp_path / "x.safetensors")
+    data = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8:8 + length].rstrip() + b" "
+    header += b" " * (1 - len(header) % 2)                  # of odd length
+    write_raw(tmp_path / "y.safetensors", header, data[8 + length:])
+    got = read_safetensors(tmp_path / "y.safetensors")
+    assert got.shape("a") == (3, 5) and got.dtype("b") == torch.float16
+    assert all(torch.equal(got[n], t) for n, t in want.items())
+    assert got["a"] is not got["a"]                         # none is held
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-tied", "opt", "opt-350m"])
 def test_file_layouts(name, tmp_path):
     want = logits_of(peer(name, tmp_path / "one"), X)

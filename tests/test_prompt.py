@@ -45,6 +45,13 @@ class Letters:
     eos_id = None
     bos_id = None
 
+    @property
+    def stops(self):
+        return frozenset([self.eos_id])
+
+    def special(self, text):
+        return None
+
     def encode(self, text, bos=True):
         return [ord(c) % 50 for c in text]
 

@@ -123,7 +123,7 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text",
-                         ["", "a\r\nb\rc\n\n", " \n\x85\u2028\0 \ufeff\u00e9", "\ufeffx", "no end"])
+                         ["", "a\r\nb\rc\n\n", " \n\x85\u2028\0 \ufeff\u00e9", "no end"])
 def test_files_are_read_as_they_are(tmp_path, text):
     for name in ("a.txt", "a.valid.raw", "b.md"):
         (tmp_path / name).write_bytes(text.encode())
@@ -135,6 +135,22 @@ def test_files_are_read_as_they_are(tmp_path, text):
     assert load_text(str(tmp_path / "c.jsonl"), "any") == [text, text]
     tokens = eval_tokens(Characters(), str(tmp_path / "c.jsonl"), "", 1)
     assert tokens.tolist() == Characters().encode(f"{text}\n\n{text}")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """As Windows' editor puts it in front of what it saves in UTF-8."""
+    (tmp_path / "a.txt").write_text("x\n", encoding="utf-8-sig")
+    assert load_text(str(tmp_path / "a.txt"), "any") == "x\n"
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n', encoding="utf-8-sig")
+    assert load_text(str(tmp_path / "a.jsonl"), "any") == ["x"]
+
+
+@pytest.mark.parametrize("line",
+                         ['{"text": 5}', '{"text": null}', '{"text": ["a"]}', "[" * 100_000])
+def test_a_document_that_is_no_text_is_named_by_its_line(line, tmp_path):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "x"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl line 2 is not a JSON object .* holds text"):
+        load_text(str(tmp_path / "a.jsonl"), "any")
 
 
 def test_harvested_sets_are_loaded_on_demand(monkeypatch):

@@ -7,6 +7,7 @@ import base64
 import functools
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import sentencepiece
 import tiktoken
 
 from data.bpe import byte_letters, merge_order
+from data.config import SHIPPED
 from data.tokenizer import GPT2_WORDS, LLAMA3_SPECIAL, LLAMA3_WORDS, load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -245,6 +247,60 @@ def tiny_files(folder: Path, specials=("<s>", "<pad>", "</s>", "<unk>")) -> dict
     return content
 
 
+def test_the_longest_added_token_is_taken(tmp_path):
+    content = tiny_files(tmp_path)
+    size = len(content["model"]["vocab"])
+    content["pre_tokenizer"].update(trim_offsets=False, use_regex=True)
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    content["added_tokens"] = [
+        {"id": i, "content": text, "special": i % 2 == 0, **flags}
+        for i, text in [(2, "</s>"), *enumerate(["  ", "    ", "<|a", "<|a|>", "<|a|>\n"], size)]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    peer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rng = random.Random(0)
+    texts = ["a    b", "<|a|>", "<|a|>\n<|a>"]
+    texts += ["".join(rng.choices(["a", " ", "  ", "<|a", "|>", "\n"], k=20)) for _ in range(300)]
+    check(load_tokenizer(tmp_path), lambda text: peer.encode(text).ids, texts, exact=False)
+
+
+def test_tokens_that_a_fine_tuned_opt_has_added(tmp_path):
+    """Those past the embedding are not there."""
+    vocab = tiny_files(tmp_path)["model"]["vocab"]
+    (tmp_path / "tokenizer.json").unlink()
+    size = len(vocab)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|x|>": size, "[PAD]": size + 1}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt", "vocab_size": size + 1}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a<|x|>b", bos=False) == [vocab["a"], size, vocab["b"]]
+    assert len(tokenizer.encode("[PAD]", bos=False)) == 5
+    assert tokenizer.vocab_size == size + 1
+
+
+@pytest.mark.parametrize("files", ["sentencepiece", "bytes"])
+def test_halves_of_surrogate_pairs_are_read_as_what_nobody_knows(files, tmp_path):
+    """As they come from a wrong JSON escape, or a terminal's odd byte."""
+    name = "tiny-llama" if files == "sentencepiece" else "tiny-opt"
+    tokenizer = load_tokenizer(SHIPPED[name])
+    assert tokenizer.encode("a\ud83d b") == tokenizer.encode("a\ufffd b")
+    assert tokenizer.encode("a\ud83d\ude00") == tokenizer.encode("a\U0001f600")
+
+
+@pytest.mark.parametrize("change, kind", [
+    ({"add_eos_token": True}, "both"), ({"split_special_tokens": True}, "both"),
+    ({"add_prefix_space": True}, "bytes"), ({"add_prefix_space": False}, "sentencepiece")])
+def test_settings_that_ask_for_more_are_refused(change, kind, tmp_path):
+    for name in ("tiny-llama", "tiny-opt"):
+        is_bytes = name == "tiny-opt"
+        folder = tmp_path / name
+        shutil.copytree(SHIPPED[name], folder)
+        (folder / "tokenizer_config.json").write_text(json.dumps(change))
+        if kind in ("both", "bytes" if is_bytes else "sentencepiece"):
+            with pytest.raises(ValueError, match=f"{next(iter(change))} .* is not supported"):
+                load_tokenizer(folder)
+        else:
+            load_tokenizer(folder)
+
+
 def test_opt_folder_prefers_vocab_and_merges_other_folders_tokenizer_json(tmp_path):
     tiny_files(tmp_path)
     assert load_tokenizer(tmp_path).bos_id is None  # no post_processor, no BOS
@@ -288,6 +344,12 @@ def test_bos_of_tokenizer_json_from_template_or_config(tmp_path):
     ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "merge 1, a b"),
     ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
     ({"added_tokens": [{"id": 2, "content": "<x>", "lstrip": True}]}, "<x>"),
+    ({"added_tokens": [{"id": 999, "content": "hell", "special": False}]}, "has two ids"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, "pre_tokenizer"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}+|[\s\S]"}, "behavior": "Isolated",
+         "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}}, "pre_tokenizer"),
 ])
 def test_unsupported_parts_are_named(tmp_path, change, message):
     (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_files(tmp_path) | change))

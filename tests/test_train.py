@@ -256,6 +256,18 @@ def test_what_overwrite_left_half_cleared_is_no_run(tmp_path, monkeypatch):
     begin(resume=True).lock.close()
 
 
+def test_half_written_files_of_others_stay(tmp_path):
+    """A run removes what a killed write of its own left, and nothing else in the folder."""
+    theirs = ["movie.mkv.part", "sub/other.part"]
+    ours = ["report.json.part", "compressed/model.safetensors.part", "teacher/x.npy.part"]
+    for name in theirs + ours:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    Report(tmp_path, {}, overwrite=True)
+    assert all((tmp_path / name).exists() for name in theirs)
+    assert not any((tmp_path / name).exists() for name in ours)
+
+
 def test_a_folder_on_a_disk_without_locks_can_be_used(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
 

@@ -18,7 +18,7 @@ dense behind a prompt learned the same way; and behind as many tokens of real te
 shuffled. Brackets hold 95% bootstrap intervals over windows (items); differences are paired, and a
 star marks those whose interval leaves zero out. Left out: means over seeds.
 """
-from data.flags import Flags, read_flags, run_program, whole
+from data.flags import Flags, flag, read_flags, run_program, whole
 
 STUDIES = ("levels", "recipes", "transfer", "length", "hard", "robust", "tasks")
 ONE_RUN = ("length", "hard", "robust", "tasks")
@@ -64,12 +64,13 @@ import torch
 
 from data.checkpoint import read_json, write_atomic, write_json
 from data.config import SHIPPED, packed_layers, resolve
+from data.harvest import SETS as HARVESTED
 from data.picture import made_how
 from data.progress import Progress
 from data.report import identity
 from data.svg import DENSE, HEALED, HURT, dot_plot
 from data.tasks import Item, ask, find_task, load_items
-from data.text import eval_tokens
+from data.text import FILES as TEXT_SETS, eval_tokens
 from data.tokenizer import load_tokenizer
 from eval import DTYPES, cut, decode, generate, not_finite, zero_shot
 from model import load_model, open_checkpoint
@@ -192,7 +193,8 @@ class Case:
         if s.packed and maker.is_file():
             self.made = read_json(maker).get("settings")
         if self.made is None:
-            raise ValueError(f"{maker} holds no settings: was its run stopped while it was cleared?")
+            raise ValueError(f"{maker} holds no settings: was its run stopped while it was "
+                             f"cleared?")
         self.n = s.prompt_tokens
         self.tokenizer = load_tokenizer(source)
         healed = " + healed" if self.made.get("heal") else ""
@@ -277,12 +279,17 @@ class Lab:
         return torch.tensor(self.keep("losses", made_of, make), dtype=torch.float64)
 
     def answers(self, case: Case, which: str, prompt, items: list[Item], task: str) -> torch.Tensor:
-        """1 where an item is answered right (acc), else 0: (items,) float64."""
+        """1 where an item is answered right, else 0: (items,) float64. By acc; of made items, whose
+        choices differ much in length, by acc_norm, the likeliest a character."""
+        metric = "acc_norm" if task.startswith(MADE) else "acc"
+
         def make():
             model = self.model(case, which)
             got = zero_shot(model, case.tokenizer, items, prompt, 16, f"{task}, {which}")
-            return [int(r["acc"]) for r in got]
+            return [int(r[metric]) for r in got]
         made_of = {**self.made_of(case, which, prompt), "items": mark(items)}
+        if metric != "acc":
+            made_of["metric"] = metric
         return torch.tensor(self.keep("answers", made_of, make), dtype=torch.float64)
 
     def learned(self, case: Case, which: str, text: str | None = None, n: int | None = None):
@@ -383,7 +390,10 @@ class Lab:
             return {find_task(name, a.data_dir)[0]: load_items(name, a.data_dir, limit)
                     for name in a.tasks.split(",")}
         text = case.tokenizer.decode(case.measured().tolist())
-        return {f"continue {Path(case.settings.data).name}": made_items(text, limit)}
+        return {MADE + Path(case.settings.data).name: made_items(text, limit)}
+
+
+MADE = "continue "                                  # what the name of made items begins with
 
 
 def made_items(text: str, limit: int, given: int = 40, asked: int = 8) -> list[Item]:
@@ -485,7 +495,8 @@ def commit() -> str:
 
 def publish(lab: Lab, name: str, tables: list[Table], says: list[str], drawing: str) -> None:
     """Print the tables, and write them as Markdown, JSON and SVG beside each other."""
-    words = [re.sub(r".*/(?=[^/]+/?$)", "", word) for word in sys.argv[1:]]    # names of folders
+    # names without their folders
+    words = [re.sub(r"[^,:]*/(?=[^/,:]+/?(?:[,:]|$))", "", word) for word in sys.argv[1:]]
     told = {"command": f"python study.py {shlex.join(words)}", "commit": commit(),
             "machine": describe_machine(lab.cases[0].settings.device),
             "runs": [case.about() for case in lab.cases]}
@@ -508,6 +519,7 @@ def publish(lab: Lab, name: str, tables: list[Table], says: list[str], drawing: 
 def levels(lab: Lab) -> None:
     """Perplexity against the real bits of a weight in Linears: the paper's main figure."""
     names = ["no prompt", "start", "learned", "neutral text", "shuffled text"]
+    check_alike(lab.cases)
     table = Table("Perplexity", "model", "bits a weight", "MB", *names, "learned, change in nats")
     found = []
     done = set()                                        # folders: runs share the dense model
@@ -543,6 +555,20 @@ def levels(lab: Lab) -> None:
     publish(lab, "levels", [table], says, dot_plot(
         "Perplexity by real bits a weight, masks and grids counted", "lower is better", rows,
         [("no prompt", HURT), ("learned prompt", HEALED)], log=True))
+
+
+def check_alike(cases: list[Case]) -> None:
+    """ValueError unless runs can be ranked: of one dense model, measured and taught alike."""
+    def asked(case: Case) -> dict[str, str]:
+        keys = ("data", "seqlen", "max_tokens", "kind", "objective", "steps", "prompt_tokens")
+        return {"--dense": case.dense, **{flag(key): getattr(case.settings, key) for key in keys}}
+    first = asked(cases[0])
+    for case in cases[1:]:
+        for name, value in asked(case).items():
+            if value != first[name]:
+                raise ValueError(f"one table ranks runs that differ in compression alone: "
+                                 f"{cases[0].folder.name} has {name} {first[name]}, "
+                                 f"{case.folder.name} {value}")
 
 
 def recipes(lab: Lab) -> None:
@@ -584,7 +610,12 @@ def transfer(lab: Lab) -> None:
     nats against no prompt."""
     first = lab.cases[0]
     texts = lab.texts(first)
-    by_text = {text: lab.learned(first, "compressed", learn) for text, (learn, _) in texts.items()}
+    for learn, measure in texts.values():
+        if learn == measure and learn not in (*TEXT_SETS, *HARVESTED):
+            raise ValueError(f"{learn} is a file, which has no splits: name the text to learn on "
+                             f"and the one to measure on, --texts LEARN:MEASURE")
+    by_text = {Path(learn).stem: lab.learned(first, "compressed", learn)
+               for learn, _ in texts.values()}
     tables = []
     rows = []
 
@@ -610,6 +641,7 @@ def transfer(lab: Lab) -> None:
     types = {kind(case): case for case in reversed(lab.cases)}.values()
     for title, cases in (("Levels", same), ("Types", sorted(types, key=lab.cases.index))):
         if len(cases) > 1:
+            check_labels(cases)
             prompts = {case.label: lab.learned(case, "compressed") for case in cases}
             matrix(title, prompts, {case.label: (case, None) for case in cases})
     says = ["Learned on the row, read by the column; below zero is better than no prompt, a star "
@@ -617,6 +649,15 @@ def transfer(lab: Lab) -> None:
     publish(lab, "transfer", tables, says, dot_plot(
         "Change of the loss by a prompt from elsewhere, nats a token", "lower is better", rows,
         [("learned on → read by", HEALED)]))
+
+
+def check_labels(cases: list[Case]) -> None:
+    """ValueError where two runs would be one row."""
+    for i, case in enumerate(cases):
+        twin = next((other for other in cases[:i] if other.label == case.label), None)
+        if twin:
+            raise ValueError(f"{twin.folder} and {case.folder} are both {case.label}: one table has "
+                             f"each once, leave one out")
 
 
 def length(lab: Lab) -> None:
@@ -651,19 +692,22 @@ def length(lab: Lab) -> None:
                   f"{cost['bytes'] / 1e3:.0f}", perplexity=numbers, **cost)
         rows.append((f"{n} positions", numbers[1:]))
     series = [("compressed", HURT), ("dense, a prompt learned alike", DENSE)]
-    says = [f"Prefill: the prompt and {case.settings.seqlen} tokens of text; decoding: a token "
-            f"behind them; the best of three."]
+    says = [f"Prefill: the prompt and {case.settings.seqlen - WRITTEN} tokens of text; decoding: a "
+            f"token behind them; the best of three."]
     publish(lab, "length", [table], says, dot_plot(
         "Perplexity behind a learned prompt", "lower is better", rows, series[:len(rows[0][1])]))
 
 
+WRITTEN = 19                                        # tokens of which the last 16 are timed
+
+
 @torch.no_grad()
-def seconds(lab: Lab, case: Case, prompt, count: int = 16) -> dict:
+def seconds(lab: Lab, case: Case, prompt) -> dict:
     """Seconds of reading prompt and text, and a token of writing behind them; bytes of the prompt's
-    keys and values."""
+    keys and values. The first steps are left out: on a GPU they record the others."""
     model = lab.model(case, "compressed")
     device = case.settings.device
-    text = case.measured()[:case.settings.seqlen - count]
+    text = case.measured()[:case.settings.seqlen - WRITTEN]
     prefill = []                                        # seconds, of every try
     writing = []
 
@@ -676,14 +720,17 @@ def seconds(lab: Lab, case: Case, prompt, count: int = 16) -> dict:
     for _ in range(3):
         began = now()
         model.hidden(*with_prompt(model, prompt, text[None].to(device)))
-        read = now()
-        for _ in decode(model, [text.tolist()], count, prompt=prompt):
+        prefill.append(now() - began)
+        steps = decode(model, [text.tolist()], WRITTEN, prompt=prompt)
+        for _ in range(WRITTEN - 16):
+            next(steps)
+        began = now()
+        for _ in steps:
             pass
-        prefill.append(read - began)
-        writing.append((now() - read - prefill[-1]) / count)
+        writing.append((now() - began) / 16)
     c = model.config
     held = 0 if prompt is None else len(prompt) * c.n_layer * 2 * c.n_kv_head * c.head_dim
-    return {"prefill": min(prefill), "decode": max(min(writing), 0.0),
+    return {"prefill": min(prefill), "decode": min(writing),
             "bytes": held * DTYPES[case.settings.dtype].itemsize}
 
 
@@ -747,27 +794,37 @@ def continued(lab: Lab, case: Case, which: str, prompt, tokens: torch.Tensor) ->
 
 
 def robust(lab: Lab) -> None:
-    """Text from elsewhere, and text that is damaged, with and without the prompt."""
+    """Text from elsewhere, and text that is damaged, with and without the prompt. In nats a
+    character: damaged text takes more tokens."""
     case = lab.cases[0]
     tokens = case.measured()
     texts = {label: case.measured(measure) for label, (_, measure) in lab.texts(case).items()}
     text = case.tokenizer.decode(tokens.tolist())
     for how in ("typos", "dropped", "swapped", "upper case", "lower case"):
-        ids = torch.tensor(case.tokenizer.encode(corrupted(text, how)))
-        texts[f"{Path(case.settings.data).stem}, {how}"] = ids[:len(tokens)]
+        texts[f"{Path(case.settings.data).stem}, {how}"] = torch.tensor(
+            case.tokenizer.encode(corrupted(text, how)))
     controls = lab.controls(case)
-    table = Table("Perplexity", "text", *controls, "learned, change in nats")
+    table = Table("Nats a character", "text", *controls, "learned, change")
     rows = []
     for label, tokens in texts.items():
-        losses = {name: lab.losses(case, which, prompt, tokens)
+        a_character = tokens_a_character(case, tokens)
+        losses = {name: lab.losses(case, which, prompt, tokens) * a_character
                   for name, (which, prompt) in controls.items()}
-        numbers = {name: ppl(value) for name, value in losses.items()}
-        table.add(label, *(show(v) for v in numbers.values()),
-                  change(losses["+ learned"], losses["compressed"]), perplexity=numbers)
+        numbers = {name: spread(value) for name, value in losses.items()}
+        table.add(label, *(show(v, ".3f") for v in numbers.values()),
+                  change(losses["+ learned"], losses["compressed"]), nats_a_character=numbers)
         rows.append((label, [numbers["compressed"], numbers["+ learned"]]))
     publish(lab, "robust", [table], [], dot_plot(
-        "Perplexity on other and on damaged text", "lower is better", rows,
-        [("compressed", HURT), ("+ learned prompt", HEALED)], log=True))
+        "Nats a character on other and on damaged text", "lower is better", rows,
+        [("compressed", HURT), ("+ learned prompt", HEALED)]))
+
+
+def tokens_a_character(case: Case, tokens: torch.Tensor) -> torch.Tensor:
+    """Of each window's scored tokens: (windows,) float64."""
+    s = case.settings
+    scored = cut(tokens, s.seqlen, s.batch_size)[:, 1:]
+    characters = [len(case.tokenizer.decode(window.tolist())) for window in scored]
+    return scored.shape[1] / torch.tensor(characters, dtype=torch.float64)
 
 
 def tasks(lab: Lab) -> None:

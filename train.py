@@ -216,6 +216,7 @@ def settle(args) -> None:
                          f"without a window: use more")
     args.train_data = args.train_data or calibration_texts(args)[0]
     refuse_idle(args, given)
+    say_what_was_seen(args)
     args.device = usable(args.device)
     args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
     Settings(args.true_sequential, args.correct, args.reconstruct).check()
@@ -240,6 +241,16 @@ def settle(args) -> None:
     if parallel.world() > 1 and args.batch_size % parallel.world():
         raise ValueError(f"--batch-size {args.batch_size} cannot be split over {parallel.world()} "
                          f"processes: use a multiple")
+
+
+def say_what_was_seen(args) -> None:
+    """A file has no splits: where it is measured too, its perplexity says nothing of other text."""
+    seen = {"compressed on": calibration_texts(args) if not args.packed else [],
+            "learned from": [args.train_data] if args.steps else []}
+    for how, texts in seen.items():
+        if args.data in texts and args.data not in (*TEXT_SETS, *HARVESTED):
+            say(f"{args.data} is {how} and measured, a file without splits: what is measured says "
+                f"nothing of other text")
 
 
 def refuse_idle(args, given: set[str]) -> None:

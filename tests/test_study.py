@@ -6,6 +6,7 @@ pictures without collisions.
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from data.checkpoint import read_json
 from data.svg import dot_plot
 from eval import perplexity
 from model import load_model
-from prompt import load_prompt
+from prompt import load_prompt, text_nll
 from study import corrupted, made_items, mcnemar, ppl, spread
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,6 +224,45 @@ def test_every_flag_does_something(place, tmp_path):
             made = run(place, *words)
             tables.append(json.loads(made["json"])["tables"])
         assert tables[0] != tables[1], name
+
+
+def test_what_cannot_be_one_table_is_refused(place, tmp_path):
+    """Runs on unlike texts are not ranked, twins are not one row, and no text is learned and
+    measured at once."""
+    a, b = place / "a", place / "b"
+    other = tmp_path / "other"
+    shutil.copytree(a, other)
+    report = read_json(other / "report.json")
+    report["settings"]["seqlen"] = 16
+    (other / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="a has --seqlen 32, other 16"):
+        run(place, "levels", a, other)
+    with pytest.raises(ValueError, match="other are both .*: one table has each once"):
+        run(place, "transfer", a, b, other, "--texts", f"{place / 'one.txt'}:{place / 'two.txt'}")
+    with pytest.raises(ValueError, match="two.txt is a file, which has no splits"):
+        run(place, "transfer", a, b, "--texts", place / "two.txt")
+
+
+def test_damaged_text_is_measured_by_its_characters(place):
+    """Whatever a tokenizer makes of it: losses of all scored tokens over all their characters."""
+    run(place, "robust", place / "a")
+    table = read_json(place / "out/robust.json")["tables"][0]
+    case = study.Lab(study.flags().parse_args(["robust", str(place / "a")])).cases[0]
+    text = case.tokenizer.decode(case.measured().tolist())
+    ids = torch.tensor(case.tokenizer.encode(text.upper()))
+    windows = ids[:len(ids) // 32 * 32].view(-1, 32)
+    model = load_model(case.dense)
+    losses = text_nll(model, None, windows).view(len(windows), -1).double().sum(1)
+    characters = [len(case.tokenizer.decode(w[1:].tolist())) for w in windows]
+    want = float((losses / torch.tensor(characters)).mean())
+    row = next(row for row in table["rows"] if row["row"].endswith("upper case"))
+    assert row["nats_a_character"]["dense"][0] == pytest.approx(want, rel=1e-5)
+
+
+def test_folders_of_paths_are_not_told(place):
+    told = run(place, "transfer", place / "a", place / "b",
+               "--texts", f"{place / 'one.txt'}:{place / 'two.txt'}")["md"]
+    assert "| one |" in told and str(place) not in told
 
 
 def test_runs_are_taken_by_a_pattern_that_names_the_study_too(place):

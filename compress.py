@@ -5,7 +5,7 @@ packed shard.
     stats = compress(checkpoint, "out/compressed", windows, make_solver(bits=4, sparsity=0.5))
 
 What enters a block comes out of the compressed blocks before it. A block is two steps of the
-residual stream h, attention and MLP, each h + out(mix(norm(h))) (model.Half). For each step, the
+residual stream h, attention and MLP, each h + out(mix(norm(h))) (model.Sublayer). For each, the
 Linears that read the stream are solved first, then the one that writes into it:
 
     pass 1   x = norm(h)             -> moments of x     -> solve q, k, v     (or gate and up)
@@ -17,7 +17,7 @@ nothing lives but the stream and, where Linears aim at the dense model's outputs
 twin: half precision, in CPU memory (`Stream`). On the device are one block, its copies, one batch
 and the solver's matrices, whatever the model's size.
 
-With Settings(reconstruct=PASSES), a half-block that is solved moves as a whole towards the dense
+With Settings(reconstruct=PASSES), a sublayer that is solved moves as a whole towards the dense
 one's outputs, before pass 3, by gradients (EBFT 2402.12419): see `reconstruct`.
 
 Before the walk, `allocate` may say how much of each group of Linears to prune, at a fixed share of
@@ -47,8 +47,9 @@ from heal import TunedGrid, TunedNorm, tuned
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from kernels.unpacking import unpack
-from model import Block, Checkpoint, Half, load_block, read_note, save_index, save_shard, shard_path
-from prompt import LOGITS, HeadLoss, fit
+from model import (Block, Checkpoint, Sublayer, load_block, read_note, save_index, save_shard,
+                   shard_path)
+from prompt import LOGITS, HeadLoss, backward, fit
 from sparsegpt import SLAB, admm, parse_sparsity, prune_and_round, refit, sparsegpt
 
 RECIPES = {
@@ -64,11 +65,13 @@ Solve = Callable[..., Compressed]
 def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", groupsize: int = -1,
                 sym: bool = False, blocksize: int = 128, static_groups: bool = False,
                 **steps) -> Solve | None:
-    """solve(W, H, parts, held=None, share=None) -> Compressed, or None where nothing is to be done.
+    """solve(W, H, parts, fixed_mask=None, share=None) -> Compressed, or None where nothing is to be
+    done.
 
     W (rows, in) stacks the Linears that read one input, H (in, in) is that input's Hessian, parts
-    has the Linears' rows, held the mask if there is one already, share how much to prune in place
-    of `sparsity`. bits None prunes only, sparsity 0 quantizes only; steps (mask, refits, grid,
+    has the Linears' rows (the plain recipe prunes each alike; the best one ranks the weights of all
+    of them), fixed_mask the mask if there is one already, share how much to prune in place of
+    `sparsity`. bits None prunes only, sparsity 0 quantizes only; steps (mask, refits, grid,
     act_order, descent, percdamp) replace the recipe's."""
     s = {**RECIPES[recipe], **steps}
     fraction, _, m = parse_sparsity(sparsity)
@@ -83,10 +86,10 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
     taken_apart = s["mask"] == "admm" or s["refits"] or s["descent"] or s["grid"] != "minmax"
     taken_apart = taken_apart or fraction and s["act_order"]
 
-    def solve(W, H, parts, held=None, share=None):
+    def solve(W, H, parts, fixed_mask=None, share=None):
         asked = pattern if share is None else share
-        if taken_apart or held is not None:
-            return prune_and_round(W, H, asked, bits, held=held, **own, **common)
+        if taken_apart or fixed_mask is not None:
+            return prune_and_round(W, H, asked, bits, fixed_mask=fixed_mask, **own, **common)
         if fraction:                                            # one joint pass, as in the paper
             return sparsegpt(W, H, asked, bits, parts=parts, **common)
         return gptq(W, H, bits, act_order=s["act_order"], static_groups=static_groups, **common)
@@ -280,8 +283,9 @@ class Walk:
             if judged:
                 self.held_dense.append(h.clone())
         if not len(self.stream):
-            raise ValueError(f"{len(windows)} windows in batches of {batch_size} leave none for one "
-                             f"of {parallel.world()} processes: use more windows, smaller batches or "
+            raise ValueError(f"{len(windows)} windows in batches of {batch_size} leave none for "
+                             f"one of {parallel.world()} processes: use more windows, smaller "
+                             f"batches or "
                              f"fewer processes")
 
     def advance(self, block: Block, source: Block | None, true_sequential: bool) -> None:
@@ -293,8 +297,8 @@ class Walk:
                 if not true_sequential:
                     stream[k] = through(stream[k], self.rope)
                     continue
-                for half in through.halves():
-                    stream[k] = half.write(stream[k], half.mix(stream[k], self.rope))
+                for sublayer in through.sublayers():
+                    stream[k] = sublayer.write(stream[k], sublayer.mix(stream[k], self.rope))
 
 
 def hold_out(drawn: torch.Tensor, nsamples: int, count: int,
@@ -323,7 +327,8 @@ class Settings(NamedTuple):
 
     def check(self) -> None:
         if self.correct and not self.true_sequential:
-            raise ValueError(f"--correct {self.correct} works group by group: add --true-sequential, "
+            raise ValueError(f"--correct {self.correct} works group by group: add "
+                             f"--true-sequential, "
                              f"or turn it off with --correct 0")
         if self.reconstruct and not self.correct:
             raise ValueError(f"--reconstruct {self.reconstruct} needs the dense model's stream "
@@ -359,19 +364,19 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Se
 
     if settings.true_sequential:
         twin = copy_block(source, walk.dtype, walk.device) if walk.dense is not None else None
-        dense = twin.halves() if twin else (None, None)
-        for half, dense_half, stored in zip(work.halves(), dense, done.halves()):
-            step_sequential(half, dense_half, walk, solve_group)
-            release(dense_half)
+        dense = twin.sublayers() if twin else (None, None)
+        for sublayer, dense_sublayer, stored in zip(work.sublayers(), dense, done.sublayers()):
+            step_sequential(sublayer, dense_sublayer, walk, solve_group)
+            release(dense_sublayer)
             if settings.reconstruct:
-                told = reconstruct(half, stored, before, walk, solve, settings)
+                told = reconstruct(sublayer, stored, before, walk, solve, settings)
                 for s in stats[-len(before):]:
                     s.update(told)
                 before.clear()
             for stream in (walk.stream, walk.held):
                 for k, h in enumerate(stream):
-                    stream[k] = half.write(h, half.mix(h, walk.rope))
-            release(half)
+                    stream[k] = sublayer.write(h, sublayer.mix(h, walk.rope))
+            release(sublayer)
     else:
         moments = all_moments(work, walk.stream, walk.rope)
         held = all_moments(work, walk.held, walk.rope)
@@ -399,12 +404,12 @@ def all_moments(block: Block, stream: Stream, rope) -> dict[tuple, Moments]:
     """{Linears: moments of what they read} of all four groups of a block as it is."""
     moments = {}
     for h in stream:
-        for half in block.halves():
-            x = half.read(h)
-            moments.setdefault(tuple(half.reads), Moments()).add(x)
-            y = half.part.mix(x, rope)
-            moments.setdefault(tuple(half.writes), Moments()).add(y)
-            h = half.write(h, y)
+        for sublayer in block.sublayers():
+            x = sublayer.read(h)
+            moments.setdefault(tuple(sublayer.reads), Moments()).add(x)
+            y = sublayer.part.mix(x, rope)
+            moments.setdefault(tuple(sublayer.writes), Moments()).add(y)
+            h = sublayer.write(h, y)
     return moments
 
 
@@ -416,24 +421,24 @@ def moments_of(stream: Stream, read: Callable) -> Moments:
     return moments
 
 
-def release(half: Half | None) -> None:
-    """The weights of a half-block of a copy are not needed any more."""
-    for p in half.part.parameters() if half else ():
+def release(sublayer: Sublayer | None) -> None:
+    """The weights of a sublayer of a copy are not needed any more."""
+    for p in sublayer.part.parameters() if sublayer else ():
         p.data = p.data.new_empty(0)
 
 
-def step_sequential(half: Half, dense: Half | None, walk: Walk, solve_group) -> None:
-    """The first two passes of one half-block, and all three of its dense twin."""
+def step_sequential(sublayer: Sublayer, dense: Sublayer | None, walk: Walk, solve_group) -> None:
+    """The first two passes of one sublayer, and all three of its dense twin."""
     stream, twin, rope = walk.stream, walk.dense, walk.rope
     moments = Moments()
     for k, h in enumerate(stream):
-        x = half.read(h)
+        x = sublayer.read(h)
         moments.add(x, None if twin is None else dense.read(twin[k]) - x)
-    solve_group(half.reads, moments, False, lambda: moments_of(walk.held, half.read))
+    solve_group(sublayer.reads, moments, False, lambda: moments_of(walk.held, sublayer.read))
 
     moments = Moments()
     for k, h in enumerate(stream):
-        y = half.mix(h, rope)
+        y = sublayer.mix(h, rope)
         if twin is None:
             moments.add(y)
             continue
@@ -444,8 +449,8 @@ def step_sequential(half: Half, dense: Half | None, walk: Walk, solve_group) -> 
         twin[k] = dense.write(dense_h, dense_y)
     for k, dense_h in enumerate(walk.held_dense or ()):
         walk.held_dense[k] = dense.write(dense_h, dense.mix(dense_h, rope))
-    solve_group(half.writes, moments, True,
-                lambda: moments_of(walk.held, lambda h: half.mix(h, rope)))
+    solve_group(sublayer.writes, moments, True,
+                lambda: moments_of(walk.held, lambda h: sublayer.mix(h, rope)))
 
 
 def solve_linears(source: Block, done: Block, work: Block, names: list[str], moments: Moments,
@@ -453,7 +458,7 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
                   heldout_moments: Callable) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Solve the Linears that share an input as one stacked matrix, and put the result where it is
     stored (done) and where it runs (work). heldout_moments(): of that input on held-out windows,
-    made when the solver's memory is free again. Returns, for `reconstruct`, {name in its half:
+    made when the solver's memory is free again. Returns, for `reconstruct`, {name in its sublayer:
     (fp32 weights before rounding, mask)}."""
     linears = [source.get_submodule(name) for name in names]
     parts = [linear.out_features for linear in linears]
@@ -526,23 +531,24 @@ def run_stored(kept: nn.Module, runs: nn.Linear) -> None:
 # --------------------------------------------------------------------------------------------------
 # Allocation: how much of each group of Linears is pruned, at a fixed share of the whole model.
 
-TOKENS = 4096                           # of the text that tells, one window at least
+FISHER_TOKENS = 4096                    # calibration tokens that are read; at least one window
 REACH = 0.25                            # how far a share may go, in what is pruned or what is kept
-CHEAP = dict(iterations=5, percdamp=0.03)       # of `admm`: a cost needs no good mask
+QUICK_ADMM = dict(iterations=5, percdamp=0.03)      # a cost needs no good mask
 
 
 class Sensitivity:
     """Sums over tokens of what a group of Linears reads, x (in,), and of the gradient g (out,) of
     the loss with respect to all that they give.
 
-    Giving e x less costs the loss about E[(g . e x)^2] / 2 (its Fisher information). With squares
-    of gradients taken as a row's mean times a token's, that is
+    Pruning changes row r of the group's matrix by e_r (in,), and its output by e_r . x. The loss
+    then changes by about E[(sum over r of g_r e_r . x)^2] / 2 (Fisher information). With g_r^2
+    taken as a mean of its row times a mean of its token, and rows as independent, that is
 
-        sum over rows of  E[g^2] * e W e^T / (2 E[|g|^2])       W: mean of |g|^2 x x^T
+        sum over r of  E[g_r^2] / E[|g|^2] * e_r M e_r^T / 2        M: mean of |g|^2 x x^T
     """
 
     def __init__(self):
-        self.plain, self.weighted = Moments(), Moments()        # of x, and of |g| x
+        self.plain, self.weighted = Moments(), Moments()        # of x: H, and of |g| x: M
         self.rows = 0                                           # (out,) squares of g
 
     def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
@@ -558,7 +564,7 @@ class Sensitivity:
         of_row = self.rows / self.rows.sum().clamp(min=1e-30)
         found = []
         for fraction in fractions:
-            lost = W - admm(W, H, fraction, **CHEAP)[1]
+            lost = W - admm(W, H, fraction, **QUICK_ADMM)[1]
             found.append(float(((lost @ weighted) * lost).sum(1) @ of_row) / 2)
         return found
 
@@ -568,8 +574,8 @@ def watched(block: Block):
     """Inside, yields {name: (x, y)} of what the block's Linears read and gave last; y keeps its
     gradient."""
     seen, handles = {}, []
-    for half in block.halves():
-        for name in half.reads + half.writes:
+    for sublayer in block.sublayers():
+        for name in sublayer.reads + sublayer.writes:
             def keep(module, inputs, y, name=name):
                 y.retain_grad()
                 seen[name] = inputs[0].detach(), y
@@ -586,8 +592,8 @@ def costs_of(block: Block, entered: Stream, grads: list[torch.Tensor], rope,
     """{names of a group of Linears: what pruning it to each fraction costs} of a dense block, by
     the windows that entered it and the loss's gradients behind it; these become those before
     it."""
-    groups = {tuple(names): Sensitivity() for half in block.halves()
-              for names in (half.reads, half.writes)}
+    groups = {tuple(names): Sensitivity() for sublayer in block.sublayers()
+              for names in (sublayer.reads, sublayer.writes)}
     with torch.enable_grad(), watched(block) as seen:
         for k, h in enumerate(entered):
             h.requires_grad_()
@@ -616,8 +622,8 @@ def allocates(sparsity: float | str) -> bool:
 @torch.no_grad()
 def allocate(ends: nn.Module, block_of: Callable[[int], Block], windows: torch.Tensor,
              fraction: float) -> dict[str, float]:
-    """How much of each Linear to prune, {its name in the model: share}, so that `fraction` of all
-    their weights is and the dense model's loss grows least.
+    """How much of each group of Linears with one input to prune, {name of a Linear in the model:
+    its group's share}, so that `fraction` of all weights is and the dense model's loss grows least.
 
     ends: a Transformer's embedding and head; block_of(i): its dense block i, both in one dtype on
     one device; windows (N, T): of which a few are read, forwards and backwards, a block at a time.
@@ -627,7 +633,7 @@ def allocate(ends: nn.Module, block_of: Callable[[int], Block], windows: torch.T
     of unlike kinds these costs do not tell. The gradient is that of the text's own next tokens."""
     weight = ends.embed_tokens.weight
     device, dtype = str(weight.device), weight.dtype
-    count = max(1, TOKENS // windows.shape[1])
+    count = max(1, FISHER_TOKENS // windows.shape[1])
     windows = windows[::max(1, len(windows) // count)][:count].to(device)
     rope = ends.rope(0, windows.shape[1], device)
     reach = REACH * min(fraction, 1 - fraction)
@@ -696,7 +702,7 @@ def balance(costs: list[list[float]], fraction: float, tried: list[float],
 
 # --------------------------------------------------------------------------------------------------
 # Reconstruction: each group of Linears alone was asked for the dense model's outputs; now the
-# half-block is as a whole, nonlinearity included.
+# sublayer is as a whole, nonlinearity included.
 
 WEIGHT_RATE = 1e-2                      # of Adam, in root mean squares of a matrix
 GRID_RATE = 4e-3                        # in shares of a scale and of a norm's weight, in levels
@@ -735,62 +741,63 @@ class Kept(nn.Module):
         return self
 
 
-def stream_errors(half: Half, h: torch.Tensor, wanted: torch.Tensor, rope) -> torch.Tensor:
-    """Of every token, fp32: the squared error of the stream behind half, h being before it, as a
-    share of the dense model's, wanted. The norms to come do not see how long a token is."""
-    wanted, x = wanted.float(), half.mix(h, rope)
-    e = half.write(h.float() if half.pre_norm else h, x).float() - wanted
+def stream_errors(sublayer: Sublayer, h: torch.Tensor, wanted: torch.Tensor, rope) -> torch.Tensor:
+    """Of every token, fp32: the squared error of the stream behind the sublayer, h being before it,
+    as a share of the dense model's, wanted. The norms to come do not see how long a token is."""
+    wanted, x = wanted.float(), sublayer.mix(h, rope)
+    e = sublayer.write(h.float() if sublayer.pre_norm else h, x).float() - wanted
     return e.square().mean(-1) / wanted.square().mean(-1).clamp(min=1e-12)
 
 
-def held_error(half: Half, walk: Walk, dtype: torch.dtype | None = None) -> float:
+def held_error(sublayer: Sublayer, walk: Walk, dtype: torch.dtype | None = None) -> float:
     """Mean of stream_errors over the held-out windows, computed in dtype or in the walk's."""
     with torch.no_grad():
-        found = [stream_errors(half, h.to(dtype or walk.dtype), walk.held_dense[k], walk.rope)
+        found = [stream_errors(sublayer, h.to(dtype or walk.dtype), walk.held_dense[k], walk.rope)
                  for k, h in enumerate(walk.held)]
         return float(torch.cat(found).mean())
 
 
-def tune(half: Half, parts: dict[str, nn.Module], norm: TunedNorm, walk: Walk, passes: int,
+def tune(sublayer: Sublayer, parts: dict[str, nn.Module], norm: TunedNorm, walk: Walk, passes: int,
          rate: float) -> None:
     """Adam over the windows on what the stand-ins move, in fp32: parts, by their names in
-    half.part, and norm. What is best on the held-out windows is left in them. Activations are in
-    dtype: gradients of fp16 would vanish."""
-    half = half._replace(norm=lambda x: norm(x.float()).to(x.dtype))
+    sublayer.part, and norm. What is best on the held-out windows is left in them. Activations are
+    in dtype: gradients of fp16 would vanish."""
+    sublayer = sublayer._replace(norm=lambda x: norm(x.float()).to(x.dtype))
     dtype = torch.float32 if walk.dtype == torch.float16 else walk.dtype
     windows = max(1, STEP_TOKENS // walk.stream.parked[0].shape[1])
     steps = [(k, slice(i, i + windows)) for k, batch in enumerate(walk.stream.parked)
              for i in range(0, len(batch), windows)]
     moving = {f"{name}.{n}": p for name, part in {**parts, "norm": norm}.items()
               for n, p in part.named_parameters(recurse=False)}
-    with tuned(half.part, parts), torch.enable_grad():
-        start = max(held_error(half, walk, dtype), 1e-12)
+    with tuned(sublayer.part, parts), torch.enable_grad():
+        start = max(held_error(sublayer, walk, dtype), 1e-12)
 
-        def loss_of_batch(index) -> torch.Tensor:
+        def loss_of_batch(index) -> float:
             k, part = steps[int(index)]
             h = walk.stream[k][part].to(dtype)
-            return stream_errors(half, h, walk.dense[k][part], walk.rope).mean() / start
+            errors = stream_errors(sublayer, h, walk.dense[k][part], walk.rope)
+            return backward(errors.mean() / start)
 
-        fit(moving, loss_of_batch, len(steps), lambda: held_error(half, walk, dtype) / start,
+        fit(moving, loss_of_batch, len(steps), lambda: held_error(sublayer, walk, dtype) / start,
             passes * len(steps), 1, rate, val_every=len(steps), betas=(0.9, 0.99))
 
 
-def reconstruct(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve,
+def reconstruct(sublayer: Sublayer, stored: Sublayer, before: dict, walk: Walk, solve: Solve,
                 settings: Settings) -> dict:
-    """Move a half-block that is solved, as it runs (half) and as it is stored, towards what the
-    dense model's half-block gives on the dense stream, its nonlinearity included.
+    """Move a sublayer that is solved, as it runs (sublayer) and as it is stored, towards what the
+    dense model's sublayer gives on the dense stream, its nonlinearity included.
 
     Twice a few passes of Adam: on the weights before rounding, `before` as solve_linears returns
     them, which are then rounded anew under the same masks; and half as many on the grids. Norms and
     biases move along. What is not better on the held-out windows is taken back. Returns the errors
     there (held_error) before and after."""
     began = time.monotonic()
-    error = first = held_error(half, walk)
+    error = first = held_error(sublayer, walk)
     for stage in (move_weights, move_grids):
         part, norm = copy.deepcopy(stored.part), copy.deepcopy(stored.norm.state_dict())
-        running = [(p, p.data) for m in (half.part, half.norm) for p in m.parameters()]
-        stage(half, stored, before, walk, solve, settings)
-        now = held_error(half, walk)
+        running = [(p, p.data) for m in (sublayer.part, sublayer.norm) for p in m.parameters()]
+        stage(sublayer, stored, before, walk, solve, settings)
+        now = held_error(sublayer, walk)
         if now < error:
             error = now
             continue
@@ -800,18 +807,18 @@ def reconstruct(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve
         for p, data in running:
             p.data = data
     walk.reconstructing += time.monotonic() - began
-    return {"error_half_before": first, "error_half": error}
+    return {"error_sublayer_before": first, "error_sublayer": error}
 
 
-def move_weights(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve,
+def move_weights(sublayer: Sublayer, stored: Sublayer, before: dict, walk: Walk, solve: Solve,
                  settings: Settings) -> None:
     """The first stage of `reconstruct`. The last Linear aims at the dense output once more, behind
     what the others have become."""
-    parts = {name: Kept(V, mask, half.part.get_submodule(name).bias)
+    parts = {name: Kept(V, mask, sublayer.part.get_submodule(name).bias)
              for name, (V, mask) in before.items()}
     norm = TunedNorm(copy.deepcopy(stored.norm).float().to(walk.device))
-    tune(half, parts, norm, walk, settings.reconstruct, WEIGHT_RATE)
-    settle_norm(norm, half, stored)
+    tune(sublayer, parts, norm, walk, settings.reconstruct, WEIGHT_RATE)
+    settle_norm(norm, sublayer, stored)
     for name, part in parts.items():
         if part.settle().bias is not None:
             stored.part.get_submodule(name).bias.data = part.bias.half().cpu()
@@ -823,26 +830,27 @@ def move_weights(half: Half, stored: Half, before: dict, walk: Walk, solve: Solv
         target = aim(W, moments.finish(), biased, settings.correct, of_outputs)
         rows = [parts[name].out_features for name in names]
         out = solve(target.W, target.H, rows, mask)
-        put(stored.part, half.part, names, rows, out, target.bias_gain(out.weight))
+        put(stored.part, sublayer.part, names, rows, out, target.bias_gain(out.weight))
 
     moments = Moments()
+    has_bias = parts[sublayer.part.reads[0]].bias is not None
     for h in walk.stream:
-        x = half.read(h)
+        x = sublayer.read(h)
         # no error, but the bias meets the mean
-        moments.add(x, torch.zeros_like(x) if parts[half.part.reads[0]].bias is not None else None)
-    round_group(list(half.part.reads), moments, False)
+        moments.add(x, torch.zeros_like(x) if has_bias else None)
+    round_group(list(sublayer.part.reads), moments, False)
 
-    last = parts[half.part.writes]
+    last = parts[sublayer.part.writes]
     moments = Moments()
     for k, h in enumerate(walk.stream):
-        y = half.mix(h, walk.rope)
+        y = sublayer.mix(h, walk.rope)
         e = walk.dense[k].float() - h.float() - F.linear(y.float(), last.weight, last.bias)
         # behind a norm, what was to come out before it is not known any more
-        moments.add(y, e if half.pre_norm else torch.zeros_like(e))
-    round_group([half.part.writes], moments, True)
+        moments.add(y, e if sublayer.pre_norm else torch.zeros_like(e))
+    round_group([sublayer.part.writes], moments, True)
 
 
-def move_grids(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve,
+def move_grids(sublayer: Sublayer, stored: Sublayer, before: dict, walk: Walk, solve: Solve,
                settings: Settings) -> None:
     """The second stage of `reconstruct`, of what is packed."""
     parts = {}
@@ -853,16 +861,16 @@ def move_grids(half: Half, stored: Half, before: dict, walk: Walk, solve: Solve,
     if not parts:
         return
     norm = TunedNorm(copy.deepcopy(stored.norm).float().to(walk.device))
-    tune(half, parts, norm, walk, -(-settings.reconstruct // 2), GRID_RATE)
-    settle_norm(norm, half, stored)
+    tune(sublayer, parts, norm, walk, -(-settings.reconstruct // 2), GRID_RATE)
+    settle_norm(norm, sublayer, stored)
     for name, part in parts.items():
-        run_stored(part.settle().cpu(), half.part.get_submodule(name))
+        run_stored(part.settle().cpu(), sublayer.part.get_submodule(name))
 
 
-def settle_norm(norm: TunedNorm, half: Half, stored: Half) -> None:
+def settle_norm(norm: TunedNorm, sublayer: Sublayer, stored: Sublayer) -> None:
     """Put a tuned norm where it runs and where it is stored."""
     for name, p in norm.settle().named_parameters():
-        half.norm.get_parameter(name).data = p.to(half.norm.get_parameter(name).dtype)
+        sublayer.norm.get_parameter(name).data = p.to(sublayer.norm.get_parameter(name).dtype)
         stored.norm.get_parameter(name).data = p.half().cpu()
 
 
@@ -928,8 +936,9 @@ def mean_errors(stats: list[dict]) -> str:
     """In words: the mean relative error of all Linears, on the calibration windows and held out."""
     mean = lambda name: sum(s[name] for s in stats) / len(stats)
     held = f", held out {mean('error_heldout'):.4f}" if "error_heldout" in stats[0] else ""
-    if "error_half" in stats[0]:
-        held += f", of half-blocks {mean('error_half_before'):.4f} -> {mean('error_half'):.4f}"
+    if "error_sublayer" in stats[0]:
+        before, after = mean("error_sublayer_before"), mean("error_sublayer")
+        held += f", of sublayers {before:.4f} -> {after:.4f}"
     return f"mean error {mean('error'):.4f}{held}"
 
 
@@ -941,7 +950,7 @@ class Plan(NamedTuple):
     disk: int                           # of the compressed model and, while it is healed, of the
                                         # healed one and the teacher's states, about
     model: int                          # of the compressed model alone
-    tuning: int = 0                     # of device, while half-blocks are reconstructed
+    tuning: int = 0                     # of device, while sublayers are reconstructed
     flops: float = 0                    # of their reconstruction
 
     def __str__(self) -> str:
@@ -990,7 +999,7 @@ def allocation_bytes(groups: list[tuple[int, int]], weights: int, ends: int, tol
 
 
 def tuning_bytes(weights: int, largest: int, tokens: int, d_model: int, d_ff: int) -> int:
-    """What `tune` holds at its peak for a half-block of so many weights, its largest Linear's among
+    """What `tune` holds at its peak for a sublayer of so many weights, its largest Linear's among
     them, with the activations of `tokens` tokens. Counted by tests/test_compress.py."""
     # the weights and their mask; of each a step, its gradient, Adam's two sums, the best, as it is
     return 33 * weights + 16 * largest + 4 * tokens * (16 * d_model + 8 * d_ff)
@@ -1028,7 +1037,7 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
     ends = checkpoint.count() - c.n_layer * weights
     groups = [(sum(block.get_submodule(n).out_features for n in names),
                block.get_submodule(names[0]).in_features)
-              for half in block.halves() for names in (half.reads, half.writes)]
+              for sublayer in block.sublayers() for names in (sublayer.reads, sublayer.writes)]
     twin = bool(settings.correct)
     solving = max(solver_bytes(rows, n) for rows, n in groups)
     widest = max(n for _, n in groups)
@@ -1045,8 +1054,8 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
     tuning, flops = 0, 0
     if settings.reconstruct:
         streams += held_tokens
-        matrices = [[block.get_submodule(n).weight.numel() for n in half.reads + half.writes]
-                    for half in block.halves()]
+        names = [sublayer.reads + sublayer.writes for sublayer in block.sublayers()]
+        matrices = [[block.get_submodule(n).weight.numel() for n in group] for group in names]
         most = max(map(sum, matrices))
         at_once = min(batch_tokens, max(STEP_TOKENS, seqlen))
         tuning = max(tuning_bytes(sum(m), max(m), at_once, c.d_model, c.d_ff) for m in matrices)
@@ -1056,7 +1065,7 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
         passes = 1.5 * settings.reconstruct * (3 * tokens + held_tokens) + 2 * tokens
         flops = c.n_layer * (2 * weights * passes + sum(2 * tokens * n * n for _, n in groups))
     if by_loss:
-        told = min(tokens, max(TOKENS, seqlen))
+        told = min(tokens, max(FISHER_TOKENS, seqlen))
         found = allocation_bytes(groups, weights, ends, told, seqlen, c.d_model, c.d_ff)
         device = max(device, found)
         # one a block; memory that is pinned for a GPU is not given back

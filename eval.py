@@ -103,7 +103,7 @@ from data.tasks import TASKS, Item, find_task, load_items
 from data.text import FILES as TEXT_SETS, documents, eval_tokens, lines_of
 from data.tokenizer import load_tokenizer
 from model import Checkpoint, load_model
-from prompt import HARD_PROMPT, HeadLoss, load_prompt, text_nll, with_prompt
+from prompt import HARD_PROMPT, HeadLoss, load_prompt, text_loss, with_prompt
 
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 
@@ -122,7 +122,7 @@ def perplexity(model, tokens: torch.Tensor, seqlen: int, prompt: torch.Tensor | 
     device = model.embed_tokens.weight.device
     total, count = 0.0, 0
     for batch in Progress(parallel.mine(windows.split(batch_size)), title):
-        nll = text_nll(model, prompt, batch.to(device))
+        nll = text_loss(model, prompt, batch.to(device))
         total += nll.double().sum().item()
         count += nll.numel()
         if not math.isfinite(total):

@@ -38,7 +38,7 @@ class Compressed(NamedTuple):
     mask: torch.Tensor                  # (out, in) bool, True where pruned
     codes: torch.Tensor | None          # (out, in) uint8, 0 where pruned; None: not quantized
     scale: torch.Tensor | None          # (out, groups) float32 holding exact fp16 values
-    zero: torch.Tensor | None           # (out, groups) likewise
+    zero: torch.Tensor | None           # (out, groups) likewise: see `nearest`
     g_idx: torch.Tensor | None          # (in,) group of each column
     error: float                        # of the output, relative: see `relative_error`
     grid: str = "uniform"               # how codes become weights: see `nearest`
@@ -62,8 +62,9 @@ def fp16_exact(t: torch.Tensor) -> torch.Tensor:
 
 def nearest(w: torch.Tensor, scale, zero, bits: int, grid: str = "uniform") -> torch.Tensor:
     """w rounded to its grid: "uniform" scale * (code - zero), codes 0 ... 2^bits - 1; or "offset"
-    +-scale * (k + zero), k = 0 ... 2^(bits-1) - 1, the code's top bit being the sign: no level is
-    spent on zero."""
+    +-scale * (k + zero), k = 0 ... 2^(bits-1) - 1: no level is spent on zero. There the code is k
+    with the sign in its top bit (packed files number levels by size: kernels/packing.py), and zero
+    is the smallest magnitude, in scales."""
     if grid == "offset":
         k = magnitude(w, scale, zero, bits)
         return torch.copysign((k + zero) * scale, w)
@@ -196,8 +197,8 @@ def inverse_factor(H: torch.Tensor, percdamp: float = 0.01,
     raised until it works.
 
     H = R R^T with R upper is Cholesky with rows and columns in reverse order, and U = R^-1: one
-    factorization. Inputs that are always zero get the mean of the others, so that they do not decide
-    on the damping. order (in,): of the columns, first to last. Linears that share H can share U."""
+    factorization. Inputs that are always zero get the mean of the others, so that they do not
+    decide on the damping. order (in,): of the columns, first to last. Linears that share H can share U."""
     if order is None:
         order = torch.arange(len(H), device=H.device)
     back = order.flip(0)
@@ -278,11 +279,14 @@ def sweep(Wt: torch.Tensor, U: torch.Tensor, blocksize: int, choose,
     """The column loop of GPTQ, SparseGPT and `descend`: fixes W from left to right, in place. Wt
     (in, out) is W transposed, so that a column lies in one piece.
 
-    choose(Wt, j) is called when all errors of columns < j have reached Wt[j] (and every column up
-    to the block's end, where j begins an inner block). It returns the column's final values and its
-    error e, each (out,); then Wt[k] -= e * U[j, k] for k > j. Errors travel in three strides
-    (column, inner block, block), so that most of the work is done by few large products; nothing in
-    the loop waits for the device."""
+    choose(Wt, j) returns the final values of column j and a factor e, each (out,); then
+    Wt[k] -= e * U[j, k] for all k > j. For GPTQ that is e = (w - q) / U[j, j].
+
+    When it is called, Wt[j] has had the updates of all earlier columns. Where j begins an inner
+    block, so have all columns up to the block's end: there a group's grid may be found.
+
+    Updates travel in three strides (column, inner block, block), so that most of the work is done
+    by few large products; nothing in the loop waits for the device."""
     n = len(Wt)
     E = Wt.new_empty(min(blocksize, n), Wt.shape[1])
     for b in range(0, n, blocksize):
@@ -311,7 +315,7 @@ class Rounder:
         self.bits, self.grid, self.sym = bits, grid, sym
         self.group = group                          # of every column
         self.keep = keep                            # (in, out) bool, or None: all are kept
-        self.damage = 1 / U.diagonal()
+        self.inverse_pivot = 1 / U.diagonal()       # (in,)
         self.dynamic = grids is None
         self.scale, self.zero = ([], []) if self.dynamic else grids
 
@@ -326,7 +330,7 @@ class Rounder:
         q = nearest(w, self.scale[g], self.zero[g], self.bits, self.grid)
         if self.keep is not None:
             q = q * self.keep[j]
-        return q, (w - q) * self.damage[j]
+        return q, (w - q) * self.inverse_pivot[j]
 
     def tables(self):
         """scale and zero, each (groups, out)."""

@@ -1,9 +1,9 @@
 """Heal a compressed model: tune what it stores in any case, towards what the dense model predicts.
 
-A packed weight is a grid over integers, W = scale * (A + zero T) in every row or group, with A what
-the codes say (0 where pruned), and T the sign of an offset grid or -1 on a uniform one (0 where
-pruned). Codes and mask stay; scales, zeros, norms and biases, few of a model's numbers and stored
-in any case, are tuned end to end by KL(dense || packed) on text: the second stage of EfficientQAT
+A packed weight is a grid over integers, W = scale * (level + zero * sign) in every row or group,
+with the level that the codes say (0 where pruned), and the sign of an offset grid or -1 on a
+uniform one (0 where pruned). Codes and mask stay; scales, zeros, norms and biases, few of a model's
+numbers and stored in any case, are tuned end to end by KL(dense || packed) on text: the second stage of EfficientQAT
 (2407.11062) and PERP (2312.15230) on weights that are pruned and packed at once. Nothing is added:
 the healed model has the same bytes and the same speed.
 
@@ -12,8 +12,8 @@ the healed model has the same bytes and the same speed.
     save_healed(packed_model, "compressed", "healed")           # or this in shards, as they were
 
 The grid moves relative to itself: scale = scale_0 (1 + u), zero = zero_0 + v; a norm's weight =
-weight_0 (1 + u). With dW = dy^T x, dscale = sum dW (A + zero T) and dzero = scale sum dW T, over
-each group's columns.
+weight_0 (1 + u). With dW = dy^T x, dscale = sum of dW (level + zero * sign) and dzero = scale * sum
+of dW sign, over each group's columns.
 
 A weight that is pruned and not rounded yet changes where it is not 0, by a product of low rank that
 is added and gone (LoRA 2106.09685 under the mask, as in PERP): W = W_0 + B A where W_0 is not 0.
@@ -39,7 +39,7 @@ from prompt import (Fit, backward_by_parts, fingerprint, fit, mark_of_model, mea
 RANK = 8                                # of what changes a pruned weight
 SPREAD = 0.25                           # of its root mean square: what 1 in B moves a row by
 FAR = 1024.0                            # a zero beyond all codes
-AT_ONCE = 2048                          # tokens that share an unpacking, half of the work on a CPU
+TOKENS_AT_ONCE = 2048                   # of a pass, which unpacks every weight: half of its work
 
 
 def regrid(packed: Packed, scale: torch.Tensor, zero: torch.Tensor,
@@ -50,14 +50,14 @@ def regrid(packed: Packed, scale: torch.Tensor, zero: torch.Tensor,
     return unpack(other, dtype) if scale.device.type == "cpu" else dequantize(other, dtype)
 
 
-def planes(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, T), fp32 (out, in) integers with W = scale * (A + zero * T)."""
-    # With scale 1 and so large a zero, the weight's sign is T's, and what is beyond FAR is A.
+def levels_and_signs(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """(level, sign), fp32 (out, in) integers with W = scale * (level + zero * sign)."""
+    # On a grid of scale 1 and zero +-FAR a kept weight is +-(k + FAR), or code + FAR.
     one = torch.ones_like(packed.tensors["scale"], dtype=torch.float32)
-    sign = 1.0 if packed.meta["grid"] == "offset" else -1.0
-    far = regrid(packed, one, sign * FAR * one, torch.float32)  # +-(k + FAR), code + FAR or 0
-    T = sign * far.sign()
-    return far.sub_(T, alpha=sign * FAR), T
+    way = 1.0 if packed.meta["grid"] == "offset" else -1.0
+    far = regrid(packed, one, way * FAR * one, torch.float32)
+    sign = way * far.sign()
+    return far.sub_(sign, alpha=way * FAR), sign
 
 
 class GridLinear(torch.autograd.Function):
@@ -76,15 +76,15 @@ class GridLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, scale, zero = ctx.saved_tensors
         dW = (dy.flatten(0, -2).T @ x.flatten(0, -2)).float()
-        A, T = planes(ctx.packed)
+        level, sign = levels_and_signs(ctx.packed)
         dx = None
         if ctx.needs_input_grad[0]:
             column = ctx.group if scale.shape[1] > 1 else slice(None)
-            W = torch.addcmul(A, zero[:, column], T).mul_(scale[:, column])
+            W = torch.addcmul(level, zero[:, column], sign).mul_(scale[:, column])
             dx = dy @ W.to(dy.dtype)
-        over_A = sum_groups(A.mul_(dW), ctx.group, scale.shape)
-        over_T = sum_groups(T.mul_(dW), ctx.group, scale.shape)
-        return dx, over_A + zero * over_T, scale * over_T, None, None
+        levels = sum_groups(level.mul_(dW), ctx.group, scale.shape)
+        signs = sum_groups(sign.mul_(dW), ctx.group, scale.shape)
+        return dx, levels + zero * signs, scale * signs, None, None
 
 
 def sum_groups(t: torch.Tensor, group: torch.Tensor, shape: tuple) -> torch.Tensor:
@@ -274,7 +274,7 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
                          f"windows")
     device = model.embed_tokens.weight.device
     states, val_states = teacher
-    at_once = windows_at_once(windows.shape[1], device, AT_ONCE)
+    at_once = windows_at_once(windows.shape[1], device, TOKENS_AT_ONCE)
 
     def losses_of(part):
         return text_loss(model, None, windows[part].to(device), states[part])

@@ -8,8 +8,8 @@ ReLU) and the biases: `Config` says which.
     model = load_model("checkpoints/opt-125m")      # or a Meta folder, or any Hugging Face one
     logits = model(tokens)                          # (B, T) int64 -> (B, T, vocab)
 
-`embed`, `stem`, `blocks`, `head` can be called one by one, and `Block.halves` shows a block as two
-steps of the residual stream, so that a walk over blocks needs no hooks. A model larger than the
+`embed`, `stem`, `blocks`, `head` can be called one by one, and `Block.sublayers` shows a block as
+two steps of the residual stream, so that a walk over blocks needs no hooks. A model larger than the
 memory is read block by block:
 
     checkpoint = open_checkpoint("checkpoints/llama-7b")    # names and shapes checked, weights not
@@ -157,7 +157,7 @@ class MLP(nn.Module):
         return self.down(self.mix(x))
 
 
-class Half(NamedTuple):
+class Sublayer(NamedTuple):
     """Attention or MLP as one step of the residual stream h: h + out(mix(norm(h))), or, where the
     norm comes last, norm(h + out(mix(h)))."""
     name: str                                       # "attn" or "mlp"
@@ -199,9 +199,9 @@ class Block(nn.Module):
         self.norm2 = norm(c.d_model, eps=c.norm_eps)
         self.mlp = MLP(c)
 
-    def halves(self) -> tuple[Half, Half]:
-        return (Half("attn", self.attn, self.norm1, self.pre_norm),
-                Half("mlp", self.mlp, self.norm2, self.pre_norm))
+    def sublayers(self) -> tuple[Sublayer, Sublayer]:
+        return (Sublayer("attn", self.attn, self.norm1, self.pre_norm),
+                Sublayer("mlp", self.mlp, self.norm2, self.pre_norm))
 
     def forward(self, h, rope, kv=None):
         if self.pre_norm:
@@ -252,7 +252,7 @@ class Cache:
 
 class Embedding(nn.Embedding):
     def reset_parameters(self):
-        if not self.weight.is_meta:                     # there, normal_ would import a compiler first
+        if not self.weight.is_meta:                 # there, normal_ would import a compiler first
             super().reset_parameters()
 
 

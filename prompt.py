@@ -60,8 +60,9 @@ class Learned(NamedTuple):
 def initial_prompt(model, n: int, how: str = "text", tokens: torch.Tensor | None = None,
                    seed: int = 0, kind: str = "embedding") -> torch.Tensor:
     """fp32 start of n positions: "text" = the first n of `tokens`, "vocab" = n random tokens,
-    "random" = normal numbers with the embedding matrix's deviation. A prefix is what `model` makes
-    of them: give it the dense model, whose keys and values are intact (IntactKV 2403.01241)."""
+    "random" = normal numbers with the embedding matrix's standard deviation. A prefix is what
+    `model` makes of them: give it the dense model, whose keys and values are intact (IntactKV
+    2403.01241)."""
     g = torch.Generator().manual_seed(seed)
     table = model.embed_tokens.weight
     if kind not in ("embedding", "prefix"):
@@ -202,9 +203,11 @@ class HeadLoss(torch.autograd.Function):
     exist.
 
     The gradient with respect to z is made beside the loss, while the chunk's logits are there, so
-    that nothing is computed again in the backward pass; weight is frozen. With teacher (rows, d),
-    the dense model's z, the loss is mix KL(softmax(teacher @ weight.T) || softmax(z @ weight.T)) +
-    (1 - mix) next token."""
+    that nothing is computed again in the backward pass; weight is frozen. z (rows, d_embed) is what
+    the head reads, model.final(h). With teacher (rows, d_embed), the dense model's z, the loss is
+
+        mix KL(softmax(teacher @ weight.T) || softmax(z @ weight.T)) + (1 - mix) next token
+    """
 
     @staticmethod
     def forward(ctx, z, weight, targets, teacher=None, mix: float = 1.0):
@@ -257,11 +260,6 @@ def text_loss(model, prompt, tokens: torch.Tensor, teacher: torch.Tensor | None 
     z = model.final(model.hidden(x, *cache)[:, :-1]).flatten(0, 1)
     wanted = None if teacher is None else teacher[:, :-1].flatten(0, 1)
     return HeadLoss.apply(z, model.unembed, tokens[:, 1:].flatten(), wanted, mix)
-
-
-def text_nll(model, prompt, tokens: torch.Tensor) -> torch.Tensor:
-    """text_loss without a teacher: negative log-likelihoods."""
-    return text_loss(model, prompt, tokens)
 
 
 @torch.no_grad()
@@ -336,8 +334,8 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
     """Minimize loss_of_batch(index (batch,) int64 of windows 0 ... count - 1) over params, fp32
     leaves, in place.
 
-    loss_of_batch returns the loss, a tensor; or a float, if it has added SCALE times the gradients
-    itself (`backward_by_parts`).
+    loss_of_batch returns the loss, a float, and has added SCALE times its gradients to those of
+    params (`backward`, `backward_by_parts`).
     AdamW without decay; linear warm-up, then linear decay; gradients clipped; windows reshuffled
     (seeded) every epoch. score() is the validation loss; the start counts, and the parameters end
     as the best seen. With `state`, a path, all that is needed to go on is written at every
@@ -397,9 +395,6 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
         rise, fall = (step + 1) / warmup, (steps - step) / max(1, steps - warmup)
         opt.param_groups[0]["lr"] = lr * min(rise, fall)
         loss = loss_of_batch(parallel.mine(order[step * batch_size:(step + 1) * batch_size]))
-        if torch.is_tensor(loss):
-            (SCALE * loss).backward()
-            loss = loss.item()
         for p in params.values():
             p.grad.div_(SCALE)
         if parallel.world() > 1:                                # the mean over equal shares
@@ -472,23 +467,29 @@ def mark_of_model(model) -> str:
 
 
 def default_rate(model, prompt: torch.Tensor) -> float:
-    """The peak rate that `learn` uses where none is given. An embedding prompt: 0.35 deviations of
-    the embeddings (4.7e-2 for SmolLM2-135M, about 6e-3 for LLaMA-7B). A prefix: 0.05, in deviations
-    of its own keys and values."""
+    """The peak rate that `learn` uses where none is given. An embedding prompt: 0.35 standard
+    deviations of the embeddings (4.7e-2 for SmolLM2-135M, about 6e-3 for LLaMA-7B). A prefix: 0.05,
+    in standard deviations of its own keys and values."""
     if prompt.dim() == 5:
         return 0.05
     return 0.35 * float(model.embed_tokens.weight.detach().float().std())
 
 
-AT_ONCE = 512                           # tokens whose activations a CPU keeps at a time,
-AT_ONCE_ON_GPU = 2048                   # and a GPU
+TOKENS_AT_ONCE = 512                    # whose activations a CPU keeps at a time,
+TOKENS_AT_ONCE_ON_GPU = 2048            # and a GPU
 
 
-def windows_at_once(seqlen: int, device, tokens: int = AT_ONCE) -> int:
+def windows_at_once(seqlen: int, device, tokens: int = TOKENS_AT_ONCE) -> int:
     """How many windows have their activations kept at a time; tokens: of them all on a CPU."""
     if torch.device(device).type == "cuda":
-        tokens = AT_ONCE_ON_GPU
+        tokens = TOKENS_AT_ONCE_ON_GPU
     return max(1, tokens // seqlen)
+
+
+def backward(loss: torch.Tensor) -> float:
+    """The loss as a number; SCALE times its gradients are added to those of its leaves."""
+    (SCALE * loss).backward()
+    return loss.item()
 
 
 def backward_by_parts(losses_of: Callable, index: torch.Tensor, at_once: int) -> float:
@@ -497,9 +498,7 @@ def backward_by_parts(losses_of: Callable, index: torch.Tensor, at_once: int) ->
     many losses."""
     total = 0.0
     for part in index.split(at_once):
-        loss = losses_of(part).mean() * (len(part) / len(index))
-        (SCALE * loss).backward()
-        total += loss.item()
+        total += backward(losses_of(part).mean() * (len(part) / len(index)))
     return total
 
 
@@ -529,8 +528,9 @@ def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor 
 
     prompt: the start; windows (N, T) int64 training text; val (M, T): what has the lowest loss
     there, the start included, is returned; without it, the last. teacher: the dense model's
-    states of windows and of val, for KL; mix: its share. A prefix moves in units of the
-    deviation of each layer's keys and values, lr too. Raises ValueError on NaN."""
+    states of windows and of val, for KL; mix: its share. Of a prefix P = P_0 + s u, u is learned,
+    and lr is in its units; s is the standard deviation of each layer's keys, or values. Raises
+    ValueError on NaN."""
     if not len(prompt) or not len(windows):
         raise ValueError(f"learning needs a prompt and text: got {len(prompt)} prompt tokens and "
                          f"{len(windows)} windows")
@@ -553,17 +553,17 @@ def learn(model, prompt: torch.Tensor, windows: torch.Tensor, val: torch.Tensor 
         """The prompt is read once, the windows behind it a few at a time: their gradients gather in
         its keys and values."""
         if not reads_caches(model):
-            return text_loss(model, now(), windows[index].to(device)).mean()
+            return backward(text_loss(model, now(), windows[index].to(device)).mean())
         full = read_prompt(model, now())
-        ends = [t for pair in full.kv for t in pair]
-        leaves = [t.detach().requires_grad_() for t in ends]
+        kv = [t for pair in full.kv for t in pair]
+        leaves = [t.detach().requires_grad_() for t in kv]
         full.kv = list(zip(leaves[::2], leaves[1::2]))
 
         def losses_of(part):
             wanted = None if states is None else states[part]
             return text_loss(model, full, windows[part].to(device), wanted, mix)
         total = backward_by_parts(losses_of, index, at_once)
-        torch.autograd.backward(ends, [t.grad for t in leaves])
+        torch.autograd.backward(kv, [t.grad for t in leaves])
         return total
 
     def score():

@@ -121,7 +121,7 @@ class Pruner(Rounder):
     def __call__(self, Wt, j):
         if j % self.stride == 0:
             stop = min(j + self.stride, len(Wt))
-            score = (Wt[j:stop] * self.damage[j:stop, None]).square().T
+            score = (Wt[j:stop] * self.inverse_pivot[j:stop, None]).square().T
             if self.m:
                 cut = prune_pattern(score, self.n, self.m)
             else:
@@ -132,7 +132,7 @@ class Pruner(Rounder):
         if self.bits:
             return super().__call__(Wt, j)
         q = torch.where(self.keep[j], Wt[j], 0)
-        return q, (Wt[j] - q) * self.damage[j]
+        return q, (Wt[j] - q) * self.inverse_pivot[j]
 
     def share(self, rows: int, stop: int) -> int:
         """How many weights of the columns up to stop to prune: running totals make a matrix's
@@ -289,23 +289,23 @@ def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str,
                     bits: int | None = None, groupsize: int = -1, mask: str = "admm",
                     refits: int = 3, grid: str = "auto", act_order: bool = True, descent: int = 2,
                     percdamp: float = 0.01, blocksize: int = 128, sym: bool = False,
-                    held: torch.Tensor | None = None) -> Compressed:
+                    fixed_mask: torch.Tensor | None = None) -> Compressed:
     """Prune W (out, in) with H (in, in) and quantize what is left: mask, refit, searched grid, GPTQ
-    with held mask, descent.
+    with the mask held fixed, descent.
 
     mask: "admm" or "sparsegpt"; refits: conjugate gradient iterations, 0 keeps the mask's own
     values; grid, act_order, descent: see gptq.gptq, "auto" being "offset" behind a mask and
     "uniform" without; groups are neighbouring columns. sparsity 0 only quantizes, bits None only
-    prunes. held (out, in), True where pruned: a mask found before, in place of a new one. Behind
+    prunes. fixed_mask (out, in), True where pruned: found before, in place of a new one. Behind
     the mask every row is a problem of its own, and large matrices are solved some rows at a
     time."""
     check(W, H, bits, blocksize, groupsize)
     if mask not in ("admm", "sparsegpt"):
         raise ValueError(f"mask={mask!r}: known are admm and sparsegpt")
     W, H = (t.to(torch.promote_types(W.dtype, torch.float32)) for t in (W, H))
-    V, pruned = W, held
-    if held is not None:
-        V = W.masked_fill(held, 0)
+    V, pruned = W, fixed_mask
+    if fixed_mask is not None:
+        V = W.masked_fill(fixed_mask, 0)
     elif parse_sparsity(sparsity)[0]:
         if mask == "admm":
             pruned, V = admm(W, H, sparsity, percdamp=percdamp)

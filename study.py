@@ -75,7 +75,7 @@ from data.tokenizer import load_tokenizer
 from eval import DTYPES, cut, decode, generate, not_finite, zero_shot
 from model import load_model, open_checkpoint
 from prompt import (HARD_PROMPT, fingerprint, initial_prompt, load_prompt, streamed_prefix,
-                    text_nll, with_prompt)
+                    text_loss, with_prompt)
 from train import Run, describe_machine
 
 NEUTRAL = ("The river rises in the hills, a long way from the sea, and for the first miles it is "
@@ -269,7 +269,7 @@ class Lab:
             windows = cut(tokens, s.seqlen, s.batch_size)
             means = []
             for batch in Progress(windows.split(s.batch_size), title):
-                nll = text_nll(model, prompt, batch.to(s.device)).double()
+                nll = text_loss(model, prompt, batch.to(s.device)).double()
                 means += nll.view(len(batch), -1).mean(1).tolist()
             if not all(map(math.isfinite, means)):
                 raise not_finite(title, "a loss", math.nan, model)
@@ -656,8 +656,8 @@ def check_labels(cases: list[Case]) -> None:
     for i, case in enumerate(cases):
         twin = next((other for other in cases[:i] if other.label == case.label), None)
         if twin:
-            raise ValueError(f"{twin.folder} and {case.folder} are both {case.label}: one table has "
-                             f"each once, leave one out")
+            raise ValueError(f"{twin.folder} and {case.folder} are both {case.label}: one table "
+                             f"has each once, leave one out")
 
 
 def length(lab: Lab) -> None:

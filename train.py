@@ -76,8 +76,9 @@ def flags() -> Flags:
     a("--correct", type=real(0, 1),
       help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
     a("--allocation", choices=["uniform", "fisher"],
-      help="uniform: every Linear is pruned alike; fisher: more where the dense model's loss feels "
-           "it less, --sparsity on average (default fisher; uniform with n:m and --recipe plain)")
+      help="uniform: all groups of Linears with one input, such as q, k and v, are pruned alike; "
+           "fisher: more where the dense model's loss feels it less, --sparsity on average "
+           "(default fisher; uniform with n:m and --recipe plain)")
     a("--percdamp", type=real(0, 100), help="damping, as a share of the Hessian's diagonal")
     a("--blocksize", type=whole(1, 1 << 20),
       help="columns whose errors travel together (default 128)")
@@ -168,9 +169,9 @@ from data.text import FILES as TEXT_SETS, calibration, eval_tokens, learning_win
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from eval import (DTYPES, default_device, default_dtype, fits, free_memory, last_states, perplexity,
                   stored_dtype, streamed_perplexity, usable)
-from heal import AT_ONCE as HEALED_AT_ONCE, heal, save_healed
+from heal import TOKENS_AT_ONCE as HEALED_AT_ONCE, heal, save_healed
 from model import Checkpoint, open_checkpoint, storage
-from prompt import (AT_ONCE, PAPER, default_rate, initial_prompt, learn, owner, save_prompt,
+from prompt import (PAPER, TOKENS_AT_ONCE, default_rate, initial_prompt, learn, owner, save_prompt,
                     streamed_prefix, teacher_states, windows_at_once)
 from sparsegpt import parse_sparsity
 
@@ -438,7 +439,7 @@ class Run:
     def step_bytes(self, heals: bool, recomputes: bool) -> int:
         """What a step of healing, or of learning the prompt, holds beside the model."""
         a = self.args
-        windows = windows_at_once(a.seqlen, a.device, HEALED_AT_ONCE if heals else AT_ONCE)
+        windows = windows_at_once(a.seqlen, a.device, HEALED_AT_ONCE if heals else TOKENS_AT_ONCE)
         tokens = min(a.batch_size, windows) * a.seqlen
         return learning_bytes(self.checkpoint.config, tokens, self.dtype.itemsize, heals,
                               recomputes)

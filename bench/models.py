@@ -23,7 +23,7 @@ from eval import Steps
 from kernels.linear import PackedLinear
 from kernels.packing import Packed
 from model import Transformer, load_model
-from prompt import SCALE, initial_prompt, text_nll
+from prompt import SCALE, initial_prompt, text_loss
 
 NAMES = ("dense", "packed")         # of the two models, in this order everywhere
 
@@ -195,7 +195,7 @@ def time_tuning(models: list[Transformer], batch: int, tokens: int, prompt_token
 
     def step(model: Transformer) -> torch.Tensor:
         prompt = nn.Parameter(start.clone())
-        (SCALE * text_nll(model, prompt, text).mean()).backward()
+        (SCALE * text_loss(model, prompt, text).mean()).backward()
         return prompt.grad / SCALE
 
     def kept(model: Transformer) -> int:
@@ -209,7 +209,7 @@ def time_tuning(models: list[Transformer], batch: int, tokens: int, prompt_token
                 found[storage.data_ptr()] = storage.nbytes()
             return t
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            text_nll(model, nn.Parameter(start.clone()), text).mean()
+            text_loss(model, nn.Parameter(start.clone()), text).mean()
         return sum(found.values())
 
     gradients = [step(model).float() for model in models]

@@ -42,11 +42,11 @@ def naive_compress(model, windows: torch.Tensor, fraction: float, bits: int) -> 
                 H[name] = H.get(name, 0) + flat.T @ flat / windows.numel()
 
         for h in streams:
-            for half in block.halves():
-                add(half.reads, half.read(h))
-                y = half.mix(h, rope)
-                add(half.writes, y)
-                h = half.write(h, y)
+            for sublayer in block.sublayers():
+                add(sublayer.reads, sublayer.read(h))
+                y = sublayer.mix(h, rope)
+                add(sublayer.writes, y)
+                h = sublayer.write(h, y)
         for name in H:
             linear = block.get_submodule(name)
             weight, _, _ = naive_sparsegpt(linear.weight, H[name], fraction, bits)

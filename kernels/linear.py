@@ -5,11 +5,12 @@ unpacking for the rest.
     layer.fused = False                         # compare: unpack, then F.linear, always
 
 No weight gets a gradient and nothing dense is kept for the backward pass: dx = dy W unpacks (or
-decodes) once more, which is what lets a prompt be trained through a compressed model. CPU decoding
-makes a form of its own of the weight: in bf16 int4 (cpu_int4.py), else bags (cpu_bags.py).
-`decode_bytes()` tells its size and `decode_cache = False` forbids it. The packed tensors are not
-read then: where a file is mapped they need no memory. On a CPU fp16 is computed in fp32, because
-fp16 products are some sixty times slower there.
+decodes) once more, which is what lets a prompt be trained through a compressed model. For few
+tokens, as while generating, a CPU makes a second form of the weight that is quick to multiply: in
+bf16 int4 (cpu_int4.py), else bags (cpu_bags.py). `decode_bytes()` tells its size and
+`decode_cache = False` forbids it. The packed tensors are not read then: where a file is mapped they
+need no memory. On a CPU fp16 is computed in fp32, because fp16 products are some sixty times slower
+there.
 
 On a GPU the first product reorders the weight for it (fragments.py), in place of the packed
 tensors; who asks for `packed` gets these back. So a CUDA graph wants one call before it is

@@ -18,8 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from compress import (TOKENS as TOLD, Moments, Settings, Stream, Walk, aim, allocate_streamed,
-                      compress, compress_block, compress_model, learning_bytes, make_solver, plan)
+from compress import (FISHER_TOKENS as TOLD, Moments, Settings, Stream, Walk, aim,
+                      allocate_streamed, compress, compress_block, compress_model, learning_bytes,
+                      make_solver, plan)
 from data.config import PUBLISHED, SHIPPED, Config
 from data.text import calibration, eval_tokens
 from data.tokenizer import load_tokenizer

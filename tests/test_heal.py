@@ -1,4 +1,4 @@
-"""heal.py: planes and gradients against dense autograd, what is stored after it, and that it wins
+"""heal.py: levels, signs and gradients against dense autograd, what is stored after it, and that it wins
 on held-out text.
 
     python -m pytest -q tests/test_heal.py
@@ -12,8 +12,8 @@ import torch
 
 from compress import compress, compress_model, hold_out, make_solver
 from data.config import Config
-from heal import (GridLinear, KeptLinear, Tuned, TunedGrid, TunedKept, TunedNorm, heal, planes,
-                  save_healed, tuned)
+from heal import (GridLinear, KeptLinear, Tuned, TunedGrid, TunedKept, TunedNorm, heal,
+                  levels_and_signs, save_healed, tuned)
 from kernels.linear import PackedLinear
 from kernels.packing import pack
 from kernels.unpacking import unpack
@@ -50,7 +50,7 @@ KINDS = [                                           # grid, bits, groupsize, sha
 def test_grid_linear_equals_autograd_through_the_formula(grid, bits, groupsize, share, order):
     layer = packed_linear(grid, bits, groupsize, share, order=order)
     part = TunedGrid(layer)
-    A, T = planes(layer.packed)
+    A, T = levels_and_signs(layer.packed)
     expand = lambda t: t.double()[:, part.group]
     scale, zero = (t.float().requires_grad_() for t in part.grid())
     W = expand(scale) * (A.double() + expand(zero) * T.double())

@@ -14,7 +14,7 @@ import torch
 from gptq import gptq, hessian, inverse_factor
 from kernels.packing import bits_per_weight, pack
 from kernels.unpacking import unpack
-from prompt import text_nll
+from prompt import text_loss
 from sparsegpt import refit, sparsegpt
 from test_prompt import TOKENS, tiny
 
@@ -132,7 +132,7 @@ def test_a_prompts_positions_are_not_counted():
     model = tiny()
     windows = TOKENS[:32].view(2, 16)
     prompt = 0.1 * torch.randn(5, model.config.d_embed, generator=torch.Generator().manual_seed(1))
-    losses = text_nll(model, prompt, windows)
+    losses = text_loss(model, prompt, windows)
     assert losses.shape == (2 * 15,)
     x = torch.cat([prompt.expand(2, -1, -1), model.embed(windows)], 1)
     logits = model(x)[:, 5:-1]  # position 5 + i predicts token i + 1

@@ -19,7 +19,7 @@ from bench import models as bench_model
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
 from model import Transformer, load_model, save_model, storage
-from prompt import initial_prompt, text_nll
+from prompt import initial_prompt, text_loss
 
 CONFIGS = {"llama": Config("llama", 99, 64, 2, 4, 96, n_kv_head=2, max_positions=64),
            "opt": Config("opt", 99, 64, 2, 4, 96, max_positions=64, attention_bias=True,
@@ -179,7 +179,7 @@ def test_a_prompt_learns_through_packed_weights(folder):
     for packed in (True, False):
         model = load_model(folder, packed=packed)
         prompt = nn.Parameter(initial_prompt(model, 4, "vocab"))
-        text_nll(model, prompt, TOKENS).mean().backward()
+        text_loss(model, prompt, TOKENS).mean().backward()
         grads.append(prompt.grad)
     assert torch.allclose(*grads, rtol=1e-5, atol=1e-7)
 

@@ -18,10 +18,9 @@ from data.checkpoint import read_json
 from data.config import Config
 from data.progress import Progress
 from model import Transformer, load_model, open_checkpoint
-from prompt import (PAPER, HeadLoss, as_prefix, default_rate, fit, initial_prompt, kind_of, learn,
-                    load_prompt,
-                    mean_loss, owner, save_prompt, streamed_prefix, teacher_states, text_loss,
-                    text_nll)
+from prompt import (PAPER, HeadLoss, as_prefix, backward, default_rate, fit, initial_prompt,
+                    kind_of, learn, load_prompt, mean_loss, owner, save_prompt, streamed_prefix,
+                    teacher_states, text_loss)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -130,7 +129,7 @@ def bowl(**more):
         calls.append(index.tolist())
         if len(calls) == more.get("die_at"):
             raise KeyboardInterrupt
-        return (p - targets[index]).square().mean()
+        return backward((p - targets[index]).square().mean())
     keep = {k: v for k, v in more.items() if k != "die_at"}
     settings = {"steps": 20, "batch_size": 2, "lr": 0.1, "val_every": 3, "seed": 4, **keep}
     try:
@@ -147,7 +146,8 @@ def test_small_gradients_survive_half_precision():
     for dtype in (torch.float32, torch.float16):
         p = torch.nn.Parameter(torch.zeros(3))
         tiny, small = torch.tensor(1e-5, dtype=dtype), torch.tensor(1e-3, dtype=dtype)
-        fit({"p": p}, lambda index: (p.to(dtype) * tiny * small).float().sum(), 4, None, 5, 2, 0.1)
+        fit({"p": p}, lambda index: backward((p.to(dtype) * tiny * small).float().sum()), 4, None, 5,
+            2, 0.1)
         ends.append(p.detach())
     assert ends[0].abs().min() > 0.1 and torch.allclose(*ends, rtol=1e-2)
 
@@ -188,7 +188,7 @@ def test_a_killed_process_leaves_a_state_that_continues(tmp_path):
     """SIGKILL in the middle of learning, in a process of its own."""
     code = """if True:
         import os, torch
-        from prompt import fit
+        from prompt import backward, fit
 
         def run(state, die_at=0):
             p, calls = torch.nn.Parameter(torch.ones(50)), []
@@ -196,7 +196,7 @@ def test_a_killed_process_leaves_a_state_that_continues(tmp_path):
                 calls.append(index)
                 if len(calls) == die_at:
                     os.kill(os.getpid(), 9)
-                return ((p - index.float().mean()) ** 2).mean()
+                return backward(((p - index.float().mean()) ** 2).mean())
             score = lambda: float(p.detach().std() + p.detach().mean())
             got = fit({"p": p}, loss, 9, score, 12, 2, 0.3, val_every=2, state=state)
             return p.detach(), got, len(calls)
@@ -280,7 +280,7 @@ def test_nothing_to_learn_is_an_error(n, windows):
 def test_loss_is_on_text_only_and_fp32_prompt_on_bf16_model():
     model = tiny().bfloat16()
     p = torch.zeros(4, 32, requires_grad=True)
-    nll = text_nll(model, p, TOKENS[:32].view(2, 16))
+    nll = text_loss(model, p, TOKENS[:32].view(2, 16))
     assert nll.shape == (30,)
     assert nll.dtype == torch.float32
     nll.mean().backward()
@@ -313,12 +313,12 @@ def test_save_load_and_stitch(tmp_path):
     assert torch.equal(load_prompt(tmp_path / "p.pt")[0], p)
     assert load_prompt(tmp_path / "p.pt")[1] == {"lr": 1}
     other = tiny(seed=9)                                          # another model of the same width
-    assert text_nll(other, got, TOKENS[None, :4]).shape == (3,)
+    assert text_loss(other, got, TOKENS[None, :4]).shape == (3,)
     save_prompt(tmp_path / "wide.safetensors", torch.randn(5, 48))
     with pytest.raises(ValueError, match="width 48 does not fit"):
         load_prompt(tmp_path / "wide.safetensors", model)
     with pytest.raises(ValueError, match="width 48 does not fit"):
-        text_nll(model, torch.randn(5, 48), TOKENS[None, :4])
+        text_loss(model, torch.randn(5, 48), TOKENS[None, :4])
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(FileNotFoundError, match="no prompt file"):
             load_prompt(path)
@@ -353,16 +353,16 @@ def test_both_kinds_equal_one_sequence_of_prompt_and_text_and_so_do_gradients(fa
     prefix = as_prefix(model, prompt)
     assert prefix.shape == (5, 2, 2, 2 if family == "llama" else 4, 8)
     assert kind_of(prefix) == "prefix"
-    assert torch.allclose(text_nll(model, prefix, tokens), want, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(text_loss(model, prefix, tokens), want, rtol=1e-4, atol=1e-5)
     for model.checkpointing in (False, True):
-        got = text_nll(model, prompt, tokens)
+        got = text_loss(model, prompt, tokens)
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
         assert torch.allclose(torch.autograd.grad(got.square().mean(), prompt)[0], slope, rtol=1e-3,
                               atol=1e-4)
         p = prefix.clone().requires_grad_()
-        slope_p, = torch.autograd.grad(text_nll(model, p, tokens).square().mean(), p)
+        slope_p, = torch.autograd.grad(text_loss(model, p, tokens).square().mean(), p)
         nudge = 1e-2 * slope_p / slope_p.norm()  # uphill, where rounding is far below the rise
-        rise = [text_nll(model, prefix + sign * nudge, tokens).square().mean() for sign in (1, -1)]
+        rise = [text_loss(model, prefix + sign * nudge, tokens).square().mean() for sign in (1, -1)]
         assert math.isclose(float(rise[0] - rise[1]) / 2, float((slope_p * nudge).sum()),
                             rel_tol=2e-2)
 

@@ -1,4 +1,4 @@
-"""Reconstruction of half-blocks in compress.py: against a naive version, what it keeps, and that it
+"""Reconstruction of sublayers in compress.py: against a naive version, what it keeps, and that it
 never does harm.
 
     python -m pytest -q tests/test_reconstruct.py
@@ -44,18 +44,18 @@ def same_weights(a, b) -> bool:
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def naive_half(half, h, weights, biases, norm, rope):
+def naive_sublayer(sublayer, h, weights, biases, norm, rope):
     """h + out(mix(norm(h))) written by hand."""
     def linear(name, x):
         bias = biases[name]
         return x @ weights[name].T + (0 if bias is None else bias)
 
     x = h
-    if half.pre_norm:
+    if sublayer.pre_norm:
         x = norm(h)
-    if half.name == "mlp":
+    if sublayer.name == "mlp":
         y = linear("up", x)
-        if half.part.gate is None:
+        if sublayer.part.gate is None:
             y = y.relu()
         else:
             gate = linear("gate", x)
@@ -71,7 +71,7 @@ def naive_half(half, h, weights, biases, norm, rope):
         scores = scores.masked_fill(later, -torch.inf)
         y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         out = h + linear("o", y)
-    return out if half.pre_norm else norm(out)
+    return out if sublayer.pre_norm else norm(out)
 
 
 @pytest.mark.parametrize("family, changes", FAMILIES)
@@ -85,13 +85,13 @@ def test_gradients_equal_those_of_a_half_block_written_by_hand(family, changes, 
     g = torch.Generator().manual_seed(1)
     h = torch.randn(2, 16, 32, generator=g)
     wanted = h + 0.5 * torch.randn(2, 16, 32, generator=g)
-    half = dense.blocks[0].halves()[which]
-    stored = model.blocks[0].halves()[which]
+    sublayer = dense.blocks[0].sublayers()[which]
+    stored = model.blocks[0].sublayers()[which]
     rope = dense.rope(0, 16, "cpu")
     parts, exact = {}, {}                   # what is tuned, and where it starts
     weights, biases, numbers = {}, {}, {}   # moved away from there, as functions of the numbers
-    for name in [*half.part.reads, half.part.writes]:
-        linear = half.part.get_submodule(name)
+    for name in [*sublayer.part.reads, sublayer.part.writes]:
+        linear = sublayer.part.get_submodule(name)
         layer = stored.part.get_submodule(name)
         mask = layer.weight_dequantized(torch.float32) == 0
         if packed:
@@ -100,7 +100,7 @@ def test_gradients_equal_those_of_a_half_block_written_by_hand(family, changes, 
         else:
             parts[name] = Kept(linear.weight.masked_fill(mask, 0), mask, linear.bias)
             exact[name] = linear.weight.double()
-    norm = TunedNorm(copy.deepcopy(half.norm))
+    norm = TunedNorm(copy.deepcopy(sublayer.norm))
     every = {**parts, "norm": norm}
     for part in every.values():
         for p in part.parameters(recurse=False):
@@ -111,7 +111,7 @@ def test_gradients_equal_those_of_a_half_block_written_by_hand(family, changes, 
         numbers.update({f"{name}.{n}": p for n, p in leaf.items()})
         if name == "norm":
             continue
-        bias = half.part.get_submodule(name).bias
+        bias = sublayer.part.get_submodule(name).bias
         if packed:
             layer = part.base
             bias = layer.bias
@@ -131,18 +131,18 @@ def test_gradients_equal_those_of_a_half_block_written_by_hand(family, changes, 
             biases[name] = bias.double() + unit * leaf["b"]
 
     def exact_norm(x):
-        weight = half.norm.weight.double() * (1 + numbers["norm.u"])
+        weight = sublayer.norm.weight.double() * (1 + numbers["norm.u"])
         if family == "llama":
-            return weight * x / (x.square().mean(-1, keepdim=True) + half.norm.eps).sqrt()
-        unit = max(float(half.norm.bias.float().std(correction=0)), 1e-3)
-        bias = half.norm.bias.double() + unit * numbers["norm.b"]
-        return F.layer_norm(x, (32,), weight, bias, half.norm.eps)
+            return weight * x / (x.square().mean(-1, keepdim=True) + sublayer.norm.eps).sqrt()
+        unit = max(float(sublayer.norm.bias.float().std(correction=0)), 1e-3)
+        bias = sublayer.norm.bias.double() + unit * numbers["norm.b"]
+        return F.layer_norm(x, (32,), weight, bias, sublayer.norm.eps)
 
-    out = naive_half(half, h.double(), weights, biases, exact_norm, rope)
+    out = naive_sublayer(sublayer, h.double(), weights, biases, exact_norm, rope)
     errors = (out - wanted.double()).square().mean(-1) / wanted.double().square().mean(-1)
     want = torch.autograd.grad(errors.mean(), list(numbers.values()))
-    with tuned(half.part, parts):
-        found = stream_errors(half._replace(norm=norm), h, wanted, rope)
+    with tuned(sublayer.part, parts):
+        found = stream_errors(sublayer._replace(norm=norm), h, wanted, rope)
         mine = [p for part in every.values() for p in part.parameters(recurse=False)]
         got = torch.autograd.grad(found.mean(), mine)
     assert torch.allclose(found.double(), errors, rtol=1e-4)
@@ -159,12 +159,12 @@ def test_gradients_equal_those_of_a_half_block_written_by_hand(family, changes, 
 def test_the_masks_of_the_walk_and_their_exact_sparsity_are_kept(family, changes, bits, sparsity):
     on, stats = compressed(family, 2, bits, sparsity, changes=changes)
     off, _ = compressed(family, 0, bits, sparsity, changes=changes)
-    assert any(s["error_half"] < s["error_half_before"] for s in stats)
-    assert all(s["error_half"] <= s["error_half_before"] for s in stats)
+    assert any(s["error_sublayer"] < s["error_sublayer_before"] for s in stats)
+    assert all(s["error_sublayer"] <= s["error_sublayer_before"] for s in stats)
     fraction = 0.5 if sparsity == "2:4" else sparsity
     for block in on.blocks:
-        for half in block.halves():
-            for names in (half.reads, half.writes):             # solved as one matrix
+        for sublayer in block.sublayers():
+            for names in (sublayer.reads, sublayer.writes):             # solved as one matrix
                 linears = [block.get_submodule(name) for name in names]
                 size = sum(m.in_features * m.out_features for m in linears)
                 if bits is None:
@@ -180,7 +180,7 @@ def test_the_masks_of_the_walk_and_their_exact_sparsity_are_kept(family, changes
 
 @pytest.mark.parametrize("family, changes", FAMILIES)
 def test_the_errors_told_are_those_of_the_half_block_on_held_out_windows(family, changes):
-    """Counted by hand on the first half-block, whose input is the dense model's: with
+    """Counted by hand on the first sublayer, whose input is the dense model's: with
     reconstruction, and without on the same windows."""
     dense = tiny(family, **changes)
     stats = compressed(family, 3, changes=changes)[1][0]
@@ -190,14 +190,14 @@ def test_the_errors_told_are_those_of_the_half_block_on_held_out_windows(family,
         h = dense.stem(dense.embed(HELD)).half().float()        # as it is parked
         rope = dense.rope(0, 16, "cpu")
 
-        def first_half(model):
-            half = model.blocks[0].halves()[0]
-            return half.write(h, half.mix(h, rope))
+        def first_sublayer(model):
+            sublayer = model.blocks[0].sublayers()[0]
+            return sublayer.write(h, sublayer.mix(h, rope))
 
-        wanted = first_half(dense).half().float()
-        e = (first_half(model) - wanted).square().sum(-1) / wanted.square().sum(-1)
+        wanted = first_sublayer(dense).half().float()
+        e = (first_sublayer(model) - wanted).square().sum(-1) / wanted.square().sum(-1)
         found.append(float(e.mean()))
-    assert found == pytest.approx([stats["error_half_before"], stats["error_half"]], rel=1e-3)
+    assert found == pytest.approx([stats["error_sublayer_before"], stats["error_sublayer"]], rel=1e-3)
     assert found[1] < found[0]
 
 
@@ -207,18 +207,18 @@ def test_what_does_not_pay_is_taken_back_to_the_bit(family, changes, bits, monke
     """Adam gone mad: the model is that of a walk without reconstruction."""
     tune = walks.tune
 
-    def mad(half, parts, norm, *rest):
+    def mad(sublayer, parts, norm, *rest):
         with torch.no_grad():
             for part in [*parts.values(), norm]:
                 for p in part.parameters(recurse=False):
                     p.normal_()
     monkeypatch.setattr(walks, "tune", mad)
     on, stats = compressed(family, 2, bits, changes=changes)
-    assert all(s["error_half"] == s["error_half_before"] for s in stats)
+    assert all(s["error_sublayer"] == s["error_sublayer_before"] for s in stats)
     off, told = compressed(family, 0, bits, changes=changes)
     assert same_weights(on, off)
     for s in stats:
-        del s["error_half"], s["error_half_before"]
+        del s["error_sublayer"], s["error_sublayer_before"]
     assert stats == told
     monkeypatch.setattr(walks, "tune", tune)
     assert not same_weights(compressed(family, 2, bits, changes=changes)[0], off)
@@ -227,8 +227,8 @@ def test_what_does_not_pay_is_taken_back_to_the_bit(family, changes, bits, monke
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_it_wins_too(dtype):
     stats = compressed(passes=3, dtype=dtype)[1]
-    assert all(s["error_half"] <= s["error_half_before"] for s in stats)
-    assert stats[-1]["error_half"] < stats[-1]["error_half_before"]
+    assert all(s["error_sublayer"] <= s["error_sublayer_before"] for s in stats)
+    assert stats[-1]["error_sublayer"] < stats[-1]["error_sublayer_before"]
 
 
 @pytest.mark.parametrize("family, bits", [("llama", 4), ("opt", 4), ("opt", None)])
@@ -351,4 +351,4 @@ def test_it_needs_held_out_windows_and_one_process(monkeypatch):
 
 def test_the_plain_recipe_with_the_dense_stream_beside_it_works():
     stats = compressed("llama", 2, recipe="plain")[1]
-    assert stats[0]["error_half"] < stats[0]["error_half_before"]
+    assert stats[0]["error_sublayer"] < stats[0]["error_sublayer_before"]

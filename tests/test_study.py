@@ -19,7 +19,7 @@ from data.checkpoint import read_json
 from data.svg import dot_plot
 from eval import perplexity
 from model import load_model
-from prompt import load_prompt, text_nll
+from prompt import load_prompt, text_loss
 from study import corrupted, made_items, mcnemar, ppl, spread
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,7 +168,7 @@ def test_levels_by_hand_and_nothing_is_computed_twice(place, monkeypatch, capsys
     at_start = report["compressed + initial prompt"]["perplexity"]
     assert rows[pruned]["perplexity"]["start"][0] == pytest.approx(at_start, rel=1e-5)
     assert "Worth its bytes without a prompt" in capsys.readouterr().out
-    for name in ("text_nll", "zero_shot", "Run"):
+    for name in ("text_loss", "zero_shot", "Run"):
         monkeypatch.setattr(study, name, computed_again)
     assert run(place, "levels", place / "a", place / "b") == got
 
@@ -190,7 +190,7 @@ def test_every_study_ends_and_again_in_no_time(words, marks, place, monkeypatch)
     for mark in [*marks, "commit", "seed 0", "seqlen 32"]:
         assert mark in got["md"]
     ET.fromstring(got["svg"])
-    for name in ("text_nll", "zero_shot", "Run", "generate", "seconds"):
+    for name in ("text_loss", "zero_shot", "Run", "generate", "seconds"):
         monkeypatch.setattr(study, name, computed_again)
     assert run(place, *words) == got
 
@@ -252,7 +252,7 @@ def test_damaged_text_is_measured_by_its_characters(place):
     ids = torch.tensor(case.tokenizer.encode(text.upper()))
     windows = ids[:len(ids) // 32 * 32].view(-1, 32)
     model = load_model(case.dense)
-    losses = text_nll(model, None, windows).view(len(windows), -1).double().sum(1)
+    losses = text_loss(model, None, windows).view(len(windows), -1).double().sum(1)
     characters = [len(case.tokenizer.decode(w[1:].tolist())) for w in windows]
     want = float((losses / torch.tensor(characters)).mean())
     row = next(row for row in table["rows"] if row["row"].endswith("upper case"))
@@ -286,7 +286,7 @@ def test_a_study_lets_go_of_its_models_before_a_run_loads_its_own(place, tmp_pat
 def test_a_killed_study_goes_on(place, monkeypatch):
     want = run(place, "robust", place / "a")
     calls = []
-    real = study.text_nll
+    real = study.text_loss
 
     def counted(*args):
         calls.append(1)
@@ -299,12 +299,12 @@ def test_a_killed_study_goes_on(place, monkeypatch):
         return real(*args)
 
     with monkeypatch.context() as m:
-        m.setattr(study, "text_nll", dies)
+        m.setattr(study, "text_loss", dies)
         with pytest.raises(KeyboardInterrupt):
             run(place, "robust", place / "a", out="killed")
     done = len(list((place / "killed/cache").glob("losses-*")))
     calls.clear()
-    monkeypatch.setattr(study, "text_nll", counted)
+    monkeypatch.setattr(study, "text_loss", counted)
     assert run(place, "robust", place / "a", out="killed")["json"] == want["json"]
     assert done == 4                                          # 6 batches each
     files = (place / "killed/cache").glob("losses-*")

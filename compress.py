@@ -99,8 +99,8 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
 @contextmanager
 def fast_products(x: torch.Tensor):
     """Inside, fp32 matrix products may round their factors to bf16 on a CPU, to TF32 on a GPU, if
-    x's dtype loses nothing by it. Sums stay fp32: in bf16 they would not be exact enough to be
-    inverted."""
+    x's dtype loses nothing by it. (Another factor in fp32 is rounded too.) Sums stay fp32: in bf16
+    they would not be exact enough to be inverted."""
     place = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
     precision = "tf32" if x.is_cuda else "bf16"
     exact = x.dtype == torch.bfloat16 or x.is_cuda and x.dtype == torch.float16
@@ -211,6 +211,7 @@ def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_out
         # a constant input is the bias's alone; sums over 2^18 tokens are good to 2e-5
         varies = (around.diagonal() > 1e-4 * H.diagonal()).float()
         H = around * varies * varies[:, None]
+        del around
         A = (A - torch.outer(a, mean)) * varies
     damped = H.clone()
     damped.diagonal().mul_(1 + damp).add_(1e-6 * H.diagonal().mean() + 1e-12)
@@ -467,12 +468,13 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
     moments.finish()
     if parallel.rank() == 0:
         target = aim(W, moments, linears[0].bias is not None, settings.correct, of_outputs)
+        moments.H = moments.E = None                            # the solver needs room
         out = solve(target.W, target.H, parts)
         error_dense = errors(W, out.weight, target.H, parts)
         seen = {"error": out.error}
         if len(walk.held):
             H = target.measure(heldout_moments().finish(alone=True))
-            seen["error_heldout"] = errors(target.W, out.weight, H, [len(W)])[0]
+            seen["error_heldout"] = relative_error(target.W, out.weight, H)
         if settings.reconstruct:
             start = out.weight if out.mask.any() else None      # without a mask: all of target.W
             V = refit(target.W, target.H, out.mask, start)
@@ -971,12 +973,14 @@ def spell(seconds: float) -> str:
 
 
 def solver_bytes(rows: int, n: int) -> int:
-    """What solving W (rows, n) holds at its peak in fp32, W and H among it: copies of W while the
-    mask is found or, of some rows at a time, while they are rounded; of H; and of the 2^20 weights
-    whose grids are searched at a time. Counted by tests/test_compress.py."""
+    """What solving W (rows, n) holds at its peak in fp32, W and H among it, and the dense weights
+    beside: copies of W while the mask is found or, of some rows at a time, while they are rounded;
+    of H; and of the 2^20 weights whose grids are searched at a time. Counted by
+    tests/test_compress.py."""
     whole = rows * n
     rounding = 10 * whole if whole < SLAB else 5 * whole + 8 * SLAB
-    return max(mask_bytes(rows, n), 4 * (rounding + 3 * n * n)) + 4 * 7 * min(whole, 2 ** 20)
+    solving = max(mask_bytes(rows, n), 4 * (rounding + 3 * n * n))
+    return solving + 4 * whole + 4 * 7 * min(whole, 2 ** 20)
 
 
 def mask_bytes(rows: int, n: int) -> int:
@@ -1025,11 +1029,12 @@ def learning_bytes(config: Config, tokens: int, itemsize: int, heals: bool,
 
 def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype,
          settings: Settings, bits: int | None, sparsity: float | str, held_tokens: int = 0,
-         taught_tokens: int = 0, seqlen: int = STEP_TOKENS, by_loss: bool = False) -> Plan:
+         taught_tokens: int = 0, seqlen: int = STEP_TOKENS, by_loss: bool = False,
+         groupsize: int = -1) -> Plan:
     """tokens: of all calibration windows; batch_tokens: of one batch; held_tokens: of the windows
     held out of the Hessians; taught_tokens: whose last states in the dense model healing keeps on
-    disk; seqlen: of a window; by_loss: `allocate` says before how much is pruned where. On a CPU,
-    device and host memory are one: add them."""
+    disk; seqlen: of a window; by_loss: `allocate` says before how much is pruned where; groupsize:
+    columns that share a grid, -1 for all. On a CPU, device and host memory are one: add them."""
     c = checkpoint.config
     size = dtype.itemsize
     block = checkpoint.skeleton().blocks[0]
@@ -1046,7 +1051,8 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
     summing = batch_tokens * (2 + twin) * (2 * size + 4) * c.d_ff + 4 * 3 * widest ** 2
     copies = (1 + twin) * weights * size
     kept = 1 - parse_sparsity(sparsity)[0]
-    width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + 0.05
+    grids = 0.05 if groupsize == -1 else 32 / groupsize         # two numbers of 16 bits each
+    width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + grids
     model = c.n_layer * weights * width / 8 + 2 * ends
     disk = model * (2 if taught_tokens else 1) + 2 * taught_tokens * c.d_embed
     streams = (1 + twin) * tokens + held_tokens

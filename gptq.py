@@ -235,25 +235,56 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-def invert_(M: torch.Tensor) -> torch.Tensor:
-    """The inverse of a symmetric positive definite M (n, n), in its place: by halves, so that most
-    of the work is products, which use all threads. With S = C - B A^-1 B^T,
+LEAF = 512                              # columns of a matrix that is not halved any more
 
-        [A B^T]^-1   [A^-1 + X^T Y   -Y^T]
-        [B  C ]    = [    -Y         S^-1]      X = B A^-1,   Y = S^-1 X
-    """
-    n = len(M)
-    if n <= 512:
+
+def invert_(M: torch.Tensor) -> torch.Tensor:
+    """The inverse of a symmetric positive definite M = L L^T (n, n), in its place: L^-T L^-1."""
+    if len(M) <= LEAF:
         with one_thread():
             return M.copy_(torch.cholesky_inverse(torch.linalg.cholesky(M)))
-    A, B, C = M[:n // 2, :n // 2], M[n // 2:, :n // 2], M[n // 2:, n // 2:]
-    invert_(A)
-    X = B @ A
-    invert_(C.addmm_(X, B.T, alpha=-1))
-    B.copy_(C @ X)
-    A.addmm_(X.T, B)
-    M[:n // 2, n // 2:] = B.neg_().T
+    return square_(invert_factor_(M))
+
+
+def invert_factor_(M: torch.Tensor) -> torch.Tensor:
+    """L^-1, lower triangular, in the place of M = L L^T: by halves, so that most of the work is
+    products, which use all threads. (Halves of M^-1 itself would lose the digits that M's condition
+    costs once more with every halving.)
+
+        [A B^T]^-1/2   [      P        0]
+        [B  C ]      = [-Q (B P^T) P   Q]       P of A,   Q of C - (B P^T) (B P^T)^T
+    """
+    n = len(M)
+    if n <= LEAF:
+        with one_thread():
+            L = torch.linalg.cholesky(M)
+            return torch.linalg.solve_triangular(L, M.zero_().fill_diagonal_(1), upper=False, out=M)
+    A, B, C = halves(M)
+    P = invert_factor_(A)
+    X = B @ P.T
+    Q = invert_factor_(C.addmm_(X, X.T, alpha=-1))
+    torch.mm(Q, X @ P, out=B).neg_()
+    M[:n // 2, n // 2:] = 0
     return M
+
+
+def square_(L: torch.Tensor) -> torch.Tensor:
+    """L^T L, whole, in the place of a lower triangular L (n, n), by halves."""
+    n = len(L)
+    if n <= LEAF:
+        return L.copy_(L.T @ L)
+    A, B, C = halves(L)
+    square_(A).addmm_(B.T, B)
+    B.copy_(C.T @ B)
+    square_(C)
+    L[:n // 2, n // 2:] = B.T
+    return L
+
+
+def halves(M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Upper left, lower left and lower right of M (n, n)."""
+    k = len(M) // 2
+    return M[:k, :k], M[k:, :k], M[k:, k:]
 
 
 def quick_dtype(like: torch.Tensor) -> torch.dtype:
@@ -407,7 +438,8 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
     target = W if target is None else target.to(dtype)
     dead = H.diagonal() == 0                        # inputs that are always 0: any weight will do
     keep = torch.ones_like(W, dtype=torch.bool) if mask is None else ~mask
-    start = W.masked_fill(~keep | dead, 0)
+    # the paper makes such weights 0; searched grids round them, as another text may use them
+    start = W.masked_fill(~keep | dead if grid == "minmax" else ~keep, 0)
     order = column_order(H, act_order)
     group = column_groups(n, groupsize, order if static else None)
     U = inverse_factor(H, percdamp, order) if U is None else U

@@ -303,9 +303,10 @@ def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str,
     if mask not in ("admm", "sparsegpt"):
         raise ValueError(f"mask={mask!r}: known are admm and sparsegpt")
     W, H = (t.to(torch.promote_types(W.dtype, torch.float32)) for t in (W, H))
-    V, pruned = W, fixed_mask
+    V, pruned = W, None
     if fixed_mask is not None:
-        V = W.masked_fill(fixed_mask, 0)
+        if fixed_mask.any():
+            V, pruned = W.masked_fill(fixed_mask, 0), fixed_mask
     elif parse_sparsity(sparsity)[0]:
         if mask == "admm":
             pruned, V = admm(W, H, sparsity, percdamp=percdamp)

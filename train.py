@@ -420,7 +420,8 @@ class Run:
             taught = self.windows.numel() + self.held.numel() if a.heal else 0
             planned = plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen,
                            self.dtype, self.settings, self.bits, a.sparsity,
-                           self.judges().numel(), taught, a.seqlen, a.allocation == "fisher")
+                           self.judges().numel(), taught, a.seqlen, a.allocation == "fisher",
+                           a.groupsize)
             if a.steps and a.objective == "kl":
                 read = self.pool.numel() + self.val.numel()
                 states = 2 * read * self.checkpoint.config.d_embed

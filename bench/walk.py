@@ -28,7 +28,7 @@ from model import Block, open_checkpoint, save_index, save_shard, shard_path, sk
 def config_of(name: str, blocks: int) -> Config:
     """The configuration of a published LLaMA with fewer blocks."""
     width, layers, heads, kv_heads, d_ff, vocab, _ = PUBLISHED[name]
-    return Config("llama", vocab, width, min(blocks, layers), heads, d_ff, kv_heads)
+    return Config("llama", vocab, width, min(blocks, layers), heads, d_ff, kv_heads, tied=False)
 
 
 def randomize(module: nn.Module, generator: torch.Generator) -> nn.Module:

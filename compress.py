@@ -99,7 +99,7 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
 @contextmanager
 def fast_products(x: torch.Tensor):
     """Inside, fp32 matrix products may round their factors to bf16 on a CPU, to TF32 on a GPU, if
-    x's dtype loses nothing by it. (Another factor in fp32 is rounded too.) Sums stay fp32: in bf16
+    x's dtype loses nothing by it; a factor beside it that is fp32 is rounded as well. Sums stay fp32: in bf16
     they would not be exact enough to be inverted."""
     place = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
     precision = "tf32" if x.is_cuda else "bf16"
@@ -960,8 +960,8 @@ class Plan(NamedTuple):
         more = (f"; reconstruction: {gb[3]} on the device, {self.flops / 1e12:.3g} TFLOP, which "
                 f"take {spell(self.flops / 1e11)} at 0.1 TFLOP/s, {spell(self.flops / 1e13)} at 10")
         return (f"plan: {self.blocks} blocks one by one, at most about {gb[0]} on the device and "
-                f"{gb[1]} of host memory beside mapped files, {gb[2]} on disk; the time is told from "
-                f"the first block on{more if self.flops else ''}")
+                f"{gb[1]} of host memory beside mapped files, {gb[2]} on disk; the time is told "
+                f"from the first block on{more if self.flops else ''}")
 
 
 def spell(seconds: float) -> str:

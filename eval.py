@@ -327,7 +327,8 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, u: torch.Tensor
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # the largest stays finite
+    # the largest stays finite, whatever the temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     p, ids = torch.softmax(logits, -1).sort(descending=True)
     kept = p.cumsum(-1) - p < top_p                      # the first token always is
     mass = (p * kept).cumsum(-1)
@@ -484,7 +485,8 @@ def batches_alike(lengths: list[int], batch_size: int, spread: int) -> Iterator[
             yield batch
             batch = []
         batch.append(i)
-    yield batch
+    if batch:
+        yield batch
 
 
 def print_in_order(texts: list[str], pieces: Iterator[tuple[int, str]]) -> list[str]:

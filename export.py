@@ -65,7 +65,8 @@ import torch
 
 from data.checkpoint import (raw, read_json, read_safetensors, read_state, verify, write_json,
                              write_safetensors, write_torch)
-from data.config import Config, hf_config, meta_context, meta_factor, resolve
+from data.config import (Config, hf_config, meta_context, meta_factor, packed_layers, read_config,
+                         resolve)
 from data.tokenizer import Ranks, SentencePiece, copy_tokenizer, load_tokenizer
 from kernels.packing import Packed, groups_of
 from kernels.unpacking import unpack
@@ -145,11 +146,13 @@ def take_tokenizer(source: Path, folder: Path) -> dict:
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": model.unk_id()}
         held.update({f"{role}_token": tokenizer.text_of.get(i) or model.id_to_piece(i)
                      for role, i in ids.items() if i is not None})
-        held["tokenizer_class"] = "PreTrainedTokenizerFast"     # LlamaTokenizer changes it
-    elif (folder / "merges.txt").exists():                      # OPT
-        text_of = {i: text for text, i in read_json(folder / "vocab.json").items()}
-        held.update(bos_token="</s>", eos_token=text_of[tokenizer.eos_id], unk_token="</s>",
-                    pad_token="<pad>", tokenizer_class="GPT2Tokenizer")
+        if (folder / "tokenizer.json").exists():
+            held["tokenizer_class"] = "PreTrainedTokenizerFast"     # LlamaTokenizer changes it
+    elif not (folder / "tokenizer.json").exists():              # OPT
+        vocab = read_json(folder / "vocab.json")
+        text_of = {i: text for text, i in {**vocab, **tokenizer.added}.items()}
+        held.update(bos_token="</s>", eos_token=text_of.get(tokenizer.eos_id, "</s>"),
+                    unk_token="</s>", pad_token="<pad>", tokenizer_class="GPT2Tokenizer")
     if not (folder / "tokenizer_config.json").exists():
         write_json(folder / "tokenizer_config.json", held)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
@@ -159,9 +162,10 @@ def is_plain_bpe(model) -> bool:
     """Is a sentencepiece model of LLaMA's kind, which a tokenizer.json can be made of? Merges in
     the order of the pieces, no piece that the text is searched for first, text left as it is, a
     space in front. Without a tokenizer.json, transformers reads tokenizer.model."""
-    scores = [model.get_score(i) for i in range(model.get_piece_size())
-              if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))]
-    in_order = scores == [-float(k) for k in range(len(scores))]
+    whole = [i for i in range(model.get_piece_size())
+             if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))]
+    in_order = all(model.get_score(i) == -float(k) or not model.id_to_piece(i).strip("\u2581")
+                   for k, i in enumerate(whole))        # LLaMA's pieces of spaces come last of all
     text = " \uff41  b"                                         # a wide letter and two spaces
     is_kept = model.decode(model.encode(text)) == text
     has_space = model.encode("a", out_type=str)[0].startswith("\u2581")
@@ -486,6 +490,18 @@ def from_peft(folder: Path) -> torch.Tensor:
 
 # -------------------------------------------------------------------------------------------------
 
+def completeness(folder: Path) -> str:
+    """In words: whether a folder holds all of a model. Raises FileNotFoundError or ValueError
+    where a file or a weight is missing."""
+    try:
+        packed_layers(folder)
+        read_config(folder)
+    except (FileNotFoundError, ValueError) as e:
+        return f"whether {folder} is complete is not known ({e})"
+    open_checkpoint(folder).check_head()
+    return f"{folder} is complete"
+
+
 def new_folder(path: Path, source: Path) -> Path:
     """The folder to write into: new or empty, and not where the model comes from."""
     taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
@@ -506,10 +522,7 @@ def main(args) -> None:
             if count is not None:
                 found = f"{count} tensors as they were written"
             print(f"{file}: {found}")
-        if (folder / "config.json").exists():
-            open_checkpoint(folder)                     # no file and no weight is missing
-        else:
-            print(f"{folder} has no config.json: whether it is complete is not known")
+        print(completeness(folder))
         return
     if not args.to or not args.out:
         raise ValueError("say what to write and where: --to hf|gptq|meta|peft|prompt OUT; or "
@@ -521,6 +534,7 @@ def main(args) -> None:
     if args.dtype and args.to not in ("hf", "meta"):
         raise ValueError(f"--dtype does nothing with --to {args.to}: leave it out")
     source = open_checkpoint(folder)
+    source.check_head()
     dtype = getattr(torch, args.dtype) if args.dtype else None
 
     def check_width(prompt: torch.Tensor) -> None:

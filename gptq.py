@@ -125,6 +125,8 @@ def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, b
     least squares with the codes held, then the codes anew, four times (Lloyd's algorithm on a
     line). Returns scale and zero, each (rows, 1)."""
     weight = keep * importance
+    # a row, or a group of one, may have only inputs that were never used: all count alike then
+    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, keep)
 
     def better(best, scale, zero):
         """Row by row the better of best = (error, scale, zero), or None, and another grid."""
@@ -198,7 +200,8 @@ def inverse_factor(H: torch.Tensor, percdamp: float = 0.01,
 
     H = R R^T with R upper is Cholesky with rows and columns in reverse order, and U = R^-1: one
     factorization. Inputs that are always zero get the mean of the others, so that they do not
-    decide on the damping. order (in,): of the columns, first to last. Linears that share H can share U."""
+    decide on the damping. order (in,): of the columns, first to last. Linears that share H can
+    share U."""
     if order is None:
         order = torch.arange(len(H), device=H.device)
     back = order.flip(0)

@@ -3,9 +3,9 @@
 A packed weight is a grid over integers, W = scale * (level + zero * sign) in every row or group,
 with the level that the codes say (0 where pruned), and the sign of an offset grid or -1 on a
 uniform one (0 where pruned). Codes and mask stay; scales, zeros, norms and biases, few of a model's
-numbers and stored in any case, are tuned end to end by KL(dense || packed) on text: the second stage of EfficientQAT
-(2407.11062) and PERP (2312.15230) on weights that are pruned and packed at once. Nothing is added:
-the healed model has the same bytes and the same speed.
+numbers and stored in any case, are tuned end to end by KL(dense || packed) on text: the second
+stage of EfficientQAT (2407.11062) and PERP (2312.15230) on weights that are pruned and packed at
+once. Nothing is added: the healed model has the same bytes and the same speed.
 
     teacher = teacher_states(dense, windows, folder), teacher_states(dense, val, folder)
     heal(packed_model, windows, val, teacher, steps=64)         # in place; save_model writes it,

@@ -281,7 +281,7 @@ class Lab:
     def answers(self, case: Case, which: str, prompt, items: list[Item], task: str) -> torch.Tensor:
         """1 where an item is answered right, else 0: (items,) float64. By acc; of made items, whose
         choices differ much in length, by acc_norm, the likeliest a character."""
-        metric = "acc_norm" if task.startswith(MADE) else "acc"
+        metric = metric_of(task)
 
         def make():
             model = self.model(case, which)
@@ -394,6 +394,11 @@ class Lab:
 
 
 MADE = "continue "                                  # what the name of made items begins with
+
+
+def metric_of(task: str) -> str:
+    """By what answers are judged."""
+    return "acc_norm" if task.startswith(MADE) else "acc"
 
 
 def made_items(text: str, limit: int, given: int = 40, asked: int = 8) -> list[Item]:
@@ -561,7 +566,8 @@ def check_alike(cases: list[Case]) -> None:
     """ValueError unless runs can be ranked: of one dense model, measured and taught alike."""
     def asked(case: Case) -> dict[str, str]:
         keys = ("data", "seqlen", "max_tokens", "kind", "objective", "steps", "prompt_tokens")
-        return {"--dense": case.dense, **{flag(key): getattr(case.settings, key) for key in keys}}
+        dense = case.dense and case.dense.resolve()
+        return {"--dense": dense, **{flag(key): getattr(case.settings, key) for key in keys}}
     first = asked(cases[0])
     for case in cases[1:]:
         for name, value in asked(case).items():
@@ -610,8 +616,12 @@ def transfer(lab: Lab) -> None:
     nats against no prompt."""
     first = lab.cases[0]
     texts = lab.texts(first)
+    stems = {}
     for learn, measure in texts.values():
-        if learn == measure and learn not in (*TEXT_SETS, *HARVESTED):
+        if stems.setdefault(Path(learn).stem, learn) != learn:
+            raise ValueError(f"--texts learns on {stems[Path(learn).stem]} and on {learn}, which "
+                             f"one table would call alike: rename one")
+        if lab.args.texts and learn == measure and learn not in (*TEXT_SETS, *HARVESTED):
             raise ValueError(f"{learn} is a file, which has no splits: name the text to learn on "
                              f"and the one to measure on, --texts LEARN:MEASURE")
     by_text = {Path(learn).stem: lab.learned(first, "compressed", learn)
@@ -741,7 +751,8 @@ def hard(lab: Lab) -> None:
     tokens = case.measured()
     tasks = lab.items(case)
     heads = [f"{which}, {what}" for which in models for what in ("perplexity", "change")]
-    heads += [f"{task}: {what}" for task in tasks for what in ("acc", "turned right, wrong", "p")]
+    heads += [f"{task}: {what}" for task in tasks
+              for what in (metric_of(task), "turned right, wrong", "p")]
     table = Table("Perplexity, change in nats a token, and answers that a prompt in words changes",
                   "prompt", *heads)
     texts = Table("Greedy continuations of the compressed model", "prompt", "first", "second")
@@ -833,7 +844,8 @@ def tasks(lab: Lab) -> None:
     asked = lab.items(case)
     controls = lab.controls(case)
     heads = [f"{task}{what}" for task, items in asked.items()
-             for what in (f", {len(items)} items", ": turned right, wrong", ": p")]
+             for what in (f", {metric_of(task)} of {len(items)} items", ": turned right, wrong",
+                          ": p")]
     table = Table("Accuracy, and answers that differ from the compressed model's", "model", *heads)
     rows = []
     for name, (which, prompt) in controls.items():

@@ -47,6 +47,7 @@ class ByteLevelBPE:
                                      special_tokens={})
         self.id_of_rank = np.array([ids.get(token, -1) for token in tokens])
         self.added = added
+        self.cut = cutter(added)
         self.bytes_of = {i: token for token, i in ids.items()}
         self.bytes_of.update({i: text.encode() for text, i in added.items()})
         self.vocab_size = max(self.bytes_of) + 1
@@ -58,7 +59,7 @@ class ByteLevelBPE:
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text, behind the BOS token where the tokenizer has one and bos is True."""
         ids = [self.bos_id] if bos and self.bos_id is not None else []
-        for part in cut_out(valid(text), self.added):
+        for part in cut_out(valid(text), self.cut):
             ids += [self.added[part]] if part in self.added else self.encode_ordinary(part)
         return ids
 
@@ -94,13 +95,16 @@ def valid(text: str) -> str:
     return text
 
 
-def cut_out(text: str, added) -> list[str]:
-    """The pieces of a text, none empty: strings of `added`, the longest that matches, and what lies
-    between them."""
-    if not added:
-        return [text] if text else []
+def cutter(added) -> re.Pattern | None:
+    """What finds any of the strings of `added` in a text, the longest at each place; None for
+    none."""
     longest_first = sorted(added, key=len, reverse=True)
-    pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
+
+
+def cut_out(text: str, cut: re.Pattern | None) -> list[str]:
+    """The pieces of a text, none empty: what a `cutter` finds, and what lies between."""
+    pieces = [text] if cut is None else cut.split(text)
     return [piece for piece in pieces if piece]
 
 

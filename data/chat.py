@@ -17,7 +17,7 @@ import operator
 import re
 from pathlib import Path
 
-from data.bpe import cut_out
+from data.bpe import cut_out, cutter
 from data.checkpoint import read_json
 from data.tokenizer import settings
 
@@ -140,12 +140,12 @@ class ChatTemplate:
         return self.ids_of(tokenizer, self.render(messages, add_generation_prompt))
 
     def ids_of(self, tokenizer, text: str) -> list[int]:
-        """The ids of a rendered text. BOS and EOS, which a sentencepiece model reads as ordinary
-        text, become what they are."""
+        """The ids of a rendered text. Special tokens by their names, which a sentencepiece model
+        reads as ordinary text, become what they are."""
         special = {name: tokenizer.special(name) for name in self.names.values() if name}
         special = {name: i for name, i in special.items() if i is not None}
         ids = []
-        for part in cut_out(text, special):
+        for part in cut_out(text, cutter(special)):
             ids += [special[part]] if part in special else tokenizer.encode(part, bos=False)
         return ids
 
@@ -156,12 +156,19 @@ class ChatTemplate:
         messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": mark}]
         after = self.render(messages, add_generation_prompt=False).rpartition(mark)[2].lstrip()
         first = self.ids_of(tokenizer, after)[:1]
-        return frozenset(i for i in first
-                         if re.fullmatch(r"|<.+>|\[.+\]", tokenizer.decode([i]).strip()))
+        return frozenset(i for i in first if is_mark(tokenizer, i, after))
 
     def errors(self) -> "Renamed":
         """A `with` inside which every error becomes one of this template."""
         return Renamed(self.path)
+
+
+def is_mark(tokenizer, i: int, after: str) -> bool:
+    """Is id i, with which a text goes on, a special token or a bracketed mark?"""
+    shown = tokenizer.decode([i])
+    if re.fullmatch(r"<.+>|\[.+\]", shown.strip()):
+        return True
+    return shown == "" and any(tokenizer.special(after[:k]) == i for k in range(1, len(after) + 1))
 
 
 class Renamed:

@@ -21,7 +21,8 @@ has added to it (added_tokens.json, added_tokens_decoder) become their ids. It w
 sign for a space, as a space. In OPT `<unk>` and `<s>` in a text are ordinary as well: its unknown
 and BOS token is </s>. A byte that a vocabulary lacks (SmolLM2: six control characters) is dropped
 after the merges, there before them: what stands beside it may be cut otherwise. Half of a surrogate
-pair is read as U+FFFD. In all other cases decode(encode(text)) == text. A run of several 100,000
+pair is read as U+FFFD, and what follows a token that was added to a sentencepiece model gains a
+space in front. In all other cases decode(encode(text)) == text. A run of several 100,000
 spaces is an error of tiktoken's. Whether a BOS is put in front is said by add_bos_token, else by
 the file's template. Left out: normalizers, padding.
 """
@@ -34,8 +35,8 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from data.bpe import (ByteLevelBPE, byte_letters, check_ids, cut_out, merge_order, rank_order,
-                      tokens_and_ids, valid)
+from data.bpe import (ByteLevelBPE, byte_letters, check_ids, cut_out, cutter, merge_order,
+                      rank_order, tokens_and_ids, valid)
 from data.checkpoint import read_json, write_atomic, write_json
 from data.config import QUANT_METHOD, in_range, read_config
 
@@ -77,6 +78,7 @@ class SentencePiece:
         self.pieces = model.vocab_size()
         behind = [token for token in added if token.id >= self.pieces]
         self.added = {token.text: token.id for token in behind}
+        self.cut = cutter(self.added)
         self.text_of = {token.id: token.text for token in behind}
         self.vocab_size = max([self.pieces, *(i + 1 for i in self.text_of)])
         self.bos_id = model.bos_id() if add_bos and model.bos_id() >= 0 else None
@@ -99,7 +101,7 @@ class SentencePiece:
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         ids = [self.bos_id] if bos and self.bos_id is not None else []
-        for part in cut_out(valid(text), self.added):
+        for part in cut_out(valid(text), self.cut):
             ids += [self.added[part]] if part in self.added else self.model.encode(part)
         return ids
 
@@ -185,23 +187,24 @@ class Added(NamedTuple):
 def added_tokens(folder: Path, rows: int | None) -> list[Added]:
     """Of added_tokens.json and of tokenizer_config.json, which goes before it. Tokens past the
     model's embedding, of `rows`, are left out: LLaMA 2's first release has one."""
-    found = {}
-    path = folder / "added_tokens.json"
+    path, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    found = []                                              # (file, id, what is said of it)
     if path.exists():
-        found.update({i: {"content": text, "special": True}
-                      for text, i in read_json(path).items()})
-    config = folder / "tokenizer_config.json"
+        found += [(path, i, {"content": text, "special": True})
+                  for text, i in read_json(path).items()]
     decoder = read_json(config).get("added_tokens_decoder") if config.exists() else None
     if isinstance(decoder, dict):
-        found.update({int(i) if i.isdigit() else i: said for i, said in decoder.items()})
-        path = config
-    for i, said in found.items():
-        whole = type(i) is int and isinstance(said, dict) and isinstance(said.get("content"), str)
-        if not whole or not said["content"]:
-            raise ValueError(f"{path}: added token {str(i)[:60]} is no number and text; a damaged "
+        found += [(config, int(i) if re.fullmatch("[0-9]{1,9}", i) else i, said)
+                  for i, said in decoder.items()]
+    added = {}
+    for file, i, said in found:
+        text = said.get("content") if isinstance(said, dict) else None
+        if type(i) is not int or not isinstance(text, str) or not text:
+            raise ValueError(f"{file}: added token {str(i)[:60]} is no number and text; a damaged "
                              f"download?")
-    kept = {i: said for i, said in found.items() if rows is None or i < rows}
-    return [Added(said["content"], i, said.get("special") is True) for i, said in kept.items()]
+        if rows is None or i < rows:
+            added[i] = Added(text, i, said.get("special") is True)
+    return list(added.values())
 
 
 def check_settings(folder: Path, names: dict, is_sentencepiece: bool) -> None:
@@ -210,7 +213,7 @@ def check_settings(folder: Path, names: dict, is_sentencepiece: bool) -> None:
               "add_prefix_space": is_sentencepiece}
     for key, value in wanted.items():
         if names.get(key, value) != value:
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: {key} {names[key]} is not "
+            raise ValueError(f"{folder}: {key} {names[key]} in its tokenizer's settings is not "
                              f"supported, only {value}")
 
 

@@ -224,6 +224,15 @@ def test_tokens_that_a_fine_tuned_sentencepiece_model_has_added(place, tmp_path)
     assert tokenizer.encode("a b") == plain.encode("a b")
 
 
+def test_an_ordinary_piece_after_an_answer_is_no_stop():
+    """sentencepiece begins what follows with its sign for a space, which by itself shows nothing."""
+    tokenizer = load_tokenizer(SHIPPED["tiny-llama"])
+    for after in ("\u597d", " ok", "\n", "</s>x"):
+        template = ChatTemplate("{{ messages[-1].content }}" + after, names=NAMES)
+        want = {tokenizer.eos_id} if after == "</s>x" else frozenset()
+        assert template.stops(tokenizer) == want
+
+
 def test_a_conversation_is_read_from_its_beginning(capsys):
     """Each answer is what the model generates behind the rendered conversation so far."""
     model = tiny()

@@ -227,6 +227,7 @@ def test_pieces_join_to_the_text_that_all_ids_have(name, monkeypatch):
 def test_batches_are_of_neighbours_of_like_length():
     lengths = [3, 4, 90, 91, 5, 5, 5, 5, 5]
     assert list(evaluation.batches_alike(lengths, 4, 20)) == [[0, 1], [2, 3], [4, 5, 6, 7], [8]]
+    assert list(evaluation.batches_alike([], 4, 20)) == []
     assert list(evaluation.batches_alike(lengths, 4, 100)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
 
 
@@ -237,7 +238,8 @@ def test_a_text_without_room_is_named_before_anything_is_made():
 
 def test_the_smallest_temperature_is_greedy():
     logits = torch.tensor([[0.0, 5.0, 4.0, -3.0]])
-    assert evaluation.pick(logits, 1e-40, 1.0, torch.tensor([0.7])).tolist() == [1]
+    for temperature in (1e-40, 1e-300):
+        assert evaluation.pick(logits, temperature, 1.0, torch.tensor([0.7])).tolist() == [1]
 
 
 def test_texts_are_printed_in_order(capsys):

@@ -29,6 +29,7 @@ from model import load_model, open_checkpoint, save_model
 from prompt import initial_prompt, load_prompt, save_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared/data"
 CLASSES = {"llama": LlamaForCausalLM, "opt": OPTForCausalLM}
 
 
@@ -393,12 +394,51 @@ def test_verify_misses_files(tmp_path, monkeypatch, capsys):
     run(tmp_path / "model", "--to", "hf", tmp_path / "hf")
     run(tmp_path / "hf", "--verify")
     sorted((tmp_path / "hf").glob("model-*.safetensors"))[1].unlink()
+    assert "is complete" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="lists model-00002"):
         run(tmp_path / "hf", "--verify")
     (tmp_path / "hf/config.json").unlink()
     capsys.readouterr()
     run(tmp_path / "hf", "--verify")
-    assert "whether it is complete is not known" in capsys.readouterr().out
+    assert "is complete is not known" in capsys.readouterr().out
+    save_model(models("opt", "dense", "uniform")[0], tmp_path / "packed")
+    run(tmp_path / "packed", "--to", "gptq", tmp_path / "gptq")
+    run(tmp_path / "gptq", "--verify")
+    assert "whether" in capsys.readouterr().out             # it is for other programs to read
+
+
+def test_a_head_that_is_not_the_embedding_is_not_dropped_in_silence(tmp_path):
+    peer("llama-tied", tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    state = load_file(path)
+    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"] + 1}, path)
+    with pytest.raises(ValueError, match="is not the embedding"):
+        run(tmp_path / "model", "--to", "hf", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.skipif(not (SHARED / "tokenizers/llama").exists(), reason="needs ../shared/data")
+def test_the_published_llama_tokenizer_becomes_one_that_transformers_opens(tmp_path):
+    """Without sentencepiece's own reader: its pieces of spaces have scores of their own."""
+    source = SHARED / "tokenizers/llama"
+    export.take_tokenizer(source, tmp_path / "out")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(source)
+    for text in ("Hello  world", "   three\n\n  \t x", "\u4e2d caf\u00e9 \U0001f600", "a" * 50):
+        assert theirs(text)["input_ids"] == ours.encode(text)
+
+
+def test_an_eos_that_was_added_is_told_and_one_that_is_not_there_is_none(tmp_path):
+    shutil.copytree(SHIPPED["tiny-opt"], tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    size = len(json.loads((tmp_path / "model/vocab.json").read_text()))
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "vocab_size": size + 1}))
+    (tmp_path / "model/added_tokens.json").write_text(json.dumps({"<|im_end|>": size}))
+    (tmp_path / "model/special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (tmp_path / "model/tokenizer_config.json").unlink(missing_ok=True)
+    said = export.take_tokenizer(tmp_path / "model", tmp_path / "out")
+    assert said["eos_token_id"] == size
+    told = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert told["eos_token"] == "<|im_end|>"
 
 
 def test_a_tokenizer_that_only_transformers_reads_is_copied(tmp_path, capsys):

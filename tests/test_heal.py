@@ -1,5 +1,5 @@
-"""heal.py: levels, signs and gradients against dense autograd, what is stored after it, and that it wins
-on held-out text.
+"""heal.py: levels, signs and gradients against dense autograd, what is stored after it, and that it
+wins on held-out text.
 
     python -m pytest -q tests/test_heal.py
 """

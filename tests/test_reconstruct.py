@@ -77,7 +77,7 @@ def naive_sublayer(sublayer, h, weights, biases, norm, rope):
 @pytest.mark.parametrize("family, changes", FAMILIES)
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients_equal_those_of_a_half_block_written_by_hand(family, changes, which, packed):
+def test_gradients_equal_those_of_a_sublayer_written_by_hand(family, changes, which, packed):
     """In fp64: of kept weights, of scales and zeros, of norms and biases, all away from where they
     start."""
     model = compressed(family, 0, changes=changes)[0]
@@ -180,7 +180,7 @@ def test_the_masks_of_the_walk_and_their_exact_sparsity_are_kept(family, changes
 
 
 @pytest.mark.parametrize("family, changes", FAMILIES)
-def test_the_errors_told_are_those_of_the_half_block_on_held_out_windows(family, changes):
+def test_the_errors_told_are_those_of_the_sublayer_on_held_out_windows(family, changes):
     """Counted by hand on the first sublayer, whose input is the dense model's: with
     reconstruction, and without on the same windows."""
     dense = tiny(family, **changes)
@@ -198,7 +198,8 @@ def test_the_errors_told_are_those_of_the_half_block_on_held_out_windows(family,
         wanted = first_sublayer(dense).half().float()
         e = (first_sublayer(model) - wanted).square().sum(-1) / wanted.square().sum(-1)
         found.append(float(e.mean()))
-    assert found == pytest.approx([stats["error_sublayer_before"], stats["error_sublayer"]], rel=1e-3)
+    told = [stats["error_sublayer_before"], stats["error_sublayer"]]
+    assert found == pytest.approx(told, rel=1e-3)
     assert found[1] < found[0]
 
 
@@ -278,7 +279,7 @@ def test_between_blocks_only_the_streams_live():
 
 @pytest.mark.parametrize("family, nsamples, seqlen", [("llama", 8, 64), ("llama", 16, 64),
                                                       ("opt", 4, 512)])
-def test_the_device_holds_a_half_block_and_its_sums(family, nsamples, seqlen, tmp_path,
+def test_the_device_holds_a_sublayer_and_its_sums(family, nsamples, seqlen, tmp_path,
                                                     monkeypatch):
     """Counted: what `plan` says of all and of reconstruction, each block as much as the other, and
     no more for more windows."""

@@ -276,6 +276,18 @@ def test_tokens_that_a_fine_tuned_opt_has_added(tmp_path):
     assert tokenizer.vocab_size == size + 1
 
 
+@pytest.mark.parametrize("name, held", [
+    ("added_tokens.json", {"<|x|>": [1]}), ("added_tokens.json", {"": 300}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"\u00b2": {"content": "x"}}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"300": {"content": 5}}})])
+def test_damaged_lists_of_added_tokens_are_named(name, held, tmp_path):
+    tiny_files(tmp_path)
+    (tmp_path / name).write_text(json.dumps(held))
+    with pytest.raises(ValueError, match=f"{name}: added token .* is no number and text"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("files", ["sentencepiece", "bytes"])
 def test_halves_of_surrogate_pairs_are_read_as_what_nobody_knows(files, tmp_path):
     """As they come from a wrong JSON escape, or a terminal's odd byte."""

@@ -99,8 +99,8 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
 @contextmanager
 def fast_products(x: torch.Tensor):
     """Inside, fp32 matrix products may round their factors to bf16 on a CPU, to TF32 on a GPU, if
-    x's dtype loses nothing by it; a factor beside it that is fp32 is rounded as well. Sums stay fp32: in bf16
-    they would not be exact enough to be inverted."""
+    x's dtype loses nothing by it; a factor beside it that is fp32 is rounded as well. Sums stay
+    fp32: in bf16 they would not be exact enough to be inverted."""
     place = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
     precision = "tf32" if x.is_cuda else "bf16"
     exact = x.dtype == torch.bfloat16 or x.is_cuda and x.dtype == torch.float16
@@ -915,6 +915,7 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
         if path.exists():
             twin = copy_block(source, dtype, device) if walk.dense is not None else None
             walk.advance(load_block(path, i, config, dtype, device), twin, settings.true_sequential)
+            bar.skip()
             del twin
             found = read_note(path)["note"]["layers"]
         else:

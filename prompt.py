@@ -29,6 +29,7 @@ for heal.py too. Left out: weight decay, which the paper does without.
 import hashlib
 import json
 import math
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -317,6 +318,7 @@ def teacher_states(model, windows: torch.Tensor, folder: str | Path, batch_size:
 # Losses are multiplied by this before their gradients are computed, and the gradients divided by it
 # after: in float16 numbers below 6e-8 vanish. A power of two changes no bit of other dtypes.
 SCALE = 1024.0
+WRITE_EVERY = 300.0                     # seconds between two states that are written
 
 
 class Fit(NamedTuple):
@@ -339,8 +341,8 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
     AdamW without decay; linear warm-up, then linear decay; gradients clipped; windows reshuffled
     (seeded) every epoch. score() is the validation loss; the start counts, and the parameters end
     as the best seen. With `state`, a path, all that is needed to go on is written at every
-    validation, and a second call continues to the same bits. `settings` (JSON values: model,
-    text) is compared then. Raises ValueError on a loss that is not finite or a foreign state."""
+    validation and every few minutes, and a second call continues to the same bits. `settings` (JSON
+    values: model, text) is compared then. Raises ValueError on a loss that is not finite or a foreign state."""
     if count < 1 or steps < 0 or batch_size < 1 or not 0 < lr < math.inf:
         raise ValueError(f"cannot learn from {count} windows in {steps} steps of {batch_size} at "
                          f"rate {lr}: at least 1 window, 0 steps, 1 window a step and a finite "
@@ -354,6 +356,7 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
     run = json.loads(json.dumps(run))                           # as it will be read back
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=betas, weight_decay=0.0)
     losses, scores, done = [], [], 0
+    written = time.monotonic()
 
     def copy_of_params() -> dict:
         return {name: p.detach().clone() for name, p in params.items()}
@@ -373,6 +376,11 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
                                  f"is at fault, use float32")
         if score is None or scores[-1][1] == min(v for _, v in scores):
             best = copy_of_params()
+        write()
+
+    def write() -> None:
+        nonlocal written
+        written = time.monotonic()
         if state is not None and parallel.rank() == 0:
             held = {"settings": run, "done": done, "losses": losses, "scores": scores,
                     "params": copy_of_params(), "best": best, "optimizer": opt.state_dict()}
@@ -414,6 +422,8 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
             bar.note(f"loss {sum(losses[-10:]) / len(losses[-10:]):.3f}")
         if done % val_every == 0 or done == steps:
             look()
+        elif time.monotonic() - written > WRITE_EVERY:
+            write()
     put(best)
     return Fit(min(v for _, v in scores) if scores else float("nan"), losses, scores)
 

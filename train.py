@@ -27,7 +27,7 @@ MASKS = ("mask", "refits")
 PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "control", "kind",
           "objective", "prompt_recipe")
 # Flags that never change the numbers.
-NO_SETTINGS = ("out", "resume", "overwrite", "plan")
+NO_SETTINGS = ("out", "resume", "overwrite", "plan", "checkpointing")
 HELD_OUT = 8                            # windows of the calibration text that only judge
 
 
@@ -147,6 +147,7 @@ if __name__ == "__main__":
     # before torch is loaded: --help and wrong flags answer at once
     args = read_flags(flags())
 
+import os
 import platform
 import re
 import shlex
@@ -179,10 +180,10 @@ from sparsegpt import parse_sparsity
 def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
     folder = resolve(args.model)
-    given = {name for name, value in vars(args).items() if value is not None}
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
     for name, nothing in (("heal", 0), ("reconstruct", 0), ("allocation", "uniform")):
         if getattr(args, name) == nothing:
-            given.discard(name)                     # asks for nothing
+            given.discard(name)                     # asks for nothing, as a --no-... does
     args.packed = bool(packed_layers(folder))
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: the one continues what the "
@@ -239,9 +240,16 @@ def settle(args) -> None:
     if inside == source or inside in source.parents:
         raise ValueError(f"--model {args.model} lies inside --out {args.out}, which a run clears "
                          f"and writes: name another --out")
+    if args.kind == "prefix" and args.steps and args.prompt_tokens == 1:
+        raise ValueError("--kind prefix --prompt-tokens 1 has nothing to learn, as a prefix's "
+                         "first position stays as it is: use more")
     if parallel.world() > 1 and args.batch_size % parallel.world():
         raise ValueError(f"--batch-size {args.batch_size} cannot be split over {parallel.world()} "
                          f"processes: use a multiple")
+    if not args.packed and -(-args.nsamples // args.batch_size) < parallel.world():
+        raise ValueError(f"--nsamples {args.nsamples} in batches of {args.batch_size} leave none "
+                         f"for one of {parallel.world()} processes: use more windows, smaller "
+                         f"batches or fewer processes")
 
 
 def say_what_was_seen(args) -> None:
@@ -350,6 +358,22 @@ def describe_machine(device: str) -> str:
     return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
+def check_dense(dense: Checkpoint, compressed: Checkpoint) -> None:
+    """ValueError unless it is the dense model that a compressed one was made of. Compression leaves
+    the embedding as it is, but for rounding."""
+    if dense.packed:
+        raise ValueError(f"--dense {dense.place} is compressed itself: name the dense model")
+    for field in ("family", "vocab_size", "d_model", "n_layer", "n_head", "n_kv_head", "d_ff"):
+        theirs, ours = getattr(dense.config, field), getattr(compressed.config, field)
+        if theirs != ours:
+            raise ValueError(f"--dense {dense.place} has {field} {theirs}, {compressed.place} has "
+                             f"{ours}: it was not made of that model")
+    a, b = (c.tensor("embed_tokens.weight")[:1024].float() for c in (dense, compressed))
+    if (a - b).norm() > 0.01 * a.norm():
+        raise ValueError(f"--dense {dense.place} and {compressed.place} have other embeddings: it "
+                         f"was not made of that model")
+
+
 class Run:
     """The stages of one run; each finds in the report what is done already."""
 
@@ -378,6 +402,7 @@ class Run:
         self.dense = None if args.packed else self.folder
         if args.dense:
             self.dense = resolve(args.dense)
+            check_dense(open_checkpoint(self.dense), self.checkpoint)
         self.name = "compressed" if self.solve or args.packed else "dense"
 
     def read_texts(self) -> None:
@@ -429,6 +454,10 @@ class Run:
             said = str(planned)
             if self.bits and stays_packed:
                 model = planned.model
+        elif a.steps and a.objective == "kl":
+            read = self.pool.numel() + self.val.numel()
+            states = 2 * read * self.checkpoint.config.d_embed
+            said += f", {states / 1e9:.2f} GB on disk for the dense model's states"
         kinds = [heals for heals, steps in ((True, a.heal), (False, a.steps)) if steps]
         if kinds:
             most, least = (model + max(self.step_bytes(heals, recomputes) for heals in kinds)
@@ -459,15 +488,18 @@ class Run:
         return self.held[:max(1, self.args.nsamples // 16)]
 
     def flags(self) -> dict:
-        """The flags that the numbers depend on."""
-        return {k: v for k, v in vars(self.args).items() if k not in NO_SETTINGS}
+        """The flags that the numbers depend on. (Which of several like devices is none.)"""
+        told = {k: v for k, v in vars(self.args).items() if k not in NO_SETTINGS}
+        return {**told, "device": torch.device(self.args.device).type}
 
     def identity(self) -> dict:
         """What tells this run from others: its flags, the checkpoint's files, versions, texts."""
         names = {*calibration_texts(self.args), self.args.data, self.args.train_data}
         texts = {name: harvest_name(name) for name in sorted(names & set(HARVESTED))}
         texts |= {name: Path(name).stat().st_size for name in sorted(names) if Path(name).is_file()}
+        teacher = {"dense": identity(self.dense)} if self.args.dense else {}
         return {"settings": self.flags(), "texts": texts, "checkpoint": identity(self.folder),
+                **teacher,
                 "versions": {"torch": torch.__version__, "python": platform.python_version()}}
 
     def measure(self, name: str, model, size: dict, prompt=None, making: float = 0.0) -> None:
@@ -503,7 +535,14 @@ class Run:
     def compress(self) -> None:
         if self.report.has("compressed"):
             return
-        a, start = self.args, time.monotonic()
+        a, report = self.args, self.report
+        spent_before = report.seconds.get("compressed", {}).get("making", 0.0)
+        start = time.monotonic() - spent_before
+
+        def note_time(i: int) -> None:
+            """So that a run that is killed knows how long it took."""
+            report.seconds["compressed"] = {"making": time.monotonic() - start, "measuring": 0.0}
+            report.save()
         if parallel.rank() == 0:
             self.made.mkdir(parents=True, exist_ok=True)
             copy_tokenizer(self.folder, self.made)
@@ -511,7 +550,8 @@ class Run:
         shares = self.shares() if a.allocation == "fisher" else None
         self.report.layers = compress(self.checkpoint, self.made, self.windows, self.solve,
                                       self.settings, a.batch_size, self.dtype, a.device,
-                                      held=self.judges(), spent=spent, shares=shares)
+                                      after_block=note_time, held=self.judges(), spent=spent,
+                                      shares=shares)
         self.report.save()
         self.measure_made("compressed", time.monotonic() - start)
         self.report.seconds["compressed"].update(spent)
@@ -540,6 +580,7 @@ class Run:
             model.checkpointing = self.recomputes(heals=True)
             got = heal(model, self.windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed,
                        state=state, progress=Progress)
+            parallel.wait()                             # all have read the state that is removed
             if first:
                 save_healed(model, self.made, healed)
                 copy_tokenizer(self.made, healed)
@@ -580,6 +621,8 @@ class Run:
                     seed=a.seed, teacher=teacher, state=state, progress=Progress)
         if parallel.rank() == 0:
             told = {**self.flags(), "lr": lr, "val_loss": got.val_loss}
+            if a.packed:                                # how it was compressed, its maker knows
+                told = {name: value for name, value in told.items() if name not in COMPRESSION}
             save_prompt(path, got.prompt, told, owner(model, self.tokenizer))
         self.report.losses[file] = {"lr": lr, "training": got.losses,
                                     "validation": got.scores}
@@ -605,12 +648,13 @@ class Run:
 
     def run(self) -> None:
         a = self.args
+        begun = a.resume and (self.out / "report.json").exists()
+        if self.solve and not begun:                    # before --overwrite clears anything
+            check_weights(self.checkpoint)
         self.report = Quiet()
         if parallel.rank() == 0:
             self.report = Report(self.out, self.identity(), a.resume, a.overwrite)
         self.report.rows = parallel.first_object(self.report.rows)      # all skip what is done
-        if self.solve and not self.report.has("compressed"):
-            check_weights(self.checkpoint)
         if self.dense:
             self.measure_dense()
         if self.solve:
@@ -647,9 +691,17 @@ def folder_storage(checkpoint: Checkpoint) -> dict:
 
 def how_to_continue(args) -> str:
     """What is printed when a run is stopped."""
+    if parallel.rank():
+        return "stopped"
     words = [w for w in sys.argv[1:] if w not in ("--resume", "--overwrite")]
-    return (f"stopped; what is done is in {args.out}; to continue: python train.py "
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    program = f"torchrun --nproc-per-node {count}" if count > 1 else "python"
+    return (f"stopped; what is done is in {args.out}; to continue: {program} train.py "
             f"{shlex.join([*words, '--resume'])}")
+
+
+IF_MEMORY_ENDS = ("what is done stays: --resume --checkpointing takes less memory; or lower "
+                  "--batch-size or --seqlen, or learn the prompt alone on --model OUT/compressed")
 
 
 def summary(run: Run) -> str:
@@ -683,5 +735,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_program(main, args, after_interrupt=lambda: how_to_continue(args))
+    run_program(main, args, lambda: how_to_continue(args), IF_MEMORY_ENDS)
     parallel.end()

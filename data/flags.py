@@ -22,7 +22,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")          # torch dtypes by name
 BAD_INPUT = 2                                            # exit codes
 INTERRUPTED = 130
 # How torch says that memory is at its end.
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 class Flags(argparse.ArgumentParser):
@@ -77,9 +77,10 @@ def read_flags(parser: Flags) -> argparse.Namespace:
     return args
 
 
-def run_program(main, args, after_interrupt=lambda: "stopped") -> None:
+def run_program(main, args, after_interrupt=lambda: "stopped",
+                if_memory_ends="lower --batch-size or --seqlen, or take a smaller model") -> None:
     """main(args) with its errors turned into one line and an exit code. after_interrupt(): what
-    Ctrl-C prints."""
+    Ctrl-C prints; if_memory_ends: what to do then."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):                  # a pipe on Windows is not UTF-8
@@ -91,14 +92,15 @@ def run_program(main, args, after_interrupt=lambda: "stopped") -> None:
         say(after_interrupt())
         sys.exit(INTERRUPTED)
     except BrokenPipeError:                    # who read our output, such as head, has gone
-        os._exit(128 + signal.SIGPIPE)
+        os._exit(128 + 13)                     # as SIGPIPE ends a program, where there is one
     except (ValueError, OSError) as e:
         fail(e)
     except (MemoryError, RuntimeError) as e:
         said = str(e).split("\n")[0][:200] or "out of memory"
-        if not any(words in said for words in OUT_OF_MEMORY):
+        is_memory = isinstance(e, MemoryError) or any(words in said for words in OUT_OF_MEMORY)
+        if not is_memory:
             raise
-        fail(ValueError(f"{said}: lower --batch-size or --seqlen, or take a smaller model"))
+        fail(ValueError(f"{said}: {if_memory_ends}"))
 
 
 def fail(e: Exception) -> None:

@@ -21,13 +21,18 @@ def duration(seconds: float) -> str:
 
 class Progress:
     """for x in Progress(items, "title"): ...; call .note(text) inside the loop to show a number
-    beside the bar."""
+    beside the bar, and .skip() where an item took no time, being done before."""
 
     def __init__(self, items, title: str, stream=None):
         self.items = items
         self.title = title
         self.stream = stream or sys.stderr
         self.text = ""
+        self.skipped = False
+
+    def skip(self) -> None:
+        """The time to come is told from the items after this one."""
+        self.skipped = True
 
     def note(self, text: str) -> None:
         """Show this behind the bar from now on."""
@@ -36,22 +41,28 @@ class Progress:
     def __iter__(self):
         total = len(self.items)
         start = time.monotonic()
+        before = 0, start                           # items that tell nothing, and when they ended
         live = self.stream.isatty()
         shown = -1
         for done, item in enumerate(self.items, 1):
             yield item
-            spent = time.monotonic() - start
+            now = time.monotonic()
+            if self.skipped:
+                before, self.skipped = (done, now), False
+            spent = now - start
+            each = (now - before[1]) / (done - before[0]) if done > before[0] else None
             step = int(spent * 5) if live else done * 5 // total   # 5 a second, or 5 lines in a log
             if step != shown or done == total:
                 shown = step
-                self.draw(done, total, spent, live)
+                self.draw(done, total, spent, each, live)
 
-    def draw(self, done: int, total: int, spent: float, live: bool) -> None:
-        """One line: `done` of `total` after `spent` seconds; live: over the line before."""
+    def draw(self, done: int, total: int, spent: float, each: float | None, live: bool) -> None:
+        """One line: `done` of `total` after `spent` seconds, `each` for an item to come, if that is
+        known; live: over the line before."""
         if os.environ.get("RANK", "0") != "0":           # of several processes, the first one shows
             return
-        left = spent / done * (total - done)
-        numbers = f"{done}/{total}  {duration(spent)}, {duration(left)} left  {self.text}".rstrip()
+        left = "" if each is None else f", {duration(each * (total - done))} left"
+        numbers = f"{done}/{total}  {duration(spent)}{left}  {self.text}".rstrip()
         bar = "#" * (20 * done // total) + "-" * (20 - 20 * done // total)
         line = f"{self.title:28s} {bar} {numbers}"
         if live:                                         # a line that wraps could not be drawn over

@@ -7,6 +7,9 @@ whole numbers, both exact:
 
     w = scale * (A - z + beta * T)      uniform   A = code, where pruned z    T = 1, where pruned 0
                                                   z = zero rounded            beta = z - zero
+                                        grouped   A = code + c, where pruned 8
+                                                  z = 8                       beta = 8 - c - zero
+                                                  c = 8 - zero rounded, as far as A <= 15 allows
                                         offset    A = 8 + s k                 T = s
                                                   z = 8                       beta = zero
                                                   s = -1 or +1, where pruned 0
@@ -15,8 +18,10 @@ whole numbers, both exact:
 
 When all beta are 0 (the plain GPTQ grid) T is dropped. Scales multiply the outputs in fp32, so that
 only the two products of whole numbers are rounded to bf16; grouped scales must go into the product
-and are rounded to bf16 like a bf16 weight would be. Extra memory: 4 bits per weight and matrix.
-Speed against bf16 F.linear: bench/kernels.py.
+and are rounded to bf16 like a bf16 weight would be. There c makes beta small: two large sums, each
+rounded to bf16, would not cancel. Codes of 4 bits leave no room for it, and inputs that are far
+from 0 on average cost such grids four times what bf16 costs F.linear. Extra memory: 4 bits per
+weight and matrix. Speed against bf16 F.linear: bench/kernels.py.
 """
 import torch
 
@@ -37,7 +42,7 @@ def fits(meta: dict) -> bool:
 def whole_numbers(packed: Packed, round_zero: bool,
                   dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """(A, T (out, in) in dtype, z, beta (out, groups) fp32), see above, of codes of 4 bits or less.
-    round_zero False: z is 8 on a uniform grid too."""
+    round_zero False: as where a uniform grid is grouped."""
     codes, mask = unpack_codes(packed)
     codes = codes.to(dtype)
     keep = torch.ones_like(codes) if mask is None else (~mask).to(dtype)
@@ -47,13 +52,21 @@ def whole_numbers(packed: Packed, round_zero: bool,
         top = 1 << (packed.meta["bits"] - 1)                        # the sign of a code
         sign = torch.where(codes >= top, -keep, keep)
         return 8 + sign * (codes & (top - 1)), sign, eight, zero
-    z = zero.round().clamp(0, 15) if round_zero else eight
-    z_of_column = z
-    if z.shape[1] > 1:
-        group = groups_of(codes.shape[1], packed.meta["groupsize"], packed.tensors.get("g_idx"))
-        z_of_column = z[:, torch.from_numpy(group)]
-    A = torch.where(keep.bool(), codes, z_of_column.to(dtype))
-    return A, keep, z, z - zero
+    z = zero.round().clamp(0, 15)
+    c = torch.zeros_like(z)
+    if not round_zero:
+        c = (8 - z).clamp(0, 16 - (1 << packed.meta["bits"]))
+        z = eight
+
+    def of_columns(t: torch.Tensor) -> torch.Tensor:
+        """(out, groups) -> (out, in) or, of one group, (out, 1)."""
+        if t.shape[1] > 1:
+            group = groups_of(codes.shape[1], packed.meta["groupsize"], packed.tensors.get("g_idx"))
+            t = t[:, torch.from_numpy(group)]
+        return t.to(dtype)
+
+    A = torch.where(keep.bool(), codes + of_columns(c), of_columns(z))
+    return A, keep, z, z - c - zero
 
 
 class Int4:

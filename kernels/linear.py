@@ -242,7 +242,8 @@ class PackedLinear(nn.Module):
             destination[prefix + name] = tensor
 
     def __getstate__(self):
-        return {**self.__dict__, "plan": None}              # what is launched cannot be copied
+        # what is launched cannot be copied, and the decoder's layout is this processor's own
+        return {**self.__dict__, "plan": None, "decoder": (None, None)}
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.restore()

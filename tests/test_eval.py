@@ -530,6 +530,20 @@ def test_titles_are_whole_and_lines_fit(monkeypatch):
     assert screen.written.endswith("\n")
 
 
+def test_what_was_done_before_tells_nothing_of_the_time_to_come(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("data.progress.time.monotonic", lambda: clock[0])
+    log = Terminal(False)
+    bar = Progress(range(10), "blocks", log)
+    for i in bar:
+        clock[0] += 0.0 if i < 5 else 60.0
+        if i < 5:
+            bar.skip()
+    lines = {line.split()[2].partition("/")[0]: line for line in log.written.splitlines()}
+    assert lines["4"].endswith("4/10  0 s")                 # nobody knows
+    assert lines["6"].endswith("6/10  60 s, 240 s left")
+
+
 def test_durations_are_readable():
     assert [duration(s) for s in (0.4, 59, 599.4, 725,
                                   36000)] == ["0 s", "59 s", "599 s", "12 min 5 s", "10 h 0 min"]

@@ -3,9 +3,11 @@ there.
 
     python -m pytest -q tests/test_kernels.py
 """
+import copy
 import csv
 import itertools
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -154,6 +156,30 @@ def test_decoding_makes_a_small_form_and_counts_it():
     assert packed.decode_bytes() == 0
     stored = sum(b.numel() * b.element_size() for b in packed.buffers())
     assert stored == nbytes(packed.packed)
+
+
+@pytest.mark.parametrize("bits, most", [(2, 0.008), (3, 0.008), (4, 0.03)])
+def test_decoding_groups_loses_no_more_than_bf16_does(bits, most):
+    """Inputs of mean 1, where what the codes share would be two large sums that must cancel."""
+    codes, mask, scale, zero = example((64, 256), bits, "uniform", 64, "dense")
+    g = torch.Generator().manual_seed(0)
+    zero = (torch.rand(zero.shape, generator=g) + (1 << bits - 1) - 1).half()
+    packed = PackedLinear(pack(codes, mask, scale, zero, bits, "uniform", 64))
+    x = torch.randn(3, 256, generator=g).add_(1).bfloat16()
+    want = x.double() @ packed.weight_dequantized(torch.float32).double().T
+    got = packed(x).double()
+    assert packed.decode_bytes() > 0
+    assert (got - want).norm() < most * want.norm()
+
+
+def test_a_layer_that_is_saved_takes_no_processors_layout_along():
+    packed = layer((64, 256))
+    packed(torch.randn(1, 256).bfloat16())
+    assert packed.decode_bytes() > 0
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert other.decode_bytes() == 0
+        x = torch.randn(1, 256).bfloat16()
+        assert torch.equal(other(x), packed(x))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -207,6 +207,8 @@ def test_killed_again_and_again_and_gone_on_to_the_same_bytes(text, other, tmp_p
     said = refused(*packed, "--bits", 3, "--out", tmp_path / "c")
     assert "compressed already" in said                           # a packed model: a prompt only
     assert "--bits" in said
+    for dense, why in (("tiny-opt", "has family opt"), (tmp_path / "a/compressed", "itself")):
+        assert why in refused(*packed, "--dense", dense, "--out", tmp_path / "c")
     rows = here(*packed, "--dense", "tiny-llama", "--out", tmp_path / "c")
     assert list(rows) == [
         "dense",
@@ -456,6 +458,7 @@ BAD_SETTINGS = [
     (["--device", "nowhere"], "--device nowhere"),
     (["--resume", "--overwrite"], "exclude"),
     (["--no-true-sequential", "--correct", "1"], "--correct 0"),
+    (["--kind", "prefix", "--prompt-tokens", "1"], "has nothing to learn"),
     (["--bits", "16", "--sparsity", "0", "--heal", "8"],
      "--heal does nothing with --bits 16 --sparsity 0"),
 ]

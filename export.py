@@ -65,7 +65,7 @@ import torch
 
 from data.checkpoint import (raw, read_json, read_safetensors, read_state, verify, write_json,
                              write_safetensors, write_torch)
-from data.config import (Config, hf_config, meta_context, meta_factor, packed_layers, read_config,
+from data.config import (QUANT_METHOD, Config, hf_config, is_ours, meta_context, meta_factor,
                          resolve)
 from data.tokenizer import Ranks, SentencePiece, copy_tokenizer, load_tokenizer
 from kernels.packing import Packed, groups_of
@@ -491,13 +491,15 @@ def from_peft(folder: Path) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------------
 
 def completeness(folder: Path) -> str:
-    """In words: whether a folder holds all of a model. Raises FileNotFoundError or ValueError
-    where a file or a weight is missing."""
-    try:
-        packed_layers(folder)
-        read_config(folder)
-    except (FileNotFoundError, ValueError) as e:
-        return f"whether {folder} is complete is not known ({e})"
+    """In words: whether a folder holds all of a model, which is not known of other programs'
+    kinds. Raises FileNotFoundError or ValueError where a file or a weight is missing or another's.
+    """
+    path = folder / "config.json"
+    said = read_json(path) if path.exists() else {}
+    kind = str(said.get("model_type")).removeprefix(f"{QUANT_METHOD}-")
+    quantized = said.get("quantization_config")
+    if kind not in ("llama", "opt") or quantized is not None and not is_ours(quantized):
+        return f"whether {folder} is complete is not known: {path} describes no model of ours"
     open_checkpoint(folder).check_head()
     return f"{folder} is complete"
 

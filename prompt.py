@@ -342,7 +342,8 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
     (seeded) every epoch. score() is the validation loss; the start counts, and the parameters end
     as the best seen. With `state`, a path, all that is needed to go on is written at every
     validation and every few minutes, and a second call continues to the same bits. `settings` (JSON
-    values: model, text) is compared then. Raises ValueError on a loss that is not finite or a foreign state."""
+    values: model, text) is compared then. Raises ValueError on a loss that is not finite or a
+    foreign state."""
     if count < 1 or steps < 0 or batch_size < 1 or not 0 < lr < math.inf:
         raise ValueError(f"cannot learn from {count} windows in {steps} steps of {batch_size} at "
                          f"rate {lr}: at least 1 window, 0 steps, 1 window a step and a finite "
@@ -380,12 +381,12 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
 
     def write() -> None:
         nonlocal written
-        written = time.monotonic()
         if state is not None and parallel.rank() == 0:
             held = {"settings": run, "done": done, "losses": losses, "scores": scores,
                     "params": copy_of_params(), "best": best, "optimizer": opt.state_dict()}
             held["mark"] = mark_of(held)
             write_torch(Path(state), lambda f: torch.save(held, f))
+        written = time.monotonic()
 
     held = read_run(state, run)
     if held is None:

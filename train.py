@@ -165,7 +165,7 @@ from data.checkpoint import read_json, write_json
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
-from data.report import Report, identity
+from data.report import Report, check_place, identity
 from data.text import FILES as TEXT_SETS, calibration, eval_tokens, learning_windows
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from eval import (DTYPES, default_device, default_dtype, fits, free_memory, last_states, perplexity,
@@ -221,7 +221,8 @@ def settle(args) -> None:
     say_what_was_seen(args)
     args.device = usable(args.device)
     args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
-    Settings(args.true_sequential, args.correct, args.reconstruct).check()
+    if solves and not args.packed:
+        Settings(args.true_sequential, args.correct, args.reconstruct).check()
     prunes = parse_sparsity(args.sparsity)[0] > 0
     if parse_sparsity(args.sparsity)[0] == 1:
         raise ValueError(f"--sparsity {args.sparsity} leaves no weights: use less than 1")
@@ -256,7 +257,7 @@ def say_what_was_seen(args) -> None:
     """A file has no splits: where it is measured too, its perplexity says nothing of other text."""
     seen = {"compressed on": calibration_texts(args) if not args.packed else [],
             "learned from": [args.train_data] if args.steps else []}
-    for how, texts in seen.items():
+    for how, texts in seen.items() if parallel.rank() == 0 else ():
         if args.data in texts and args.data not in (*TEXT_SETS, *HARVESTED):
             say(f"{args.data} is {how} and measured, a file without splits: what is measured says "
                 f"nothing of other text")
@@ -363,7 +364,8 @@ def check_dense(dense: Checkpoint, compressed: Checkpoint) -> None:
     the embedding as it is, but for rounding."""
     if dense.packed:
         raise ValueError(f"--dense {dense.place} is compressed itself: name the dense model")
-    for field in ("family", "vocab_size", "d_model", "n_layer", "n_head", "n_kv_head", "d_ff"):
+    for field in ("family", "vocab_size", "d_embed", "d_model", "n_layer", "n_head", "n_kv_head",
+                  "d_ff"):
         theirs, ours = getattr(dense.config, field), getattr(compressed.config, field)
         if theirs != ours:
             raise ValueError(f"--dense {dense.place} has {field} {theirs}, {compressed.place} has "
@@ -622,7 +624,8 @@ class Run:
         if parallel.rank() == 0:
             told = {**self.flags(), "lr": lr, "val_loss": got.val_loss}
             if a.packed:                                # how it was compressed, its maker knows
-                told = {name: value for name, value in told.items() if name not in COMPRESSION}
+                unknown = {*COMPRESSION, "calib"}
+                told = {name: value for name, value in told.items() if name not in unknown}
             save_prompt(path, got.prompt, told, owner(model, self.tokenizer))
         self.report.losses[file] = {"lr": lr, "training": got.losses,
                                     "validation": got.scores}
@@ -648,8 +651,9 @@ class Run:
 
     def run(self) -> None:
         a = self.args
-        begun = a.resume and (self.out / "report.json").exists()
-        if self.solve and not begun:                    # before --overwrite clears anything
+        begun = parallel.first_object(a.resume and (self.out / "report.json").exists())
+        if self.solve and not begun and parallel.rank() == 0:   # before --overwrite clears anything
+            check_place(self.out, a.resume or a.overwrite)
             check_weights(self.checkpoint)
         self.report = Quiet()
         if parallel.rank() == 0:
@@ -694,14 +698,14 @@ def how_to_continue(args) -> str:
     if parallel.rank():
         return "stopped"
     words = [w for w in sys.argv[1:] if w not in ("--resume", "--overwrite")]
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     program = f"torchrun --nproc-per-node {count}" if count > 1 else "python"
     return (f"stopped; what is done is in {args.out}; to continue: {program} train.py "
             f"{shlex.join([*words, '--resume'])}")
 
 
-IF_MEMORY_ENDS = ("what is done stays: --resume --checkpointing takes less memory; or lower "
-                  "--batch-size or --seqlen, or learn the prompt alone on --model OUT/compressed")
+IF_MEMORY_ENDS = ("where that was healing or learning, --resume --checkpointing takes less and "
+                  "loses nothing; else lower --batch-size or --seqlen, or take a smaller model")
 
 
 def summary(run: Run) -> str:

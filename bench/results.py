@@ -214,8 +214,7 @@ def healed_levels_table(out: Path) -> str:
 
 
 def healed_table(out: Path) -> str:
-    """Compressed and healed, by the number of calibration windows and of steps; means over the
-    seeds."""
+    """Compressed and healed, by the number of calibration windows and of steps."""
     rows = []
     for count in HEALED.values["nsamples"]:
         runs = [rows_of(out, fill(HEALED.name, member)) for member in HEALED.members()

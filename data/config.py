@@ -359,12 +359,17 @@ def packed_layers(folder: Path) -> dict[str, dict]:
 
 def check_ours(path: Path, quantized) -> None:
     """ValueError for the quantization_config of another library."""
-    is_object = isinstance(quantized, dict)
-    if is_object and QUANT_METHOD in (quantized.get("method"), quantized.get("quant_method")):
+    if is_ours(quantized):
         return
-    other = quantized.get("quant_method") if is_object else quantized
+    other = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
     raise ValueError(f"{path} has a quantization_config of {str(other)[:60]!r}; of quantized "
                      f"checkpoints only those that save_model wrote ({QUANT_METHOD!r}) can be read")
+
+
+def is_ours(quantized) -> bool:
+    """Did save_model write this quantization_config?"""
+    return isinstance(quantized, dict) and QUANT_METHOD in (quantized.get("method"),
+                                                            quantized.get("quant_method"))
 
 
 def check_layers(path: Path, layers) -> None:

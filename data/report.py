@@ -41,9 +41,7 @@ class Report:
         self.layers = []
         self.losses = {}
         self.seconds = {}
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"--out {folder} is a file: name a folder")
-        self.check_free(resume or overwrite)
+        check_place(self.folder, resume or overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = take_lock(self.folder)
         if overwrite:
@@ -55,7 +53,7 @@ class Report:
 
     def held(self) -> list[str]:
         """What the folder has of a run."""
-        return [name for name in OURS if (self.folder / name).exists()]
+        return held_in(self.folder)
 
     def remove_parts(self) -> None:
         """Remove what a killed write left, of our own files alone: the folder may hold others'."""
@@ -64,13 +62,6 @@ class Report:
             (self.folder / f"{name}.part").unlink(missing_ok=True)
             for part in path.glob("*.part") if path.is_dir() else ():
                 part.unlink()
-
-    def check_free(self, allowed: bool) -> None:
-        """ValueError for a folder with the results of a run, unless they are allowed."""
-        if self.held() and not allowed:
-            raise ValueError(f"--out {self.folder} holds the results of a run "
-                             f"({', '.join(self.held())}): --resume continues it, --overwrite "
-                             f"replaces it, or name another --out")
 
     def clear(self) -> None:
         """Remove what a run writes; report.json last, so that what is left can still be
@@ -97,7 +88,11 @@ class Report:
         if held == {}:
             raise ValueError(f"--resume: {self.folder} was being cleared by --overwrite, which "
                              f"was stopped: use it again, or name another --out")
-        differs = difference({key: held.get(key) for key in self.run}, self.run)
+        if isinstance(held.get("settings"), dict):          # as earlier versions wrote them
+            held["settings"].pop("checkpointing", None)
+            held["settings"]["device"] = str(held["settings"].get("device")).partition(":")[0]
+        asked = {key: value for key, value in self.run.items() if key in held or key == "settings"}
+        differs = difference({key: held.get(key) for key in asked}, asked)
         if differs:
             raise ValueError(f"--resume: {path} is of another run: {differs}; use the same "
                              f"settings, --overwrite, or another --out")
@@ -172,6 +167,22 @@ def are_layers(layers) -> bool:
         has_numbers(layer, ("error",)) and layer.keys() == layers[0].keys()
         and all(isinstance(value, str) or is_number(value) for value in layer.values())
         for layer in layers)
+
+
+def held_in(folder: Path) -> list[str]:
+    """What a folder has of a run."""
+    return [name for name in OURS if (folder / name).exists()]
+
+
+def check_place(folder: Path, allowed: bool) -> None:
+    """ValueError for a file, and for a folder with the results of a run, unless they are
+    allowed."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: name a folder")
+    if held_in(folder) and not allowed:
+        raise ValueError(f"--out {folder} holds the results of a run "
+                         f"({', '.join(held_in(folder))}): --resume continues it, --overwrite "
+                         f"replaces it, or name another --out")
 
 
 def difference(theirs, ours, name: str = "") -> str:

@@ -225,7 +225,7 @@ def test_tokens_that_a_fine_tuned_sentencepiece_model_has_added(place, tmp_path)
 
 
 def test_an_ordinary_piece_after_an_answer_is_no_stop():
-    """sentencepiece begins what follows with its sign for a space, which by itself shows nothing."""
+    """sentencepiece begins what follows with its sign for a space, which alone shows nothing."""
     tokenizer = load_tokenizer(SHIPPED["tiny-llama"])
     for after in ("\u597d", " ok", "\n", "</s>x"):
         template = ChatTemplate("{{ messages[-1].content }}" + after, names=NAMES)

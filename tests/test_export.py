@@ -22,10 +22,11 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQC
                           LlamaForCausalLM, OPTForCausalLM)
 
 import export
+from compress import compress, make_solver
 from data.checkpoint import read_folder, verify, write_safetensors
 from data.config import PUBLISHED, SHIPPED, Config, file_sums, meta_factor
 from data.tokenizer import load_tokenizer
-from model import load_model, open_checkpoint, save_model
+from model import Transformer, load_model, open_checkpoint, save_model, shard_path
 from prompt import initial_prompt, load_prompt, save_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -407,6 +408,28 @@ def test_verify_misses_files(tmp_path, monkeypatch, capsys):
     assert "whether" in capsys.readouterr().out             # it is for other programs to read
 
 
+def test_verify_finds_shards_of_a_packed_folder_that_are_missing_or_anothers(tmp_path, capsys):
+    config = Config("llama", 64, 32, 2, 4, 64)
+    save_model(Transformer(config), tmp_path / "dense")
+    windows = torch.randint(0, 64, (4, 16))
+    compress(open_checkpoint(tmp_path / "dense"), tmp_path / "c", windows, make_solver(4, 0.5))
+    run(tmp_path / "c", "--verify")
+    assert "is complete" in capsys.readouterr().out
+    one, two = (shard_path(tmp_path / "c", i, 2) for i in (1, 2))
+    whole = one.read_bytes()
+    shutil.copy(two, one)
+    with pytest.raises(ValueError, match="are not of one model|is not the file that"):
+        run(tmp_path / "c", "--verify")
+    one.unlink()
+    with pytest.raises(FileNotFoundError, match="lists model-00002|not beside it"):
+        run(tmp_path / "c", "--verify")
+    one.write_bytes(whole)
+    config = tmp_path / "c/config.json"
+    config.write_bytes(config.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="config.json"):
+        run(tmp_path / "c", "--verify")
+
+
 def test_a_head_that_is_not_the_embedding_is_not_dropped_in_silence(tmp_path):
     peer("llama-tied", tmp_path / "model")
     path = tmp_path / "model/model.safetensors"
@@ -427,7 +450,7 @@ def test_the_published_llama_tokenizer_becomes_one_that_transformers_opens(tmp_p
         assert theirs(text)["input_ids"] == ours.encode(text)
 
 
-def test_an_eos_that_was_added_is_told_and_one_that_is_not_there_is_none(tmp_path):
+def test_an_eos_that_was_added_is_told(tmp_path):
     shutil.copytree(SHIPPED["tiny-opt"], tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     size = len(json.loads((tmp_path / "model/vocab.json").read_text()))

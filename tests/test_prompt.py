@@ -140,6 +140,17 @@ def bowl(**more):
     return p.detach(), got, calls
 
 
+def test_a_state_between_two_validations_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    """Long runs write one every few minutes."""
+    want, whole, _ = bowl(val_every=10)
+    monkeypatch.setattr("prompt.WRITE_EVERY", 0.0)
+    state = tmp_path / "state.pt"
+    bowl(val_every=10, state=state, die_at=7)
+    got, again, calls = bowl(val_every=10, state=state)
+    assert len(calls) == 14                                     # six steps were written
+    assert torch.equal(got, want) and again == whole
+
+
 def test_small_gradients_survive_half_precision():
     """A gradient of 1e-8, which float16 rounds to nothing, moves a parameter as far as in float32."""
     ends = []

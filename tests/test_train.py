@@ -18,10 +18,10 @@ import compress as compress_module
 import eval as evaluation
 import train
 from data.checkpoint import read_json, write_json
-from data.config import SHIPPED
+from data.config import SHIPPED, Config
 from data.report import Report
 from data.tokenizer import copy_tokenizer
-from model import load_model, save_model
+from model import Transformer, load_model, open_checkpoint, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN_CPU = ["--device", "cpu", "--dtype", "float32"]
@@ -248,6 +248,25 @@ def test_what_a_run_took_and_what_may_change_between_attempts(text, tmp_path, mo
     write_json(tmp_path / "a/report.json", report)
     here(*args, "--resume", "--checkpointing")
     assert read_json(tmp_path / "a/seconds.json")["compressed"]["making"] > before
+
+
+def test_another_model_of_the_same_shape_is_not_the_dense_one(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        torch.manual_seed(seed)
+        save_model(Transformer(Config("llama", 64, 32, 2, 4, 64)), tmp_path / name)
+    save_model(load_model(tmp_path / "a"), tmp_path / "c", torch.bfloat16)      # rounded otherwise
+    a, b, c = (open_checkpoint(tmp_path / name) for name in "abc")
+    train.check_dense(a, c)
+    with pytest.raises(ValueError, match="other embeddings"):
+        train.check_dense(b, a)
+
+
+def test_a_stopped_run_says_how_it_was_started(monkeypatch):
+    args = train.flags().parse_args(["--out", "a b"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "a b", "--overwrite"])
+    assert train.how_to_continue(args).endswith("python train.py --out 'a b' --resume")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "torchrun --nproc-per-node 2 train.py --out" in train.how_to_continue(args)
 
 
 @needs_tiny

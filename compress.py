@@ -253,6 +253,14 @@ class Stream:
         self.parked[k] = h
 
 
+def check_batches(windows: int, batch_size: int) -> None:
+    """ValueError where a process would have none of the batches of so many windows."""
+    if -(-windows // batch_size) < parallel.world():
+        raise ValueError(f"{windows} windows in batches of {batch_size} leave none for one of "
+                         f"{parallel.world()} processes: use more windows, smaller batches or "
+                         f"fewer processes")
+
+
 class Walk:
     """What goes from block to block: the compressed model's stream, the dense model's, and the
     positions' rotations."""
@@ -265,6 +273,7 @@ class Walk:
         alongside. held (M, T): windows that no moment sees, for the first process's errors; judged:
         with the dense model alongside as well."""
         self.dtype, self.device = dtype, device
+        check_batches(len(windows), batch_size)
         self.reconstructing = 0.0                               # seconds that `reconstruct` took
         self.rope = ends.rope(0, windows.shape[1], device)
         self.stream = Stream(dtype, device, exact)
@@ -283,11 +292,6 @@ class Walk:
             self.held.append(h)
             if judged:
                 self.held_dense.append(h.clone())
-        if not len(self.stream):
-            raise ValueError(f"{len(windows)} windows in batches of {batch_size} leave none for "
-                             f"one of {parallel.world()} processes: use more windows, smaller "
-                             f"batches or "
-                             f"fewer processes")
 
     def advance(self, block: Block, source: Block | None, true_sequential: bool) -> None:
         """Through a block that is compressed already, and its dense source; parked where the walk
@@ -329,8 +333,7 @@ class Settings(NamedTuple):
     def check(self) -> None:
         if self.correct and not self.true_sequential:
             raise ValueError(f"--correct {self.correct} works group by group: add "
-                             f"--true-sequential, "
-                             f"or turn it off with --correct 0")
+                             f"--true-sequential, or turn it off with --correct 0")
         if self.reconstruct and not self.correct:
             raise ValueError(f"--reconstruct {self.reconstruct} needs the dense model's stream "
                              f"beside the compressed one's: use --correct above 0")

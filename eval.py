@@ -100,7 +100,7 @@ from data.config import DEFAULTS, SHIPPED, packed_layers, read_config, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.tasks import TASKS, Item, find_task, load_items
-from data.text import FILES as TEXT_SETS, documents, eval_tokens, lines_of
+from data.text import FILES as TEXT_SETS, documents, eval_tokens, has_splits, lines_of
 from data.tokenizer import load_tokenizer
 from model import Checkpoint, load_model
 from prompt import HARD_PROMPT, HeadLoss, load_prompt, text_loss, with_prompt
@@ -703,8 +703,8 @@ def check_flags(args) -> None:
 
 def check_text_flags(args, given: set[str]) -> None:
     """The same of those that the text set decides about, which may be the run's."""
-    for name, sets in (("split", [*TEXT_SETS, *HARVESTED]), ("data_dir", TEXT_SETS)):
-        if name in given and args.data not in sets:
+    for name, holds in (("split", has_splits(args.data)), ("data_dir", args.data in TEXT_SETS)):
+        if name in given and not holds:
             raise ValueError(f"{flag(name)} does nothing with --data {args.data}: leave it out")
 
 

@@ -65,7 +65,7 @@ import torch
 
 from data.checkpoint import (raw, read_json, read_safetensors, read_state, verify, write_json,
                              write_safetensors, write_torch)
-from data.config import (QUANT_METHOD, Config, hf_config, is_ours, meta_context, meta_factor,
+from data.config import (Config, family_of, hf_config, is_ours, meta_context, meta_factor,
                          resolve)
 from data.tokenizer import Ranks, SentencePiece, copy_tokenizer, load_tokenizer
 from kernels.packing import Packed, groups_of
@@ -123,12 +123,13 @@ def write_folder(folder: Path, parts: list[tuple[int, Make]]) -> None:
 def take_tokenizer(source: Path, folder: Path) -> dict:
     """Copy the files that a model's text goes through into a new folder for transformers, and
     return what config.json says of them. What only transformers understands is copied as it is."""
+    tokenizer = None
     try:
         tokenizer = load_tokenizer(source)
-    except (FileNotFoundError, ValueError) as e:                # weights alone, or not for us
-        tokenizer = None
-        if not isinstance(e, FileNotFoundError):
-            say(f"its tokenizer is copied unread: {e}")
+    except FileNotFoundError:                                   # weights alone
+        pass
+    except ValueError as e:                                     # not for us
+        say(f"its tokenizer is copied unread: {e}")
     if isinstance(tokenizer, Ranks) and not (source / "tokenizer.json").exists():
         raise ValueError(f"{source} has a rank file for tokenizer, and transformers would read its "
                          f"special tokens as text: put the tokenizer.json of Hugging Face's "
@@ -496,9 +497,8 @@ def completeness(folder: Path) -> str:
     """
     path = folder / "config.json"
     said = read_json(path) if path.exists() else {}
-    kind = str(said.get("model_type")).removeprefix(f"{QUANT_METHOD}-")
     quantized = said.get("quantization_config")
-    if kind not in ("llama", "opt") or quantized is not None and not is_ours(quantized):
+    if family_of(said) not in ("llama", "opt") or quantized is not None and not is_ours(quantized):
         return f"whether {folder} is complete is not known: {path} describes no model of ours"
     open_checkpoint(folder).check_head()
     return f"{folder} is complete"

@@ -83,9 +83,7 @@ def initial_prompt(model, n: int, how: str = "text", tokens: torch.Tensor | None
     start = start.detach().float()
     if kind == "embedding":
         return start
-    if not reads_caches(model):
-        raise ValueError("a prefix is read from a cache, as model.py's models have: other models "
-                         "take embedding prompts")
+    check_reads_caches(model)
     return as_prefix(model, start)
 
 
@@ -124,12 +122,17 @@ def reads_caches(model) -> bool:
     return hasattr(model, "new_cache")
 
 
-def check_fits(model, prompt: torch.Tensor, where: str = "a prompt") -> None:
-    """Raises ValueError unless the prompt's positions have the shape that this model reads."""
-    if prompt.dim() == 5 and not reads_caches(model):
+def check_reads_caches(model, where: str = "a prompt") -> None:
+    """ValueError for another project's model, which a prefix does not fit."""
+    if not reads_caches(model):
         raise ValueError(f"{where}: a prefix is read from a cache, as model.py's models have: "
                          f"other models take embedding prompts")
+
+
+def check_fits(model, prompt: torch.Tensor, where: str = "a prompt") -> None:
+    """Raises ValueError unless the prompt's positions have the shape that this model reads."""
     if prompt.dim() == 5:
+        check_reads_caches(model, where)
         c = model.config
         want = c.n_layer, 2, c.n_kv_head, c.head_dim
         if tuple(prompt.shape[1:]) != want:
@@ -338,6 +341,7 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
 
     loss_of_batch returns the loss, a float, and has added SCALE times its gradients to those of
     params (`backward`, `backward_by_parts`).
+
     AdamW without decay; linear warm-up, then linear decay; gradients clipped; windows reshuffled
     (seeded) every epoch. score() is the validation loss; the start counts, and the parameters end
     as the best seen. With `state`, a path, all that is needed to go on is written at every

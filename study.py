@@ -64,13 +64,12 @@ import torch
 
 from data.checkpoint import read_json, write_atomic, write_json
 from data.config import SHIPPED, packed_layers, resolve
-from data.harvest import SETS as HARVESTED
 from data.picture import made_how
 from data.progress import Progress
 from data.report import identity
 from data.svg import DENSE, HEALED, HURT, dot_plot
 from data.tasks import Item, ask, find_task, load_items
-from data.text import FILES as TEXT_SETS, eval_tokens
+from data.text import eval_tokens, has_splits
 from data.tokenizer import load_tokenizer
 from eval import DTYPES, cut, decode, generate, not_finite, zero_shot
 from model import load_model, open_checkpoint
@@ -307,9 +306,8 @@ class Lab:
         dense = str(case.dense) if case.dense and which == "compressed" else None
         asked = {**vars(s), "model": str(case.place(which)), "dense": dense, "bits": 16,
                  "sparsity": "0", "packed": bool(packed_layers(case.place(which))),
-                 "checkpointing": False,
-                 "control": False, "heal": 0, "reconstruct": 0, "train_data": text,
-                 "prompt_tokens": n, "max_tokens": s.seqlen}
+                 "checkpointing": False, "control": False, "heal": 0, "reconstruct": 0,
+                 "train_data": text, "prompt_tokens": n, "max_tokens": s.seqlen}
 
         def make():
             self.loaded.clear()                         # the run loads its model itself
@@ -622,7 +620,7 @@ def transfer(lab: Lab) -> None:
         if stems.setdefault(Path(learn).stem, learn) != learn:
             raise ValueError(f"--texts learns on {stems[Path(learn).stem]} and on {learn}, which "
                              f"one table would call alike: rename one")
-        if lab.args.texts and learn == measure and learn not in (*TEXT_SETS, *HARVESTED):
+        if lab.args.texts and learn == measure and not has_splits(learn):
             raise ValueError(f"{learn} is a file, which has no splits: name the text to learn on "
                              f"and the one to measure on, --texts LEARN:MEASURE")
     by_text = {Path(learn).stem: lab.learned(first, "compressed", learn)

@@ -158,15 +158,16 @@ from pathlib import Path
 
 import torch
 
-from compress import (RECIPES, Settings, allocate_streamed, allocates, compress, hold_out,
-                      learning_bytes, make_solver, mean_errors, plan)
+from compress import (RECIPES, Settings, allocate_streamed, allocates, check_batches, compress,
+                      hold_out, learning_bytes, make_solver, mean_errors, plan)
 from data import parallel
 from data.checkpoint import read_json, write_json
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.report import Report, check_place, identity
-from data.text import FILES as TEXT_SETS, calibration, eval_tokens, learning_windows
+from data.text import (FILES as TEXT_SETS, calibration, eval_tokens, has_splits,
+                       learning_windows)
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from eval import (DTYPES, default_device, default_dtype, fits, free_memory, last_states, perplexity,
                   stored_dtype, streamed_perplexity, usable)
@@ -247,10 +248,8 @@ def settle(args) -> None:
     if parallel.world() > 1 and args.batch_size % parallel.world():
         raise ValueError(f"--batch-size {args.batch_size} cannot be split over {parallel.world()} "
                          f"processes: use a multiple")
-    if not args.packed and -(-args.nsamples // args.batch_size) < parallel.world():
-        raise ValueError(f"--nsamples {args.nsamples} in batches of {args.batch_size} leave none "
-                         f"for one of {parallel.world()} processes: use more windows, smaller "
-                         f"batches or fewer processes")
+    if not args.packed:
+        check_batches(args.nsamples, args.batch_size)
 
 
 def say_what_was_seen(args) -> None:
@@ -258,7 +257,7 @@ def say_what_was_seen(args) -> None:
     seen = {"compressed on": calibration_texts(args) if not args.packed else [],
             "learned from": [args.train_data] if args.steps else []}
     for how, texts in seen.items() if parallel.rank() == 0 else ():
-        if args.data in texts and args.data not in (*TEXT_SETS, *HARVESTED):
+        if args.data in texts and not has_splits(args.data):
             say(f"{args.data} is {how} and measured, a file without splits: what is measured says "
                 f"nothing of other text")
 
@@ -443,22 +442,21 @@ class Run:
         stays_packed = a.fused == "on" and not a.control        # nor is the dense one learned on
         if a.packed and stays_packed:
             model = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        states = 0                                  # of the dense model, that a prompt learns from
+        if a.steps and a.objective == "kl":
+            read = self.pool.numel() + self.val.numel()
+            states = 2 * read * self.checkpoint.config.d_embed
         if self.solve:
             taught = self.windows.numel() + self.held.numel() if a.heal else 0
             planned = plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen,
                            self.dtype, self.settings, self.bits, a.sparsity,
                            self.judges().numel(), taught, a.seqlen, a.allocation == "fisher",
                            a.groupsize)
-            if a.steps and a.objective == "kl":
-                read = self.pool.numel() + self.val.numel()
-                states = 2 * read * self.checkpoint.config.d_embed
-                planned = planned._replace(disk=max(planned.disk, planned.model + states))
+            planned = planned._replace(disk=max(planned.disk, planned.model + states))
             said = str(planned)
             if self.bits and stays_packed:
                 model = planned.model
-        elif a.steps and a.objective == "kl":
-            read = self.pool.numel() + self.val.numel()
-            states = 2 * read * self.checkpoint.config.d_embed
+        elif states:
             said += f", {states / 1e9:.2f} GB on disk for the dense model's states"
         kinds = [heals for heals, steps in ((True, a.heal), (False, a.steps)) if steps]
         if kinds:

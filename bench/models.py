@@ -23,7 +23,7 @@ from eval import Steps
 from kernels.linear import PackedLinear
 from kernels.packing import Packed
 from model import Transformer, load_model
-from prompt import SCALE, initial_prompt, text_loss
+from prompt import SCALE, backward, initial_prompt, text_loss
 
 NAMES = ("dense", "packed")         # of the two models, in this order everywhere
 
@@ -195,7 +195,7 @@ def time_tuning(models: list[Transformer], batch: int, tokens: int, prompt_token
 
     def step(model: Transformer) -> torch.Tensor:
         prompt = nn.Parameter(start.clone())
-        (SCALE * text_loss(model, prompt, text).mean()).backward()
+        backward(text_loss(model, prompt, text).mean())
         return prompt.grad / SCALE
 
     def kept(model: Transformer) -> int:

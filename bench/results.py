@@ -38,6 +38,7 @@ WIKI = "--data {texts}/wikitext2/wiki.test.raw --dtype bfloat16 --device cpu"
 VALID = "{texts}/wikitext2/wiki.valid.raw"
 CALIBRATED = f"--calib {VALID} --nsamples {{nsamples}} --seqlen 512 --max-tokens 40960"
 CALIBRATED_32 = CALIBRATED.replace("{nsamples}", "32")
+CALIBRATED_256 = CALIBRATED.replace("{nsamples}", "256")
 TAUGHT = ("--dense {smollm2} --seqlen 256 --max-tokens 8192 --batch-size 1 --steps 100 "
           f"--val-windows 4 --fused off {WIKI}")
 LONGER_TAUGHT = ("--dense {smollm2} --kind prefix --seqlen 512 --max-tokens 40960 --steps 200 "
@@ -328,8 +329,7 @@ HEALED = Family(
     {"nsamples": (32, 256), "seed": (0,)})
 HEALED_LONGER = Family(
     "smollm2-healed-256-0-longer",
-    f"train.py --model {{smollm2}} {CALIBRATED} {WIKI} --steps 0 --heal 128 --seed 0".replace(
-        "{nsamples}", "256"))
+    f"train.py --model {{smollm2}} {CALIBRATED_256} {WIKI} --steps 0 --heal 128 --seed 0")
 HEALED_LEVELS = Family(
     "smollm2-healed-{bits}bit-{sparsity}",
     f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI} --steps 0 --heal 64 --bits {{bits}} "

@@ -59,9 +59,7 @@ class ByteLevelBPE:
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text, behind the BOS token where the tokenizer has one and bos is True."""
         ids = [self.bos_id] if bos and self.bos_id is not None else []
-        for part in cut_out(valid(text), self.cut):
-            ids += [self.added[part]] if part in self.added else self.encode_ordinary(part)
-        return ids
+        return ids + encode_around(valid(text), self.added, self.cut, self.encode_ordinary)
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of a text without added tokens."""
@@ -102,10 +100,14 @@ def cutter(added) -> re.Pattern | None:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
 
 
-def cut_out(text: str, cut: re.Pattern | None) -> list[str]:
-    """The pieces of a text, none empty: what a `cutter` finds, and what lies between."""
-    pieces = [text] if cut is None else cut.split(text)
-    return [piece for piece in pieces if piece]
+def encode_around(text: str, added: dict[str, int], cut: re.Pattern | None, encode) -> list[int]:
+    """The ids of a text: those of the strings of `added`, which their `cutter` finds, and what
+    encode(piece) gives for the pieces between."""
+    ids = []
+    for piece in [text] if cut is None else cut.split(text):
+        if piece:
+            ids += [added[piece]] if piece in added else encode(piece)
+    return ids
 
 
 def tokens_and_ids(path: Path, order, merges: list,

@@ -17,7 +17,7 @@ import operator
 import re
 from pathlib import Path
 
-from data.bpe import cut_out, cutter
+from data.bpe import cutter, encode_around
 from data.checkpoint import read_json
 from data.tokenizer import settings
 
@@ -144,10 +144,8 @@ class ChatTemplate:
         reads as ordinary text, become what they are."""
         special = {name: tokenizer.special(name) for name in self.names.values() if name}
         special = {name: i for name, i in special.items() if i is not None}
-        ids = []
-        for part in cut_out(text, cutter(special)):
-            ids += [special[part]] if part in special else tokenizer.encode(part, bos=False)
-        return ids
+        return encode_around(text, special, cutter(special),
+                             lambda piece: tokenizer.encode(piece, bos=False))
 
     def stops(self, tokenizer) -> frozenset[int]:
         """The token that the template writes after an answer, where it is a special one, or a

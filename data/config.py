@@ -205,7 +205,7 @@ def read_config(folder: Path) -> Config:
     try:
         if path.name == "params.json":
             return meta_config(said, read_meta(folder))
-        kind = str(said.get("model_type")).removeprefix(f"{QUANT_METHOD}-")
+        kind = family_of(said)
         if kind == "llama":
             return llama_config(said)
         if kind == "opt":
@@ -214,6 +214,11 @@ def read_config(folder: Path) -> Config:
                          f"llama and opt")
     except ValueError as e:
         raise ValueError(str(e) if str(folder) in str(e) else f"{path}: {e}") from None
+
+
+def family_of(said: dict) -> str:
+    """The model_type of a config.json, that of the dense model where it is packed."""
+    return str(said.get("model_type")).removeprefix(f"{QUANT_METHOD}-")
 
 
 def fields(said: dict, names: dict[str, str], need: tuple[str, ...]) -> dict:

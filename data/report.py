@@ -51,10 +51,6 @@ class Report:
         self.remove_parts()
         self.save()
 
-    def held(self) -> list[str]:
-        """What the folder has of a run."""
-        return held_in(self.folder)
-
     def remove_parts(self) -> None:
         """Remove what a killed write left, of our own files alone: the folder may hold others'."""
         for name in OURS:
@@ -66,9 +62,9 @@ class Report:
     def clear(self) -> None:
         """Remove what a run writes; report.json last, so that what is left can still be
         recognized, and emptied first, so that nothing takes what is left for a whole run."""
-        if self.held():
+        if held_in(self.folder):
             write_json(self.folder / "report.json", {})
-        for name in reversed(self.held()):
+        for name in reversed(held_in(self.folder)):
             path = self.folder / name
             if path.is_dir():
                 shutil.rmtree(path)
@@ -79,8 +75,8 @@ class Report:
         """Take up what a run of the same settings has done."""
         path = self.folder / "report.json"
         if not path.exists():
-            if set(self.held()) - {"seconds.json"}:         # it is written first
-                raise ValueError(f"{self.folder} holds {', '.join(self.held())} but no "
+            if set(held_in(self.folder)) - {"seconds.json"}:         # it is written first
+                raise ValueError(f"{self.folder} holds {', '.join(held_in(self.folder))} but no "
                                  f"report.json: --overwrite replaces them, or name another --out")
             print(f"{self.folder} holds nothing to resume: starting anew")
             return

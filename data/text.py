@@ -76,6 +76,11 @@ def load_text(name: str, split: str, folder: str | Path | None = None) -> list[s
     return "\n\n".join(line if line.strip() else "" for line in lines_of(path))
 
 
+def has_splits(name: str) -> bool:
+    """Is it a set, with texts to learn from and others to measure on? A file is one text."""
+    return name in FILES or name in HARVESTED
+
+
 def eval_tokens(tokenizer, name: str, split: str, seqlen: int, max_tokens: int | None = None,
                 folder: str | Path | None = None) -> torch.Tensor:
     """(n,) int64, at least seqlen, at most max_tokens; tokenized once, so only the first window has

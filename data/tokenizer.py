@@ -22,9 +22,9 @@ sign for a space, as a space. In OPT `<unk>` and `<s>` in a text are ordinary as
 and BOS token is </s>. A byte that a vocabulary lacks (SmolLM2: six control characters) is dropped
 after the merges, there before them: what stands beside it may be cut otherwise. Half of a surrogate
 pair is read as U+FFFD, and what follows a token that was added to a sentencepiece model gains a
-space in front. In all other cases decode(encode(text)) == text. A run of several 100,000
-spaces is an error of tiktoken's. Whether a BOS is put in front is said by add_bos_token, else by
-the file's template. Left out: normalizers, padding.
+space in front. In all other cases decode(encode(text)) == text. A run of several 100,000 spaces is
+an error of tiktoken's. Whether a BOS is put in front is said by add_bos_token, else by the file's
+template. Left out: normalizers, padding.
 """
 import base64
 import json
@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from data.bpe import (ByteLevelBPE, byte_letters, check_ids, cut_out, cutter, merge_order,
+from data.bpe import (ByteLevelBPE, byte_letters, check_ids, cutter, encode_around, merge_order,
                       rank_order, tokens_and_ids, valid)
 from data.checkpoint import read_json, write_atomic, write_json
 from data.config import QUANT_METHOD, in_range, read_config
@@ -101,9 +101,7 @@ class SentencePiece:
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         ids = [self.bos_id] if bos and self.bos_id is not None else []
-        for part in cut_out(valid(text), self.cut):
-            ids += [self.added[part]] if part in self.added else self.model.encode(part)
-        return ids
+        return ids + encode_around(valid(text), self.added, self.cut, self.model.encode)
 
     def decode(self, ids) -> str:
         """The text of ids; those that nothing stands for are nothing."""
@@ -145,9 +143,8 @@ def load_tokenizer(folder: str | Path) -> SentencePiece | ByteLevelBPE:
     .eos_id, .stops, .vocab_size, .special(text).
 
     bos_id is the id that encode puts in front, None where the tokenizer puts none; stops are the
-    ids that end a text. ValueError for
-    files that are cut short or damaged, and for a vocabulary that does not fit the embedding of the
-    model in the folder.
+    ids that end a text. ValueError for files that are cut short or damaged, and for a vocabulary
+    that does not fit the embedding of the model in the folder.
     """
     folder = Path(folder)
     rows = embedding_rows(folder)
@@ -205,6 +202,13 @@ def added_tokens(folder: Path, rows: int | None) -> list[Added]:
         if rows is None or i < rows:
             added[i] = Added(text, i, said.get("special") is True)
     return list(added.values())
+
+
+def take_in(more: list[Added], known, added: dict[str, int], silent: set[int]) -> None:
+    """Put what is not among `known` texts into a tokenizer's added and silent tokens."""
+    new = [token for token in more if token.text not in known]
+    added.update({token.text: token.id for token in new})
+    silent.update(token.id for token in new if token.special)
 
 
 def check_settings(folder: Path, names: dict, is_sentencepiece: bool) -> None:
@@ -294,9 +298,7 @@ def from_vocab_and_merges(folder: Path, names: dict, family: str | None,
     added = {text: vocab[text] for text in sorted(texts) if text in vocab}
     silent = {vocab[text] for text in ("<s>", "<pad>", "</s>", "<unk>") if text in vocab}
     silent.update(added.values())
-    more = [token for token in more if token.text not in vocab]
-    added.update({token.text: token.id for token in more})
-    silent.update(token.id for token in more if token.special)
+    take_in(more, vocab, added, silent)
     known = {**vocab, **added}
     check_ids(path, known)
     bos = None
@@ -333,14 +335,12 @@ def from_tokenizer_json(path: Path, names: dict, more: list[Added]) -> ByteLevel
     twice = len(added) < len(content["added_tokens"])
     if twice or any(model["vocab"].get(text, i) != i for text, i in added.items()):
         raise ValueError(f"{path}: an added token has two ids; a damaged download?")
-    more = [token for token in more if token.text not in added]
-    added.update({token.text: token.id for token in more})
+    silent = {token["id"] for token in content["added_tokens"] if token["special"]}
+    take_in(more, added, added, silent)
     known = {**model["vocab"], **added}
     if not all(isinstance(text, str) and text for text in added):
         raise ValueError(f"{path}: an added token is no text; a damaged download?")
     check_ids(path, known)
-    silent = {token["id"] for token in content["added_tokens"] if token["special"]}
-    silent.update(token.id for token in more if token.special)
     bos = template_bos(path, content.get("post_processor"))
     if "add_bos_token" in names:
         bos = special_id(path, names, "bos", known, bos) if names["add_bos_token"] else None

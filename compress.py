@@ -1013,11 +1013,11 @@ def tuning_bytes(weights: int, largest: int, tokens: int, d_model: int, d_ff: in
     return 33 * weights + 16 * largest + 4 * tokens * (16 * d_model + 8 * d_ff)
 
 
-def learning_bytes(config: Config, tokens: int, itemsize: int, heals: bool,
-                   checkpointing: bool) -> int:
+def learning_bytes(config: Config, tokens: int, itemsize: int, heals: bool, checkpointing: bool,
+                   groupsize: int = -1) -> int:
     """What a step of learning a prompt, or of healing, holds at its peak beside the model: for so
-    many tokens at a time, activations of so many bytes a number. Counted by
-    tests/test_compress.py."""
+    many tokens at a time, activations of so many bytes a number. groupsize: columns of a grid that
+    is healed, -1 for all. Counted by tests/test_compress.py."""
     c = config
     block = 10 * c.d_model + 4 * c.d_ff if heals else 7 * c.d_model + 3 * c.d_ff
     kept = c.n_layer * block
@@ -1028,17 +1028,24 @@ def learning_bytes(config: Config, tokens: int, itemsize: int, heals: bool,
     # the weight; where it is tuned its gradient, in fp32, and what unpacking takes
     weight = (2 * itemsize + 20 * heals) * largest
     logits = 16 * min(LOGITS, tokens * c.vocab_size)
-    return itemsize * tokens * (kept + on_the_way) + weight + logits
+    grids = 0
+    if heals and groupsize > 0:                     # of a row each they are next to nothing
+        up = 2 if c.family == "llama" else 1
+        block = 2 * (c.n_head + c.n_kv_head) * c.head_dim * c.d_model + (up + 1) * c.d_model * c.d_ff
+        # two numbers in fp32: as they are, the best, gradient, and AdamW's two
+        grids = 2 * 4 * 5 * c.n_layer * block // groupsize
+    return itemsize * tokens * (kept + on_the_way) + weight + logits + grids
 
 
 def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dtype,
          settings: Settings, bits: int | None, sparsity: float | str, held_tokens: int = 0,
          taught_tokens: int = 0, seqlen: int = STEP_TOKENS, by_loss: bool = False,
-         groupsize: int = -1) -> Plan:
+         groupsize: int = -1, pinned: bool = False) -> Plan:
     """tokens: of all calibration windows; batch_tokens: of one batch; held_tokens: of the windows
     held out of the Hessians; taught_tokens: whose last states in the dense model healing keeps on
     disk; seqlen: of a window; by_loss: `allocate` says before how much is pruned where; groupsize:
-    columns that share a grid, -1 for all. On a CPU, device and host memory are one: add them."""
+    columns that share a grid, -1 for all; pinned: for a GPU, which reads batches from memory whose
+    pieces are powers of two. On a CPU, device and host memory are one: add them."""
     c = checkpoint.config
     size = dtype.itemsize
     block = checkpoint.skeleton().blocks[0]
@@ -1081,7 +1088,9 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
         # one a block; memory that is pinned for a GPU is not given back
         streams += c.n_layer * told
     device *= 1.1                                   # a GPU's allocator keeps some more
-    host = 2 * streams * c.d_model + ends * size + 2 * weights
+    batch = 2 * batch_tokens * c.d_model
+    parked = (1 << (batch - 1).bit_length()) / batch if pinned else 1
+    host = parked * 2 * streams * c.d_model + ends * size + 2 * weights
     return Plan(c.n_layer, int(device), int(host), int(disk), int(model), int(tuning), flops)
 
 

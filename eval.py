@@ -102,7 +102,7 @@ from data.progress import Progress
 from data.tasks import TASKS, Item, find_task, load_items
 from data.text import FILES as TEXT_SETS, documents, eval_tokens, has_splits, lines_of
 from data.tokenizer import load_tokenizer
-from model import Checkpoint, load_model
+from model import Checkpoint, cpu_has_bf16, load_model
 from prompt import HARD_PROMPT, HeadLoss, load_prompt, text_loss, with_prompt
 
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
@@ -584,9 +584,7 @@ def fast_dtypes(device: str) -> set[str]:
     AMX or AVX512-BF16: with AVX2 alone a product takes 14 times as long as in float32; float16 is
     slow on all of them."""
     if torch.device(device).type == "cpu":
-        has = torch.cpu.get_capabilities()
-        fast = has.get("amx_bf16") or has.get("avx512_bf16")
-        return {"float32", "bfloat16"} if fast else {"float32"}
+        return {"float32", "bfloat16"} if cpu_has_bf16() else {"float32"}
     old = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     return set(PRECISIONS) - ({"bfloat16"} if old else set())
 

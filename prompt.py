@@ -345,9 +345,9 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
     AdamW without decay; linear warm-up, then linear decay; gradients clipped; windows reshuffled
     (seeded) every epoch. score() is the validation loss; the start counts, and the parameters end
     as the best seen. With `state`, a path, all that is needed to go on is written at every
-    validation and every few minutes, and a second call continues to the same bits. `settings` (JSON
-    values: model, text) is compared then. Raises ValueError on a loss that is not finite or a
-    foreign state."""
+    validation and every few minutes, and a second call goes on, to the same bits on a CPU (a GPU
+    adds gradients in any order). `settings` (JSON values: model, text) is compared then. Raises
+    ValueError on a loss that is not finite or a foreign state."""
     if count < 1 or steps < 0 or batch_size < 1 or not 0 < lr < math.inf:
         raise ValueError(f"cannot learn from {count} windows in {steps} steps of {batch_size} at "
                          f"rate {lr}: at least 1 window, 0 steps, 1 window a step and a finite "

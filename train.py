@@ -152,6 +152,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -248,7 +249,7 @@ def settle(args) -> None:
     if parallel.world() > 1 and args.batch_size % parallel.world():
         raise ValueError(f"--batch-size {args.batch_size} cannot be split over {parallel.world()} "
                          f"processes: use a multiple")
-    if not args.packed:
+    if solves and not args.packed:
         check_batches(args.nsamples, args.batch_size)
 
 
@@ -451,7 +452,7 @@ class Run:
             planned = plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen,
                            self.dtype, self.settings, self.bits, a.sparsity,
                            self.judges().numel(), taught, a.seqlen, a.allocation == "fisher",
-                           a.groupsize)
+                           a.groupsize, torch.device(a.device).type == "cuda")
             planned = planned._replace(disk=max(planned.disk, planned.model + states))
             said = str(planned)
             if self.bits and stays_packed:
@@ -472,7 +473,7 @@ class Run:
         windows = windows_at_once(a.seqlen, a.device, HEALED_AT_ONCE if heals else TOKENS_AT_ONCE)
         tokens = min(a.batch_size, windows) * a.seqlen
         return learning_bytes(self.checkpoint.config, tokens, self.dtype.itemsize, heals,
-                              recomputes)
+                              recomputes, a.groupsize)
 
     def recomputes(self, heals: bool) -> bool:
         """Are activations recomputed in backward passes? Asked once the model is loaded."""
@@ -698,8 +699,9 @@ def how_to_continue(args) -> str:
     words = [w for w in sys.argv[1:] if w not in ("--resume", "--overwrite")]
     count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     program = f"torchrun --nproc-per-node {count}" if count > 1 else "python"
+    quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
     return (f"stopped; what is done is in {args.out}; to continue: {program} train.py "
-            f"{shlex.join([*words, '--resume'])}")
+            f"{quoted([*words, '--resume'])}")
 
 
 IF_MEMORY_ENDS = ("where that was healing or learning, --resume --checkpointing takes less and "

@@ -104,8 +104,12 @@ def until(deadline: float, work: list[tuple[object, Callable[[], None]]], record
         try:
             call()
         except Exception as problem:                    # no memory, or triton cannot compile it
-            said = str(problem).splitlines() or [""]
-            record.add("failed", name, f"{type(problem).__name__}: {said[0]}")
+            record.add("failed", name, in_a_line(problem))
+
+
+def in_a_line(problem: Exception) -> str:
+    said = str(problem).splitlines() or [""]
+    return f"{type(problem).__name__}: {said[0]}"
 
 
 def check(format: str, grid: str, shape, groupsize: int, tokens, dtype,
@@ -135,11 +139,19 @@ def all_checks() -> list[tuple]:
 
 
 def check_all(record: Record, device: torch.device) -> None:
-    """Decoding in fp16 multiplies subnormal numbers: a tensor core that flushed them to zero would
+    """ValueError for the first kernel that is wrong, or that fails; the record has both.
+
+    Decoding in fp16 multiplies subnormal numbers: a tensor core that flushed them to zero would
     give zeros here."""
     worst = {}
     for one in all_checks():
-        for case, error, allowed in check(*one, device):
+        try:
+            checked = list(check(*one, device))
+        except Exception as problem:                    # no memory, or triton cannot compile it
+            name = f"check of {' '.join(map(str, one))}"
+            record.add("failed", name, in_a_line(problem))
+            raise ValueError(f"{name}: {in_a_line(problem)}") from None
+        for case, error, allowed in checked:
             if not error <= allowed:
                 record.add("check", case, error)
                 raise ValueError(f"{case}: error {error:.1e} where {allowed:.1e} is allowed: a "

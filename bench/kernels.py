@@ -191,7 +191,7 @@ def main(args: argparse.Namespace) -> None:
         return day.main(args.minutes, args.out)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
-    if gpu:
+    if gpu and device.index is not None:
         torch.cuda.set_device(device)  # events and graphs belong to the current one
     names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = names[args.dtype or ("fp16" if gpu else "bf16")]

@@ -118,7 +118,8 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     expected = plan(checkpoint, windows.numel(), args.batch_size * args.seqlen, dtype, settings,
                     args.bits, args.sparsity, seqlen=args.seqlen,
-                    by_loss=args.allocation == "fisher")
+                    by_loss=args.allocation == "fisher",
+                    pinned=torch.device(args.device).type == "cuda")
     print(f"{args.shape}, {args.blocks} blocks, {args.nsamples} x {args.seqlen} tokens, "
           f"{args.recipe}, {dtype}, {args.device}, {torch.get_num_threads()} threads\n{expected}",
           flush=True)

@@ -38,7 +38,7 @@ import sentencepiece
 from data.bpe import (ByteLevelBPE, byte_letters, check_ids, cutter, encode_around, merge_order,
                       rank_order, tokens_and_ids, valid)
 from data.checkpoint import read_json, write_atomic, write_json
-from data.config import QUANT_METHOD, in_range, read_config
+from data.config import family_of, in_range, read_config
 
 # How text is cut into words before merging; no merge crosses a cut. GPT-2 keeps a space with the
 # word after it.
@@ -227,7 +227,7 @@ def read_tokenizer(folder: Path, rows: int | None) -> SentencePiece | ByteLevelB
     content = folder / "tokenizer.json"
     names = settings(folder)
     added = added_tokens(folder, rows)
-    family = names.get("model_type", "").removeprefix(f"{QUANT_METHOD}-") or None
+    family = family_of(names) if "model_type" in names else None
     lines = model.read_bytes().split(b"\n") if model.exists() else []
     is_ranks = bool(lines) and re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", lines[0]) is not None
     if model.exists() and not is_ranks:

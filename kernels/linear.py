@@ -13,8 +13,8 @@ need no memory. On a CPU fp16 is computed in fp32, because fp16 products are som
 there.
 
 On a GPU the first product reorders the weight for it (fragments.py), in place of the packed
-tensors; who asks for `packed` gets these back. So a CUDA graph wants one call before it is
-recorded. What `triton_reads` refuses, float64, and GPUs before Ampere unpack the whole weight for
+tensors; who asks for `packed` gets these back. So a CUDA graph wants one call with as many tokens
+before it is recorded. What `triton_reads` refuses, float64, and GPUs before Ampere unpack the whole weight for
 every product by torch operations. torch.compile goes around these layers.
 """
 import warnings

@@ -24,8 +24,11 @@ import re
 import sys
 from typing import NamedTuple
 
-from kernels.compile import SLAB, TABLE, table
-from kernels.matmul import SLAB_BYTES, strips_of
+try:
+    from kernels.compile import SLAB, TABLE, table
+    from kernels.matmul import SLAB_BYTES, strips_of
+except ImportError as e:
+    raise SystemExit(f"error: predictions read the kernels themselves, and these need triton: {e}")
 
 READ = 0.72                         # of the memory's rate: cuBLAS with few tokens
 WRITTEN = 0.58                      # of the memory's rate: slabs

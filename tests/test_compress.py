@@ -387,9 +387,10 @@ def test_unpacking_by_torch_holds_16_bytes_a_weight(format, groupsize):
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("heals", [True, False])
+@pytest.mark.parametrize("heals,groupsize", [(True, -1), (True, 16), (False, -1)])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_the_device_holds_what_a_step_of_learning_takes(family, heals, checkpointing, tmp_path):
+def test_the_device_holds_what_a_step_of_learning_takes(family, heals, groupsize, checkpointing,
+                                                        tmp_path):
     """Counted: beside the model, a step takes at most what `learning_bytes` says."""
     is_opt = family == "opt"
     config = Config(family, 200, 64, 8, 4, 256, max_positions=600, tied=is_opt,
@@ -398,14 +399,14 @@ def test_the_device_holds_what_a_step_of_learning_takes(family, heals, checkpoin
     model = Transformer(config).requires_grad_(False).eval()
     windows = torch.randint(0, 200, (4, 256))
     teacher = teacher_states(model, windows, tmp_path)
-    compress_model(model, windows, make_solver(4, 0.5))
+    compress_model(model, windows, make_solver(4, 0.5, groupsize=groupsize))
     model.checkpointing = checkpointing
     with Counted(model.state_dict().values()) as counted:
         if heals:
             heal(model, windows, windows[:1], (teacher, teacher[:1]), 1, 1)
         else:
             learn(model, torch.randn(16, 64), windows, None, 1, 1)
-    planned = learning_bytes(config, 256, 4, heals, checkpointing)      # one window is a batch
+    planned = learning_bytes(config, 256, 4, heals, checkpointing, groupsize)   # of one window
     assert 0.5 * planned < counted.peak <= planned
 
 
@@ -430,6 +431,17 @@ def test_blocks_of_published_models_are_planned_in_the_memory_that_readme_says()
         planned = plan(shape, 128 * 2048, 4 * 2048, torch.float16, Settings(), 4, 0.5, seqlen=2048,
                        by_loss=by_loss)
         assert planned.device == pytest.approx(said * 1e9, rel=0.03), planned
+
+
+@pytest.mark.parametrize("width, more", [(256, 1), (160, 1.6)])
+def test_memory_that_is_pinned_comes_in_powers_of_two(width, more, tmp_path):
+    """Counted: the batches of both streams and of the held-out windows."""
+    save_model(Transformer(Config("llama", 64, width, 2, 4, 128)), tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    plain, pinned = (plan(checkpoint, 4096, 256, torch.float32, Settings(), 4, 0.5, 512, pinned=on)
+                     for on in (False, True))
+    streams = 2 * width * (2 * 4096 + 512)
+    assert pinned.host - plain.host == pytest.approx((more - 1) * streams, abs=1)
 
 
 def test_an_error_on_other_windows_counts_what_the_bias_was_not_made_for():

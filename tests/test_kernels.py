@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -510,3 +511,34 @@ def test_checks_of_a_gpu_day_notice_a_wrong_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(PackedLinear, "multiply", lambda self, x: right(self, x) * 1.01)
     with pytest.raises(ValueError, match="a kernel is wrong on this GPU"):
         day.check_all(day.Record(tmp_path / "wrong.csv"), torch.device("cpu"))
+
+    def fail(self, x):
+        raise RuntimeError("out of registers\nand more")
+    monkeypatch.setattr(PackedLinear, "multiply", fail)
+    with pytest.raises(ValueError, match="RuntimeError: out of registers$"):
+        day.check_all(day.Record(tmp_path / "failed.csv"), torch.device("cpu"))
+    assert 'failed,"check of nm ' in (tmp_path / "failed.csv").read_text()
+
+
+def test_bench_takes_the_gpu_that_is_current(monkeypatch):
+    """Without an index torch.cuda.set_device refuses it."""
+    from bench import kernels
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def machine(device):
+        raise ValueError(f"reached with {device}")
+    monkeypatch.setattr(kernels, "machine", machine)
+    args = SimpleNamespace(minutes=None, out=None, device=None, dtype=None, generate=None,
+                           tune=None)
+    with pytest.raises(ValueError, match="reached with cuda$"):
+        kernels.main(args)
+
+
+def test_predictions_without_triton_end_in_a_line(tmp_path):
+    (tmp_path / "triton.py").write_text("raise ImportError('No module named triton')")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-m", "kernels.predict"], capture_output=True,
+                            text=True, cwd=TESTS.parent, env=env)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1

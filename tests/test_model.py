@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from data.checkpoint import Tensors, read_folder, read_safetensors, write_atomic, write_safetensors
 from data.config import PUBLISHED, Config, read_config, resolve
-from model import Transformer, attend_by_parts, load_model, open_checkpoint, save_model
+from model import (AttentionByParts, Transformer, load_model, open_checkpoint,
+                   parts_of_attention, save_model)
 
 LLAMA = dict(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
              num_attention_heads=4,
@@ -252,7 +253,7 @@ def test_attention_by_parts_is_attention(heads, kv_heads, T, past):
     q, k, v = random(T, heads), random(past + T, kv_heads), random(past + T, kv_heads)
     mask = torch.ones(T, past + T, dtype=torch.bool).tril(past)
     want = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    got = attend_by_parts(q, k, v)
+    got = AttentionByParts.apply(q, k, v)
     assert torch.allclose(got, want, rtol=0, atol=1e-13)
     slope = torch.randn_like(want)
     for a, b in zip(*(torch.autograd.grad(y, (q, k, v), slope) for y in (got, want))):
@@ -265,10 +266,11 @@ def test_a_loss_in_bf16_takes_attention_by_parts(tmp_path, monkeypatch):
     model, exact = load_model(tmp_path, torch.bfloat16), load_model(tmp_path)
     calls = []
 
-    def counted(*qkv):
-        calls.append(qkv)
-        return attend_by_parts(*qkv)
-    monkeypatch.setattr("model.attend_by_parts", counted)
+    def parts(q, k):
+        calls.append(q)
+        return parts_of_attention(q, k)
+    monkeypatch.setattr("model.parts_of_attention", parts)
+    monkeypatch.setattr("model.cpu_has_bf16", lambda: True)
     with torch.no_grad():
         without, want = model(X).float(), exact(X)
     assert not calls

@@ -100,7 +100,8 @@ from data.config import DEFAULTS, SHIPPED, packed_layers, read_config, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.tasks import TASKS, Item, find_task, load_items
-from data.text import FILES as TEXT_SETS, documents, eval_tokens, has_splits, lines_of
+from data.text import (FILES as TEXT_SETS, documents, eval_tokens, has_splits, lines_of,
+                       split_to_judge)
 from data.tokenizer import load_tokenizer
 from model import Checkpoint, cpu_has_bf16, load_model
 from prompt import HARD_PROMPT, HeadLoss, load_prompt, text_loss, with_prompt
@@ -744,7 +745,7 @@ def measure(args, model, tokenizer, prompt) -> dict:
         advice = f"--seqlen {positions - n} fits" if positions - n > 1 else "use a shorter prompt"
         raise ValueError(f"--seqlen {args.seqlen} and {n} prompt tokens need {n + args.seqlen} "
                          f"positions, but {args.model} has {positions}: {advice}")
-    split = args.split or ("validation" if args.data == "c4" else "test")   # C4 has no test split
+    split = args.split or split_to_judge(args.data)
     tokens = eval_tokens(tokenizer, args.data, split, args.seqlen, args.max_tokens, args.data_dir)
     title = f"perplexity of {args.model}"
     ppl, count = perplexity(model, tokens, args.seqlen, prompt, args.batch_size, title)

@@ -544,6 +544,7 @@ class Checkpoint:
             names = [n for n in stored
                      if n.startswith(bare_name(theirs) + ".") and not n.endswith(".bias")]
             tensors = {n.rpartition(".")[2]: self.files[stored.pop(n)] for n in names}
+            tensors.pop("tile_start", None)         # of older files; nothing reads it
             held = packed[prefix + name] = Packed(tensors, layers.pop(theirs))
             try:
                 check_packed(held, (linear.out_features, linear.in_features))

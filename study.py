@@ -69,7 +69,7 @@ from data.progress import Progress
 from data.report import identity
 from data.svg import DENSE, HEALED, HURT, dot_plot
 from data.tasks import Item, ask, find_task, load_items
-from data.text import eval_tokens, has_splits
+from data.text import eval_tokens, has_splits, split_to_judge
 from data.tokenizer import load_tokenizer
 from eval import DTYPES, cut, decode, generate, not_finite, zero_shot
 from model import load_model, open_checkpoint
@@ -207,8 +207,8 @@ class Case:
         """Tokens to measure on, as the run takes them."""
         s = self.settings
         name = name or s.data
-        split = "validation" if name == "c4" else "test"
-        return eval_tokens(self.tokenizer, name, split, s.seqlen, s.max_tokens, s.data_dir)
+        return eval_tokens(self.tokenizer, name, split_to_judge(name), s.seqlen, s.max_tokens,
+                           s.data_dir)
 
     def about(self) -> str:
         """The run's settings in a line."""
@@ -644,7 +644,8 @@ def transfer(lab: Lab) -> None:
     def kind(case: Case) -> tuple[bool, bool, bool]:
         """(is it quantized, pruned in a pattern, pruned at all)"""
         sparsity = str(case.made["sparsity"])
-        return case.made["bits"] < 16, ":" in sparsity, sparsity != "0"
+        in_pattern = ":" in sparsity
+        return case.made["bits"] < 16, in_pattern, in_pattern or float(sparsity) > 0
     matrix("Texts", by_text, {text: (first, measure) for text, (_, measure) in texts.items()})
     same = [case for case in lab.cases if kind(case) == kind(first)]
     types = {kind(case): case for case in reversed(lab.cases)}.values()

@@ -168,7 +168,7 @@ from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
 from data.report import Report, check_place, identity
 from data.text import (FILES as TEXT_SETS, calibration, eval_tokens, has_splits,
-                       learning_windows)
+                       learning_windows, split_to_judge)
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from eval import (DTYPES, default_device, default_dtype, fits, free_memory, last_states, perplexity,
                   stored_dtype, streamed_perplexity, usable)
@@ -410,9 +410,8 @@ class Run:
     def read_texts(self) -> None:
         """Tokens to measure on, calibration windows, and windows to learn from and to choose by."""
         a = self.args
-        split = "validation" if a.data == "c4" else "test"      # C4 publishes no test split
-        self.test = eval_tokens(self.tokenizer, a.data, split, a.seqlen, a.max_tokens,
-                                folder=a.data_dir)
+        self.test = eval_tokens(self.tokenizer, a.data, split_to_judge(a.data), a.seqlen,
+                                a.max_tokens, folder=a.data_dir)
         if self.solve:
             self.windows, self.held = self.calibration_windows()
         if a.steps:

@@ -7,7 +7,7 @@ each model and text.
 A panel has a column for the compressed model and one for the dense model, and in both the same
 rows: no prompt, (healed,) the prompt's start, the learned prompt. So what a prompt does to the
 compressed model stands beside what it does to the dense one. Runs that were measured on the same
-windows of the same text share a panel. All bars of a picture start at zero and have one scale; the
+windows of the same text share a panel, with a column for each way of compressing. All bars of a picture start at zero and have one scale; the
 dense model's value without a prompt is marked in the gaps between the bars, so that no number is
 crossed. Needs nothing but the standard library. Left out: anything but perplexity.
 """
@@ -26,6 +26,7 @@ BAR = 16           # height of a bar
 STEP = 26          # from one bar to the next
 HEAD = 52          # height of the legend
 PANEL = 74         # height of a panel's titles
+ALIKE = 0.005      # share by which two runs may differ in one number, in rounding
 PROMPTS = {"": "no prompt", "healed": "healed, no prompt",
            "initial prompt": "prompt, not learned", "learned prompt": "prompt, learned"}
 
@@ -53,9 +54,10 @@ def made_how(s: dict) -> str:
     """What was done to the model, from the settings of a run."""
     sparsity = str(s.get("sparsity", 0))
     done = []
-    if sparsity != "0":
-        share = sparsity if ":" in sparsity else f"{100 * float(sparsity):g}%"
-        done.append(f"{share} pruned")
+    if ":" in sparsity:
+        done.append(f"{sparsity} pruned")
+    elif float(sparsity):
+        done.append(f"{100 * float(sparsity):g}% pruned")
     if s.get("bits", 16) != 16:
         done.append(f"{s['bits']}-bit")
     return " + ".join(done)
@@ -75,21 +77,26 @@ def measured_how(s: dict) -> str:
 
 
 def panels(reports: list[dict]) -> list[dict]:
-    """{"title", "details", "values": {(model, prompt): perplexity}, "made": {model: how}} for each
-    model and text."""
+    """{"title", "details", "values": {(column, prompt): perplexity}} for each model and text; a
+    column is "dense", or another model's name and how it was made. ValueError where two reports
+    differ about one bar."""
     found = {}
     for report in reports:
         s = report["settings"]
         names = ("model", "data", "seqlen", "max_tokens", "scored_tokens")
         same = tuple(str(s.get(name)) for name in names)
-        empty = {"title": Path(s["model"]).name, "details": "", "values": {}, "made": {}}
+        empty = {"title": Path(s["model"]).name, "details": "", "values": {}}
         panel = found.setdefault(same, empty)
         panel["details"] = max(panel["details"], measured_how(s), key=len)
         for row in report["rows"]:
             model, _, prompt = row["name"].partition(" + ")
-            panel["values"].setdefault((model, prompt), row["perplexity"])
-            if model != "dense":
-                panel["made"].setdefault(model, made_how(s))
+            how = "" if model == "dense" else made_how(s)
+            column = f"{model}: {how}" if how else model
+            held = panel["values"].setdefault((column, prompt), row["perplexity"])
+            if not math.isclose(held, row["perplexity"], rel_tol=ALIKE):
+                bar = f"{column}, {PROMPTS.get(prompt, prompt)}"
+                raise ValueError(f"{bar}: {held:.2f} in one report of {panel['title']} and "
+                                 f"{row['perplexity']:.2f} in another: draw them apart")
     return list(found.values())
 
 
@@ -109,8 +116,8 @@ def draw(d: Drawing, panel: dict, top: float, largest: float, columns: int) -> f
         d.text(NAMES - 8, first + i * STEP + BAR - 3.5, PROMPTS.get(prompt, prompt), anchor="end")
     for j, model in enumerate(models):
         left = NAMES + j * column
-        made = "the control" if model == "dense" and len(models) > 1 else panel["made"].get(model)
-        d.text(left, first - 14, f"{model}: {made}" if made else model, kind="small bold")
+        name = "dense: the control" if model == "dense" and len(models) > 1 else model
+        d.text(left, first - 14, name, kind="small bold")
         for i, prompt in enumerate(prompts):
             if (model, prompt) not in values:
                 continue

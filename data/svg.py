@@ -66,16 +66,19 @@ class Drawing:
 
 
 def ticks(low: float, high: float, log: bool) -> list[float]:
-    """Up to six round numbers from low to high."""
-    if log:
+    """Two to six round numbers from low to high."""
+    if log and high > 5 * low:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        digits = (1, 2, 5) if high / low < 1000 else (1,)
-        found = [digit * 10.0 ** power for power in powers for digit in digits]
-    else:
-        raw = (high - low) / 5
-        unit = 10.0 ** math.floor(math.log10(raw))
-        step = next(digit * unit for digit in (1, 2, 5, 10) if digit * unit >= raw)
-        found = [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+        for digits in ((1, 2, 5), (1, 3), (1,)):
+            found = [digit * 10.0 ** power for power in powers for digit in digits]
+            inside = [tick for tick in found if low <= tick <= high]
+            if len(inside) <= 6:
+                return inside
+        return inside[::-(-len(inside) // 6)]
+    raw = (high - low) / 5
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(digit * unit for digit in (1, 2, 5, 10) if digit * unit >= raw)
+    found = [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
     return [tick for tick in found if low <= tick <= high]
 
 
@@ -87,7 +90,7 @@ class Scale:
         self.left, self.right = left, right
         self.log = log
         if log:
-            room = 0.04 * math.log(high / low) or 0.1 * abs(high) or 1.0
+            room = 0.04 * math.log(high / low) or 0.1
             self.low, self.high = low * math.exp(-room), high * math.exp(room)
         else:
             room = 0.04 * (high - low) or 0.1 * abs(high) or 1.0

@@ -81,6 +81,11 @@ def has_splits(name: str) -> bool:
     return name in FILES or name in HARVESTED
 
 
+def split_to_judge(name: str) -> str:
+    """The split of a text set that models are measured on; C4 publishes no test split."""
+    return "validation" if name == "c4" else "test"
+
+
 def eval_tokens(tokenizer, name: str, split: str, seqlen: int, max_tokens: int | None = None,
                 folder: str | Path | None = None) -> torch.Tensor:
     """(n,) int64, at least seqlen, at most max_tokens; tokenized once, so only the first window has

@@ -7,7 +7,7 @@ Three formats. Pruned weights cost one bit each, kept weights one bit plus their
     "dense"         codes                                 4.0    nothing is pruned
     "nm"            mask, codes                           3.0    at most 8 kept of every aligned
                                                                  16: 2:4, 4:8, 8:16
-    "unstructured"  mask, codes, row_start, tile_start    3.13   anything, from empty to full
+    "unstructured"  mask, codes, row_start                3.0    anything, from empty to full
 
 plus scale and zero, an fp16 each per row or per `groupsize` columns (2 x 16 / 128 = 0.25 bits at
 groupsize 128). A row of the last two formats, 8 columns of it:
@@ -18,8 +18,7 @@ groupsize 128). A row of the last two formats, 8 columns of it:
                                      columns go on there
 
 "nm" gives every 16 columns 16 mask bits and one 32-bit word of 8 nibbles, so everything lies at a
-fixed place. An "unstructured" row is one stream of nibbles; row r begins at word row_start[r], and
-tile_start[r, t] (16 bits) nibbles further begins what is kept of columns 128 t ... 128 t + 127.
+fixed place. An "unstructured" row is one stream of nibbles; row r begins at word row_start[r].
 Codes of 2, 3 or 8 bits lie the same way, eight in 2, 3 or 8 bytes; the Triton kernels read 4-bit
 codes only.
 
@@ -40,10 +39,8 @@ import torch
 
 from kernels.bits import by_rank, compact, shuffle, to_bitmap, to_bits
 
-TILE = 128                             # columns between two starts of the unstructured format
 WORD = 32                              # columns of a word of the bitmap
-MOST_COLUMNS = 1 << 16                 # of the unstructured format: what tile_start counts to
-MOST_WORDS = 1 << 28                   # of its stream: 8 nibbles each, and kernels count those
+MOST_WORDS = 1 << 28                   # of the unstructured stream: kernels count its nibbles
 BITS = (2, 3, 4, 8)
 FORMATS = ("dense", "nm", "unstructured")
 GRIDS = ("uniform", "offset")
@@ -122,9 +119,6 @@ def pack(codes: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor, ze
     elif format == "nm" and keep is not None:
         tensors.update(pack_nm(up_to(WORD, n), up_to(WORD, keep), bits))
     elif format == "unstructured" and keep is not None:
-        if cols > MOST_COLUMNS:
-            raise ValueError(f"{cols} columns: the 16-bit starts of format 'unstructured' reach "
-                             f"{MOST_COLUMNS}; split the layer")
         tensors.update(pack_unstructured(up_to(WORD, n), up_to(WORD, keep), bits))
     else:
         raise ValueError(f"format={format!r} with{'out' if keep is None else ''} a mask: use "
@@ -156,28 +150,24 @@ def pack_nm(n: np.ndarray, keep: np.ndarray, bits: int) -> dict[str, torch.Tenso
 
 
 def pack_unstructured(n: np.ndarray, keep: np.ndarray, bits: int) -> dict[str, torch.Tensor]:
-    """{mask, row_start, tile_start, codes} of ranks n and keep, both (rows, a multiple of 32)."""
+    """{mask, row_start, codes} of ranks n and keep, both (rows, a multiple of 32)."""
     mask = to_bitmap(keep)
-    row_start, tile_start, words = starts(mask)
+    row_start, words = starts(mask)
     stream = compact(n, keep, keep.sum(1), row_start.numpy().astype(np.int64), words)
-    return {"mask": mask, "row_start": row_start, "tile_start": tile_start,
-            "codes": to_bits(stream, bits, 1).flatten()}
+    return {"mask": mask, "row_start": row_start, "codes": to_bits(stream, bits, 1).flatten()}
 
 
-def starts(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Bitmap (out, words) int32 -> row_start (out,) int32, tile_start (out, tiles) int16, and the
-    stream's length in words of 8 codes, two more than are filled, because readers look ahead."""
-    kept = up_to(TILE // WORD, ones_in(mask, np.uint32))
-    kept = kept.reshape(len(kept), -1, TILE // WORD).sum(2, dtype=np.int64)     # (out, tiles)
-    words = (kept.sum(1) + 7) // 8                              # rows begin at whole words
+def starts(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Bitmap (out, words) int32 -> row_start (out,) int32, and the stream's length in words of 8
+    codes, two more than are filled, because readers look ahead."""
+    kept = ones_in(mask, np.uint32).sum(1, dtype=np.int64)      # (out,)
+    words = (kept + 7) // 8                                     # rows begin at whole words
     ends = np.concatenate(([0], words.cumsum()))
     if ends[-1] >= MOST_WORDS:
         raise ValueError(f"{8 * ends[-1]} kept weights: format 'unstructured' counts to "
                          f"{8 * MOST_WORDS}; split the layer")
     row_start = ends[:-1].astype(np.int32)
-    before = kept.cumsum(1) - kept                              # kept in the tiles before, < 2^16
-    tile_start = before.astype(np.uint16).view(np.int16)        # torch has no uint16
-    return torch.from_numpy(row_start), torch.from_numpy(tile_start), int(ends[-1]) + 2
+    return torch.from_numpy(row_start), int(ends[-1]) + 2
 
 
 def check_packed(packed: Packed, shape: tuple[int, int]) -> None:
@@ -194,14 +184,13 @@ def check_packed(packed: Packed, shape: tuple[int, int]) -> None:
         mask = held.get("mask")
         if mask is not None and (mask.dtype, tuple(mask.shape)) == need["mask"]:
             want = starts(mask)
-            need["codes"] = codes_of((want[2],), meta["bits"])
+            need["codes"] = codes_of((want[1],), meta["bits"])
     for name in {**need, **held}:
         have = (held[name].dtype, tuple(held[name].shape)) if name in held else "missing"
         if have != need.get(name):
             raise ValueError(f"packed tensor {name}: {have}, wanted {need.get(name, 'none')}")
-    if want and not (torch.equal(held["row_start"], want[0])
-                     and torch.equal(held["tile_start"], want[1])):
-        raise ValueError("row_start and tile_start do not fit the mask: the file is damaged")
+    if want and not torch.equal(held["row_start"], want[0]):
+        raise ValueError("row_start does not fit the mask: the file is damaged")
     if meta["format"] == "nm" and ones_in(held["mask"], np.uint16).max() > 8:
         raise ValueError("the mask keeps more than 8 of 16 columns: the file is damaged")
     if "g_idx" in held:
@@ -242,7 +231,6 @@ def layout(meta: dict, has_g_idx: bool) -> dict[str, tuple[torch.dtype, tuple[in
         need["codes"] = codes_of((rows, 2 * words), meta["bits"])
     else:
         need["row_start"] = torch.int32, (rows,)
-        need["tile_start"] = torch.int16, (rows, -(-cols // TILE))
     return need
 
 
@@ -284,7 +272,6 @@ def smallest(keep: np.ndarray, bits: int) -> str:
     rows, cols = keep.shape
     kept = up_to(WORD, keep).reshape(-1, 16).sum(1, dtype=np.int32)     # of every 16 columns
     nm = len(kept) * (2 + bits)                                 # bytes: 2 of the mask, 8 codes
-    starts_of_row = 4 + 2 * -(-cols // TILE)
-    mask_of_row = 4 * -(-cols // WORD)
-    unstructured = kept.sum() * bits / 8 + rows * (mask_of_row + starts_of_row)
+    start_and_mask = 4 + 4 * -(-cols // WORD)                   # bytes of a row
+    unstructured = kept.sum() * bits / 8 + rows * start_and_mask
     return "nm" if kept.max(initial=0) <= 8 and nm <= unstructured else "unstructured"

@@ -200,6 +200,13 @@ def broken(folder, to, change=lambda tensors: None, config=lambda j: None):
 NAME = "model.decoder.layers.0.self_attn.q_proj"
 
 
+def test_files_of_an_older_version_with_a_tensor_more_are_read(folder, tmp_path):
+    def change(tensors):
+        tensors[f"{NAME}.tile_start"] = torch.zeros(8, 1, dtype=torch.int16)
+    older = load_model(broken(folder, tmp_path / "b", change))
+    assert torch.equal(older(TOKENS), load_model(folder)(TOKENS))
+
+
 @pytest.mark.parametrize("tensor,new,message", [
     ("codes", None, "packed tensor codes: missing"),
     ("scale", None, "packed tensor scale: missing"),
@@ -208,9 +215,9 @@ NAME = "model.decoder.layers.0.self_attn.q_proj"
     ("codes", lambda t: t.to(torch.int16), "packed tensor codes"),
     ("zero", lambda t: t.float(), "packed tensor zero"),
     ("mask", lambda t: t[:, :-1].contiguous(), "packed tensor mask"),
-    ("row_start", lambda t: t.flip(0), "row_start and tile_start do not fit the mask"),
+    ("row_start", lambda t: t.flip(0), "row_start does not fit the mask"),
     ("mask", lambda t: torch.cat((t[:1] | -1, t[1:])), "packed tensor codes"),
-    ("mask", lambda t: t.flip(0), "row_start and tile_start do not fit the mask"),
+    ("mask", lambda t: t.flip(0), "row_start does not fit the mask"),
     ("extra", lambda t: torch.zeros(3), "packed tensor extra")])
 def test_damaged_tensors_are_one_line(tensor, new, message, folder, tmp_path):
     def change(tensors):

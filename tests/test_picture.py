@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data.picture import BAR, STEP, WIDTH, picture, read_report
-from data.svg import DENSE, HEALED, HURT, Drawing
+from data.svg import DENSE, HEALED, HURT, Drawing, Scale
 
 ROOT = Path(__file__).resolve().parents[1]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -112,6 +112,33 @@ def test_runs_on_the_same_windows_share_a_panel():
     both = picture([report(rest), report(dense, bits=16, sparsity="0")])
     assert both == picture([report({**rest, **dense})])
     assert Drawn(report(), report(data="other")).height > Drawn(report()).height
+
+
+def test_each_way_of_compressing_has_a_column():
+    """And two reports that say unlike of one bar are not mixed."""
+    one = report({"dense": 30.0, "compressed": 48.0})
+    two = {"dense": 30.0, "compressed": 60.0, "compressed + learned prompt": 40.0}
+    drawn = Drawn(one, report(two, sparsity="2:4"))
+    at = {drawn.value(bar): bar[0] for bar in drawn.bars}
+    assert len(set(at.values())) == 3
+    assert at[60.0] == at[40.0] != at[48.0]
+    assert {"compressed: 50% pruned + 4-bit", "compressed: 2:4 pruned + 4-bit"} <= set(drawn.words)
+    with pytest.raises(ValueError, match="no prompt: 48.00 in one report .* 60.00 in another"):
+        picture([one, report(two)])
+
+
+def test_names_of_what_was_not_pruned_say_nothing_of_pruning():
+    assert "compressed: 4-bit" in Drawn(report(sparsity="0.0")).words
+
+
+@pytest.mark.parametrize("low, high", [(21, 48), (6.9, 7.1), (31, 33), (20, 20000), (0.5, 8000),
+                                       (1, 9), (-0.3, 0.2), (3, 1e9)])
+def test_a_scale_has_a_few_round_marks(low, high):
+    found = Scale([low, high], 0, 100, low > 0).ticks()
+    assert 2 <= len(found) <= 8
+    assert sorted(set(found)) == found
+    alike = Scale([8000.0, 8000.0], 0, 100, True)
+    assert alike.place(8000.0) == pytest.approx(50)
 
 
 def test_a_heal_has_a_column_of_its_own():

@@ -25,6 +25,7 @@ per byte of the validation split of each set. Left out: dropout (few passes over
 than one process.
 """
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -40,6 +41,7 @@ from data.config import Config
 from data.harvest import harvest, harvest_name
 from data.tokenizer import load_tokenizer
 from model import META, Transformer, published_name, save_model
+from prompt import PROBE
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = {
@@ -60,8 +62,10 @@ DECAY = 0.25                                  # steps of the decay, of those bef
 
 def token_stream(tokenizer, name: str, split: str, work: Path) -> tuple[torch.Tensor, float]:
     """All documents of a set in one row (n,) int64, between BOS and EOS, and its mean bytes per
-    token."""
-    file = work / f"{name}-{split}.npz"
+    token. Kept in `work`, for this tokenizer and these versions of the texts."""
+    made_of = f"{harvest_name(name)} {tokenizer.encode(PROBE)}"
+    mark = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    file = work / f"{name}-{split}-{mark}.npz"
     if not file.exists():
         texts = harvest(name, split)
         end = [tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else []
@@ -151,9 +155,13 @@ def pretrain(name: str, work: Path, cpu_minutes: float, lr: float, seed: int,
     # cpu: seconds; decay_from: a step; best: lowest sum of bits per byte, stale: evaluations since
     state = {"step": 0, "tokens": 0, "cpu": 0.0, "decay_from": None, "best": math.inf, "stale": 0,
              "loss": None}
+    run = {"name": name, "lr": lr, "seed": seed}
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
+        if saved["run"] != run:
+            raise SystemExit(f"error: {checkpoint} is of another run, {saved['run']}: name another "
+                             f"--work")
         model.load_state_dict(saved["model"])
         for opt, values in zip(opts, saved["optimizers"]):
             opt.load_state_dict(values)
@@ -165,7 +173,7 @@ def pretrain(name: str, work: Path, cpu_minutes: float, lr: float, seed: int,
           flush=True)
 
     def save(file: Path) -> None:
-        content = {"model": model.state_dict(), "state": state,
+        content = {"model": model.state_dict(), "state": state, "run": run,
                    "optimizers": [opt.state_dict() for opt in opts]}
         write_torch(file, lambda f: torch.save(content, f))
 

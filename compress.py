@@ -1063,7 +1063,7 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
     copies = (1 + twin) * weights * size
     kept = 1 - parse_sparsity(sparsity)[0]
     grids = 0.05 if groupsize == -1 else 32 / groupsize         # two numbers of 16 bits each
-    width = 16 if bits is None else bits * kept + (1.25 if kept < 1 else 0) + grids
+    width = 16 if bits is None else bits * kept + (1.1 if kept < 1 else 0) + grids
     model = c.n_layer * weights * width / 8 + 2 * ends
     disk = model * (2 if taught_tokens else 1) + 2 * taught_tokens * c.d_embed
     streams = (1 + twin) * tokens + held_tokens

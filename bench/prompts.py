@@ -1,15 +1,17 @@
 """Learning a soft prompt: ours beside PEFT's prompt tuning over transformers, all else equal.
 
-    python -m bench.prompts FOLDER --batch 4 --tokens 512       # needs tests/requirements.txt
+    python -m bench.prompts FOLDER --windows 2x1024 4x512 16x128    # needs tests/requirements.txt
 
-FOLDER is a dense checkpoint in the Hugging Face layout. Each side runs in a process of its own, in
-turn, so that neither sees the other's memory: load, one step that is not timed, --steps steps of
-AdamW. Printed: text tokens a second (the best of --repeats), seconds a step, processor seconds a
-step (steadier beside other jobs), peak memory of the process (on a GPU: of its allocator), and the
-first losses, which must agree: both sides score text tokens 2 ... T behind the same prompt.
+FOLDER is a dense checkpoint in the Hugging Face layout; 4x512 is a step of 4 windows of 512 tokens.
+Each side runs in a process of its own, in turn, so that neither sees the other's memory: load, one
+step that is not timed, --steps steps of AdamW. Printed: text tokens a second (the best of
+--repeats), seconds a step, processor seconds a step (steadier beside other jobs), peak memory of
+the process (on a GPU: of its allocator), and the first losses, which must agree: both sides score
+text tokens 2 ... T behind the same prompt.
 """
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -23,6 +25,15 @@ from data.flags import PRECISIONS
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def shape(args) -> tuple[int, int]:
+    """(windows of a step, tokens of a window) of the first of --windows."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.windows[0]):
+        raise SystemExit(f"error: --windows {args.windows[0]}: give windows x tokens, such as "
+                         f"4x512")
+    size, tokens = args.windows[0].split("x")
+    return int(size), int(tokens)
+
+
 def ours(args, windows: torch.Tensor):
     """A function of (count, bar) that takes `count` steps with prompt.py; the bar, see Timed, hears
     of every step and its loss."""
@@ -30,11 +41,11 @@ def ours(args, windows: torch.Tensor):
     from prompt import initial_prompt, learn
     model = load_model(args.model, getattr(torch, args.dtype), args.device)
     model.checkpointing = args.checkpointing
-    start = initial_prompt(model, args.prompt_tokens, "text", windows[0, :args.prompt_tokens])
+    start = initial_prompt(model, args.prompt_tokens, "text", windows.flatten()[:args.prompt_tokens])
 
     def steps(count: int, bar) -> None:
-        learn(model, start, windows, None, count, args.batch, args.lr, warmup=1, val_every=count,
-              progress=bar)
+        learn(model, start, windows, None, count, shape(args)[0], args.lr, warmup=1,
+              val_every=count, progress=bar)
     return steps
 
 
@@ -44,7 +55,7 @@ def peft(args, windows: torch.Tensor):
     from transformers import AutoModelForCausalLM
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     base = base.to(args.device)
-    start = base.get_input_embeddings()(windows[0, :args.prompt_tokens].to(args.device)).detach()
+    start = base.get_input_embeddings()(windows.flatten()[:args.prompt_tokens].to(args.device)).detach()
     if args.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=args.prompt_tokens)
@@ -55,10 +66,11 @@ def peft(args, windows: torch.Tensor):
     opt = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
 
     def steps(count: int, bar) -> None:
+        size, _ = shape(args)
         g = torch.Generator().manual_seed(0)                    # as fit draws them
         order = torch.randperm(len(windows), generator=g)
         for step in bar(range(count), ""):
-            batch = windows[order[step * args.batch:(step + 1) * args.batch]].to(args.device)
+            batch = windows[order[step * size:(step + 1) * size]].to(args.device)
             labels = batch.clone()
             labels[:, 0] = -100                                 # PEFT scores it behind the prompt
             loss = model(input_ids=batch, attention_mask=torch.ones_like(batch), labels=labels).loss
@@ -101,10 +113,11 @@ class Timed:
 def run_side(args) -> dict:
     """One side, in this process: {"seconds" a step, "cpu" seconds a step, "peak" bytes, "first"
     loss in words}."""
-    count = args.batch * (args.steps + 1)
+    size, tokens = shape(args)
+    count = size * (args.steps + 1)
     g = torch.Generator().manual_seed(0)
     vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
-    windows = torch.randint(0, vocab, (count, args.tokens), generator=g)
+    windows = torch.randint(0, vocab, (count, tokens), generator=g)
     timed = Timed(args.device)
     side = ours if args.side == "ours" else peft
     take_steps = side(args, windows)
@@ -121,38 +134,48 @@ def run_side(args) -> dict:
 def main(args) -> None:
     gpu = args.device.startswith("cuda")
     machine = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model}, {args.dtype}, {machine}: {args.batch} windows of {args.tokens} random "
-          f"tokens behind {args.prompt_tokens} prompt tokens, {args.steps} steps timed"
+    print(f"{args.model}, {args.dtype}, {machine}: windows of random tokens behind "
+          f"{args.prompt_tokens} prompt tokens, {args.steps} steps timed"
           f"{', checkpointing' if args.checkpointing else ''}")
+    print(f"{'windows':8s} {'':24s} {'tokens/s':>9s} {'s a step':>9s} {'CPU s':>9s} "
+          f"{'peak, GB':>9s}   first step")
+    for windows in args.windows:
+        args.windows = [windows]
+        compare(args)
+
+
+def compare(args) -> None:
+    """Both sides, for one shape of windows."""
+    size, tokens = shape(args)
     results = {"peft": [], "ours": []}
     for _ in range(args.repeats):
         for side, held in results.items():
-            command = [sys.executable, "-m", "bench.prompts", *sys.argv[1:], "--side", side]
+            command = [sys.executable, "-m", "bench.prompts", *sys.argv[1:], "--windows",
+                       *args.windows, "--side", side]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if done.returncode:
                 reason = done.stderr.strip() or f"killed by signal {-done.returncode}"
                 reason = reason.splitlines()[-1]
                 raise SystemExit(f"error: {side} failed: {reason}")
             held.append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{'':24s} {'tokens/s':>9s} {'s a step':>9s} {'CPU s':>9s} {'peak, GB':>9s}   first step")
     best = {side: min(held, key=lambda r: r["seconds"]) for side, held in results.items()}
     for side, r in best.items():
         name = {"peft": "PEFT over transformers", "ours": "prompt.py"}[side]
-        speed = args.batch * args.tokens / r["seconds"]
+        speed = size * tokens / r["seconds"]
         numbers = f"{speed:9.1f} {r['seconds']:9.2f} {r['cpu']:9.2f} {r['peak'] / 1e9:9.2f}"
-        print(f"{name:24s} {numbers}   {r['first']}")
+        print(f"{args.windows[0]:8s} {name:24s} {numbers}   {r['first']}")
     ours, theirs = best["ours"], best["peft"]
-    print(f"ours / PEFT: {theirs['seconds'] / ours['seconds']:.2f} x the tokens a second, "
-          f"{theirs['cpu'] / ours['cpu']:.2f} x a processor second, "
-          f"{ours['peak'] / theirs['peak']:.2f} x the memory")
+    print(f"{'':8s} {'ours / PEFT':24s} {theirs['seconds'] / ours['seconds']:.2f} x the tokens a "
+          f"second, {theirs['cpu'] / ours['cpu']:.2f} x a processor second, "
+          f"{ours['peak'] / theirs['peak']:.2f} x the memory", flush=True)
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     a = p.add_argument
     a("model", help="a dense checkpoint folder in the Hugging Face layout")
-    a("--batch", type=int, default=4, help="windows a step")
-    a("--tokens", type=int, default=512, help="tokens a window")
+    a("--windows", nargs="+", default=["4x512"], metavar="NxT",
+      help="windows of a step x tokens of a window")
     a("--prompt-tokens", type=int, default=100)
     a("--steps", type=int, default=2)
     a("--repeats", type=int, default=1, help="runs of each side, in turn; the fastest counts")

@@ -43,7 +43,6 @@ TAUGHT = ("--dense {smollm2} --seqlen 256 --max-tokens 8192 --batch-size 1 --ste
           f"--val-windows 4 --fused off {WIKI}")
 LONGER_TAUGHT = ("--dense {smollm2} --kind prefix --seqlen 512 --max-tokens 40960 --steps 200 "
                  f"--fused off --train-data {VALID} {WIKI}")
-LONGEST_TAUGHT = LONGER_TAUGHT.replace("--steps 200", "--steps 300")
 ELSEWHERE = f" --texts {VALID}:{{texts}}/wikitext2/wiki.test.raw,ptb,c4 --data-dir {{texts}}"
 
 
@@ -246,14 +245,13 @@ def elsewhere_table(out: Path) -> str:
 def longer_table(out: Path) -> str:
     """A row a compressed model and objective, without and with a prompt; the gap to the dense model
     behind a prompt learned alike."""
-    head = ["50% + 4-bit", "objective", "steps", "dense", "compressed", "+ start", "+ learned",
+    head = ["50% + 4-bit", "objective", "dense", "compressed", "+ start", "+ learned",
             "learning, s", "dense + learned", "gap without", "gap with prompts"]
     rows = []
     few, many = "calibrated on 32 windows", "calibrated on 256 windows, and healed"
-    for label, objective, steps, name in (
-            (few, "next", "200", LONGER.name), (many, "next", "200", LONGER_HEALED.name),
-            (few, "kl", "200", fill(LONGER_KL.name, {"seed": 0})),
-            (few, "kl", "300", LONGEST_KL.name)):
+    for label, objective, name in ((few, "next", LONGER.name),
+                                   (many, "next", LONGER_HEALED.name),
+                                   (few, "kl", fill(LONGER_KL.name, {"seed": 0}))):
         found = rows_of(out, name)
         ppl = {row: found[row]["perplexity"] for row in found}
         shown = [f"{ppl[row]:.2f}" for row in ("dense", "compressed", "compressed + initial prompt",
@@ -263,7 +261,7 @@ def longer_table(out: Path) -> str:
         control = ppl.get("dense + learned prompt")
         if control:
             gaps[1] = f"{math.log(learned['perplexity'] / control):.3f}"
-        rows.append([label, objective, steps, *shown, f"{learned['seconds']:,.0f}",
+        rows.append([label, objective, *shown, f"{learned['seconds']:,.0f}",
                      f"{control:.2f}" if control else "", *gaps])
     return markdown(head, rows)
 
@@ -380,17 +378,13 @@ LONGER_KL = Family(
     f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --objective kl --control "
     f"--seed {{seed}} {LONGER_TAUGHT}",
     {"seed": (0,)})
-LONGEST_KL = Family(
-    "longest-prefix-kl",
-    f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --objective kl --control "
-    f"{LONGEST_TAUGHT}")
 EXPORTED = Family("tiny-llama-hf", "export.py tiny-llama --to hf {out}/tiny-llama-hf")
 BESIDE_PEFT = Family(
     "prompts",
-    "-m bench.prompts {out}/tiny-llama-hf --batch 4 --tokens 256 --steps 20")
+    "-m bench.prompts {out}/tiny-llama-hf --windows 4x256 --steps 20")
 SMOLLM2_BESIDE_PEFT = Family(
     "prompts-smollm2",
-    "-m bench.prompts {smollm2} --batch 4 --tokens 512 --steps 3 --dtype bfloat16")
+    "-m bench.prompts {smollm2} --windows 2x1024 4x512 8x256 16x128 --steps 3 --dtype bfloat16")
 WALK = Family(
     "walk",
     "-m bench.walk --shape llama-7b --blocks 1 --nsamples 16 --seqlen 2048 --folder {out}/7b")
@@ -434,8 +428,7 @@ PARTS = {
                               elsewhere_table),
     "smollm2 prompts": studied("recipes", [SMOLLM2, HEALED, PROMPTS, ON_HEALED],
                                names(PROMPTS, ON_HEALED), folder="study-smollm2"),
-    "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_HEALED, LONGER_KL, LONGEST_KL],
-                           longer_table),
+    "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_HEALED, LONGER_KL], longer_table),
     "smollm2 c4": studied("recipes", [SMOLLM2, ON_C4], names(ON_C4), ELSEWHERE,
                           folder="study-smollm2-c4"),
     "smollm2 prompt learning": Part([SMOLLM2_BESIDE_PEFT], printed("prompts-smollm2")),

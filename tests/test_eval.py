@@ -126,6 +126,7 @@ def test_greedy_generation_equals_transformers(family, tmp_path):
                          do_sample=False, pad_token_id=0, eos_token_id=None)[0, 5:]
     assert continued(model, "hello") == Letters().decode(want.tolist())
     assert len(continued(model, "hello", 500)) == 59  # positions run out at 64
+    assert len(continued(model, "hello", 500, prompt=torch.randn(4, 32))) == 55
     with pytest.raises(ValueError, match="text 1, 'hello' and the prompt take 64 of"):
         continued(model, "hello", prompt=torch.randn(59, 32))
     with pytest.raises(ValueError, match="text 1, '' has no tokens"):

@@ -250,10 +250,11 @@ def test_gptq_version_2_where_a_zero_is_0_and_errors(tmp_path):
     with pytest.raises(ValueError,
                        match="blocks.0.attn.q is not quantized.*--grid uniform --heal 0"):
         export.to_gptq(open_checkpoint(tmp_path / "hf"), tmp_path / "no")
-    packed.blocks[0].mlp.down.zero[0] = 1.5
-    save_model(packed, tmp_path / "tuned")
-    with pytest.raises(ValueError, match="blocks.0.mlp.down has a zero that is no level"):
-        export.to_gptq(open_checkpoint(tmp_path / "tuned"), tmp_path / "no")
+    for zero in (1.5, 16, -1):
+        packed.blocks[0].mlp.down.zero[0] = zero
+        save_model(packed, tmp_path / "tuned")
+        with pytest.raises(ValueError, match="blocks.0.mlp.down has a zero that is no level"):
+            export.to_gptq(open_checkpoint(tmp_path / "tuned"), tmp_path / "no")
 
 
 @pytest.mark.parametrize("family, format, bits, groupsize, shuffled, zero", [
@@ -287,7 +288,8 @@ def test_gptqmodel_gives_our_logits(family, format, bits, groupsize, shuffled, z
 # ---- Meta
 
 @pytest.mark.parametrize("name, shards",
-                         [("llama-gqa", 1), ("llama-tied", 1), ("llama-gqa", 2), ("llama", 2)])
+                         [("llama-gqa", 1), ("llama-tied", 1), ("llama-theta", 1),
+                          ("llama-gqa", 2), ("llama", 2)])
 def test_meta_and_hugging_face_both_ways(name, shards, tmp_path, monkeypatch):
     monkeypatch.setitem(test_model.LLAMA, "vocab_size", 100)  # two shards share it evenly
     peer(name, tmp_path / "hf")

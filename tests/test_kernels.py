@@ -64,6 +64,7 @@ def test_reference_equals_unpack(bits, grid, format):
 def test_linear_on_the_cpu(dtype, tolerance, grid, format):
     for groupsize, tokens, shape in ((-1, 1, (64, 256)),
                                      (64, 4, (64, 256)),
+                                     (64, 4, (64, 96)),         # the last group is half of one
                                      (-1, 80, (64, 256)),
                                      (-1, 3, (33, 130))):
         packed = layer(shape, grid, groupsize, format, bias=True).to(dtype)
@@ -197,6 +198,14 @@ def test_bags_are_exact_in_fp32(bits):
                 packed = pack(codes, mask, scale, each, bits, grid, groupsize, format, g_idx)
                 exact = x.double() @ unpack(packed, torch.float64).T
                 assert (Bags(packed)(x) - exact).norm() < 4e-6 * exact.norm()
+
+
+def test_bags_on_two_threads_equal_one(monkeypatch):
+    packed = layer(grid="offset").packed
+    x = torch.randn(2, 256)
+    whole = Bags(packed)(x)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(Bags(packed)(x), whole)
 
 
 def test_autocast_multiplies_in_its_own_dtype():

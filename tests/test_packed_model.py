@@ -115,7 +115,7 @@ def test_logits_from_the_packed_folder(family, grid, format, tmp_path):
         assert differ.abs().max() < tolerance * want.abs().max()
 
 
-@pytest.mark.parametrize("bits,groupsize", [(2, -1), (3, 32), (8, -1), (4, 32)])
+@pytest.mark.parametrize("bits,groupsize", [(2, -1), (3, 32), (8, -1), (4, 32), (4, 40)])
 def test_other_widths_and_groups(bits, groupsize, tmp_path):
     packed, dense = models("llama", "unstructured", "uniform", bits, groupsize)
     save_model(packed, tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import unpacking
-from kernels.packing import bits_per_weight, nbytes, pack
+from kernels.packing import bits_per_weight, check_packed, count_kept, nbytes, pack
 from kernels.unpacking import unpack, unpack_codes
 
 SHAPES = [(32, 576), (5, 4100), (1, 1), (3, 8), (33, 130)]
@@ -64,10 +64,12 @@ def test_round_trip(bits, grid, format):
             group = torch.arange(shape[1]) // (groupsize if groupsize > 0 else shape[1])
             weight = dequantize(codes, mask, scale, zero, bits, grid, group)
             for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-                assert torch.equal(unpack(packed, dtype), weight.to(dtype))
+                got = unpack(packed, dtype).view(torch.uint8)
+                assert torch.equal(got, weight.to(dtype).view(torch.uint8))  # what is pruned is +0
             codes_back, mask_back = unpack_codes(packed)
             assert torch.equal(codes_back, codes)
             assert mask_back is None if mask is None else torch.equal(mask_back, mask)
+            assert count_kept(packed) == (codes.numel() if mask is None else int((~mask).sum()))
             assert json.loads(json.dumps(packed.meta)) == packed.meta
             assert nbytes(packed) == sum(t.numpy().nbytes for t in packed.tensors.values())
 
@@ -104,6 +106,13 @@ def test_auto_takes_the_smallest_format():
     g = torch.Generator().manual_seed(0)
     assert auto(torch.rand(8, 512, generator=g) < 0.5) == "unstructured"
     assert auto(None) == "dense"
+    ones = torch.ones(8, 1)
+    codes = torch.zeros(8, 512, dtype=torch.uint8)
+    for every, smallest in ((64, "nm"), (16, "unstructured")):  # a little more pruned, and more
+        mask = two_of_four | (torch.arange(512) % every == 2)
+        sizes = {format: nbytes(pack(codes, mask, ones, ones, 4, format=format))
+                 for format in ("nm", "unstructured")}
+        assert auto(mask) == smallest == min(sizes, key=sizes.get)
 
 
 @pytest.mark.parametrize("format, shape, limit", [
@@ -129,8 +138,9 @@ def test_clear_errors():
         pack(codes, keep_all, ones, ones, 4, format="nm")
     with pytest.raises(ValueError, match="'nm'"):
         pack(codes, None, ones, ones, 4, format="nm")
-    with pytest.raises(ValueError, match="fp16 cannot"):
-        pack(codes, None, ones * 0.1, ones, 4)
+    for scale, zero, name in ((ones * 0.1, ones, "scale"), (ones, ones * 0.1, "zero")):
+        with pytest.raises(ValueError, match=f"{name} holds values that fp16 cannot"):
+            pack(codes, None, scale, zero, 4)
     with pytest.raises(ValueError, match="code 9 does not fit in 3 bits"):
         pack(codes + 9, None, ones, ones, 3)
     for code in (260, -250):                                # 4 and 6 in a byte
@@ -140,6 +150,14 @@ def test_clear_errors():
         pack(codes, None, ones, ones, 5)
     with pytest.raises(ValueError, match="one column per group"):
         pack(codes, None, ones, ones, 4, groupsize=16)
+
+
+def test_a_mask_that_keeps_more_than_its_codes_is_damaged():
+    packed = pack(*example((8, 64), 4, "uniform", -1, "nm"), 4, format="nm")
+    check_packed(packed, (8, 64))
+    packed.tensors["mask"][3, 1] |= 0x1FF                   # 9 of 16
+    with pytest.raises(ValueError, match="the mask keeps more than 8 of 16 columns"):
+        check_packed(packed, (8, 64))
 
 
 def test_a_large_layer_packs_in_two_seconds():

@@ -19,7 +19,7 @@ from data.checkpoint import read_json
 from data.svg import dot_plot
 from eval import perplexity
 from model import load_model
-from prompt import load_prompt, text_loss
+from prompt import as_prefix, load_prompt, text_loss
 from study import corrupted, made_items, mcnemar, ppl, spread
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +35,7 @@ SMALL = [
     "--fused", "off",
 ]
 FILES = ("md", "json", "svg")
+TURNED = "turned right, turned wrong, p"
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,7 @@ def test_the_interval_is_that_of_the_mean():
     assert abs(high - mean - half) < 0.1 * half
     assert spread((x + 0.25) - x) == pytest.approx([0.25] * 3)
     assert ppl(torch.full((7,), 2.0).double()) == pytest.approx([math.exp(2)] * 3)
+    assert study.change(x + 1, x).startswith("+1.000 [")
     assert study.change(x + 1, x).endswith("*")
     assert not study.change(x.roll(1), x).endswith("*")
 
@@ -193,6 +195,95 @@ def test_every_study_ends_and_again_in_no_time(words, marks, place, monkeypatch)
     for name in ("text_loss", "zero_shot", "Run", "generate", "seconds"):
         monkeypatch.setattr(study, name, computed_again)
     assert run(place, *words) == got
+
+
+# Nats a token of a model, and what each position of its learned prompt takes off.
+LOSS = {"a dense": 1.0, "a compressed": 3.0, "b dense": 1.0, "b compressed": 4.0}
+GAIN = {"a dense": 0.125, "a compressed": 0.25, "b compressed": 0.5}
+
+
+def test_every_table_of_known_losses_by_hand(place, monkeypatch):
+    """A loss is that of the model without the sum of the prompt's first column. Of nine items, each
+    nat of loss takes two."""
+    model = load_model(place / "a/compressed")
+    width = model.config.d_model
+
+    def losses(lab, case, which, prompt, tokens):
+        gain = 0.0 if prompt is None else float(prompt[:, 0].sum())
+        windows = torch.tensor([-1.0, 0.0, 1.0]).double()
+        return windows + LOSS[f"{case.folder.name} {which}"] - gain
+
+    def answers(lab, case, which, prompt, items, task):
+        loss = float(losses(lab, case, which, prompt, None).mean())
+        return (torch.arange(9) < 9 - 2 * loss).double()
+
+    def learned(lab, case, which, text=None, n=None):
+        gain = GAIN[f"{case.folder.name} {which}"]
+        gain *= 2 if str(text).endswith("two.txt") else 1
+        return torch.full((n or case.n, width), gain)
+
+    def start(lab, case, which, n=None):
+        return torch.full((n or case.n, width), -0.125)
+
+    def words(*_, **__):
+        return torch.full((4, width), -0.25)
+
+    for known in (losses, answers, learned, start, words):
+        monkeypatch.setattr(study.Lab, known.__name__, known)
+    monkeypatch.setattr(study, "generate", lambda *_, **__: iter(()))
+
+    (place / "known").mkdir()                               # else the first loss kept makes it
+
+    def table(*words, number=0):
+        tables = json.loads(run(place, *words, out="known")["json"])["tables"]
+        return {row["row"]: row for row in tables[number]["rows"]}
+    a, b, one, two = (place / name for name in ("a", "b", "one.txt", "two.txt"))
+
+    table("levels", a)
+    for shift in ("-0.750 [-0.750, -0.750] *", "-1.500 [-1.500, -1.500] *"):
+        assert f"| {shift} |" in (place / "known/levels.md").read_text()
+
+    row = table("recipes", a, "--texts", two)["embedding, next"]
+    assert row["gap_without"] == pytest.approx([3 - 1] * 3)
+    assert row["gap_with"] == pytest.approx([1.5 - 0.25] * 3)
+    assert row["healed"] == pytest.approx([2 - 1.25] * 3)
+    assert row["recovered"] == pytest.approx(100 * 1.5 / 2)
+    assert "| +0.750 [+0.750, +0.750] * |" in (place / "known/recipes.md").read_text()
+
+    asked = ("transfer", a, b, "--texts", f"{one}:{two},{two}:{one}")
+    for number, wanted in enumerate([{"one": -1.5, "two": -3.0},
+                                     {"50% pruned + 4-bit": -1.5, "2:4 pruned + 4-bit": -3.0}]):
+        rows = table(*asked, number=number)
+        assert {name: row["cells"] for name, row in rows.items()} == {
+            name: dict.fromkeys(wanted, pytest.approx([change] * 3))
+            for name, change in wanted.items()}
+
+    rows = table("length", a, "--lengths", 3)
+    for n, wanted in (("0", [3, 3, 1]), ("3", [3.375, 2.25, 0.625])):  # start, learned, dense
+        values = [value for value, _, _ in rows[n]["perplexity"]]
+        assert values == pytest.approx([math.exp(loss) for loss in wanted])
+    assert rows["0"]["bytes"] == 0
+    assert rows["3"]["bytes"] == as_prefix(model, torch.zeros(3, width)).nbytes
+
+    turned = {"no prompt": (0, 0), "negated": (0, 2), "learned": (3, 0)}
+    change = {"no prompt": (0, 0), "negated": (1, 1), "learned": (-1.5, -0.75)}
+    rows = table("hard", a)
+    for name in turned:
+        numbers = rows[name]["numbers"]
+        for which, nats in zip(("compressed", "dense"), change[name]):
+            assert numbers[which]["change"] == pytest.approx([nats] * 3)
+        assert tuple(numbers["continue two.txt"][TURNED][:2]) == turned[name]
+
+    rows = {name: row["tasks"]["continue two.txt"] for name, row in table("tasks", a).items()}
+    for name, right, turned in (
+        ("dense", 7, (4, 0)),
+        ("compressed", 3, (0, 0)),
+        ("+ start", 2, (0, 1)),
+        ("+ learned", 6, (3, 0)),
+        ("dense + learned", 9, (6, 0)),
+    ):
+        assert rows[name]["acc"][0] == pytest.approx(right / 9)
+        assert tuple(rows[name][TURNED][:2]) == turned
 
 
 def test_every_flag_does_something(place, tmp_path):

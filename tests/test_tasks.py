@@ -115,7 +115,8 @@ def opt():
     return load_model("tiny-opt"), load_tokenizer(SHIPPED["tiny-opt"])
 
 
-# too long
+TOO_LONG = Item([("word " * 700 + "and the last", f" {word}") for word in ("word", "of them all")],
+                0, [4, 11])
 ITEMS = [
     Item([("def f(x):\n    return", f" {word}") for word in ("x", "None", "self.value + x", "the")],
          0, [1, 4, 14, 3]),
@@ -124,8 +125,7 @@ ITEMS = [
     Item([("import numpy", " as np\n"), ("import torch", " as np\n")], 0, [12, 12]),
     Item([("Ends in spaces  ", " a")], 0, [1]), Item([("", " alone"), ("", "  alone")], 0, [5, 6]),
     Item([("Returns the largest value of the", " input")], 0, [5]),
-    Item([("word " * 700 + "and the last", f" {word}") for word in ("word", "of them all")], 0,
-         [4, 11])]
+    TOO_LONG]
 
 
 def test_scores_equal_an_independent_scorer_over_transformers(opt):
@@ -170,14 +170,17 @@ def test_behind_a_prompt(opt):
     model, tokenizer = opt
     front = tokenizer.encode("The docs say so. ")
     prompt = model.embed(torch.tensor(front)).float()
-    records = evaluation.zero_shot(model, tokenizer, ITEMS[:3], prompt)
-    as_keys = evaluation.zero_shot(model, tokenizer, ITEMS[:3], as_prefix(model, prompt))
+    items = [*ITEMS[:3], TOO_LONG]
+    records = evaluation.zero_shot(model, tokenizer, items, prompt)
+    as_keys = evaluation.zero_shot(model, tokenizer, items, as_prefix(model, prompt))
     assert [r["logprobs"] for r in as_keys] == [pytest.approx(r["logprobs"], abs=1e-4)
                                                 for r in records]
-    for item, record in zip(ITEMS, records):
+    room = model.config.max_positions - len(front)
+    for item, record in zip(items, records):
         for (context, continuation), ours in zip(item.pairs, record["logprobs"]):
             given, scored = evaluation.encode_pair(tokenizer, context, continuation)
-            logits = model(torch.tensor([front + given + scored[:-1]]))[0]
+            read = (given + scored[:-1])[-room:]
+            logits = model(torch.tensor([front + read]))[0]
             logp = logits.log_softmax(-1)[-len(scored):]
             assert ours == pytest.approx(float(logp.gather(1, torch.tensor(scored)[:, None]).sum()),
                                          abs=1e-4)

@@ -231,6 +231,20 @@ def test_calibration_depends_on_the_seed_only(tmp_path):
                            calibration(tokenizer, "c4", "validation", 5, 2, seed=1, folder=folder))
 
 
+def test_windows_to_learn_from_depend_on_the_seed_only(tmp_path):
+    (tmp_path / "count.txt").write_text("".join(map(chr, range(100, 400))), encoding="utf-8")
+
+    def drawn(seed):
+        text, val, pool = learning_windows(Characters(), str(tmp_path / "count.txt"), 10, 3, seed)
+        windows = torch.cat((val, pool))
+        assert windows.flatten().sort().values.tolist() == text[:300].tolist()
+        return windows
+    first = drawn(0)
+    torch.manual_seed(5)
+    assert torch.equal(drawn(0), first)
+    assert not torch.equal(drawn(1), first)
+
+
 # ---- the published files
 
 @needs_shared

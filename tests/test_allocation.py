@@ -75,6 +75,14 @@ def test_shares_are_the_fraction_on_average_and_within_reach(fraction):
     assert shares == shares_of(model, WINDOWS, fraction)
 
 
+def test_the_windows_read_lie_all_over_the_text(monkeypatch):
+    monkeypatch.setattr(walk, "FISHER_TOKENS", 48)              # three windows
+    model = tiny()
+    shares = shares_of(model, WINDOWS)
+    assert shares == shares_of(model, WINDOWS[::2])
+    assert shares != shares_of(model, WINDOWS[:3])
+
+
 def test_balance_makes_the_next_weight_cost_the_same_everywhere():
     """cost = exp(at + slope * share): what lies between the bounds has one price."""
     lines = [(-3.0, 6.0), (-4.0, 7.0), (-3.5, 8.0), (9.0, 6.0), (-30.0, 6.0)]

@@ -18,7 +18,7 @@ from kernels.linear import PackedLinear
 from kernels.packing import pack
 from kernels.unpacking import unpack
 from model import Transformer, load_model, open_checkpoint, save_model
-from prompt import mean_loss, teacher_states
+from prompt import mark_of_model, mean_loss, teacher_states
 from test_train import here, needs_tiny, same_files, text
 
 
@@ -193,16 +193,26 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(tmp_path):
         heal(model, text[:4], text[4:], teacher, steps=8, batch_size=2, val_every=2, progress=bar,
              state=tmp_path / "heal.pt")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    one = copy.deepcopy(model)
-    two = copy.deepcopy(model)
+    one, two, three = (copy.deepcopy(model) for _ in range(3))
     got = heal(one, text[:4], text[4:], teacher, steps=8, batch_size=2, val_every=2,
                state=tmp_path / "heal.pt")
     whole = heal(two, text[:4], text[4:], teacher, steps=8, batch_size=2, val_every=2)
     assert got == whole
+    other = heal(three, text[:4], text[4:], teacher, steps=8, batch_size=2, seed=1)
+    assert other.losses != whole.losses
     assert all(torch.equal(t, one.state_dict()[n]) for n, t in two.state_dict().items())
     with pytest.raises(ValueError, match="model was"):            # healed already: another model
         heal(one, text[:4], text[4:], teacher, steps=8, batch_size=2, val_every=2,
              state=tmp_path / "heal.pt")
+
+
+def test_a_model_on_another_grid_is_another():
+    _, model = model_pair()
+    marks = [mark_of_model(model)]
+    for numbers in (model.blocks[1].mlp.up.scale, model.blocks[1].mlp.up.zero):
+        numbers.mul_(2)
+        marks.append(mark_of_model(model))
+    assert len(set(marks)) == 3
 
 
 def test_a_rate_that_ruins_returns_the_start(tmp_path):

@@ -498,6 +498,15 @@ def test_weights_are_finite_and_floating_point(tmp_path):
     load_model(tmp_path)
 
 
+def test_a_weight_that_half_precision_cannot_hold_is_not_stored(tmp_path):
+    peer("llama", tmp_path / "a")
+    model = load_model(tmp_path / "a")
+    model.blocks[0].mlp.up.weight.data[0, 0] = 1e5
+    with pytest.raises(ValueError, match="0.mlp.up_proj.weight does not fit torch.float16: save"):
+        save_model(model, tmp_path / "b")
+    save_model(model, tmp_path / "b", torch.bfloat16)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_torch_files_hold_plain_tensors_only(tmp_path):
     peer("llama", tmp_path)

@@ -18,9 +18,9 @@ from data.checkpoint import read_json
 from data.config import Config
 from data.progress import Progress
 from model import Transformer, load_model, open_checkpoint
-from prompt import (PAPER, HeadLoss, as_prefix, backward, default_rate, fit, initial_prompt,
-                    kind_of, learn, load_prompt, mean_loss, owner, save_prompt, streamed_prefix,
-                    teacher_states, text_loss)
+from prompt import (PAPER, SCALE, HeadLoss, as_prefix, backward, backward_by_parts, default_rate,
+                    fit, initial_prompt, kind_of, learn, load_prompt, mean_loss, owner, save_prompt,
+                    streamed_prefix, teacher_states, text_loss)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,18 +163,30 @@ def test_small_gradients_survive_half_precision():
     assert ends[0].abs().min() > 0.1 and torch.allclose(*ends, rtol=1e-2)
 
 
-def test_fit_is_adamw_with_a_triangular_rate():
-    """Against the loop written plainly; every window is seen once an epoch."""
-    p, got, calls = bowl(val_every=20)
+def test_windows_weigh_alike_in_parts_of_unlike_size():
+    p = torch.nn.Parameter(torch.ones(()))
+    loss = backward_by_parts(lambda part: (p * part)[:, None], torch.arange(5), 2)
+    assert loss == pytest.approx(2)
+    assert p.grad == pytest.approx(2 * SCALE)
+
+
+@pytest.mark.parametrize("warmup, clip, betas", [(None, 1.0, (0.9, 0.999)), (5, 0.1, (0.8, 0.99))])
+def test_fit_is_adamw_with_a_triangular_rate(warmup, clip, betas):
+    """Against the loop written plainly; every window is seen once an epoch, in the seed's order."""
+    settings = dict(val_every=20, warmup=warmup, clip=clip, betas=betas)
+    p, got, calls = bowl(**settings)
+    assert calls != bowl(**settings, seed=5)[2]
     assert [sorted(sum(calls, [])[i:i + 7]) for i in (0, 7, 14, 21, 28)] == [list(range(7))] * 5
     q = torch.nn.Parameter(torch.zeros(3))
-    opt = torch.optim.AdamW([q], lr=0.1, weight_decay=0.0)
+    opt = torch.optim.AdamW([q], lr=0.1, betas=betas, weight_decay=0.0)
     targets = torch.randn(7, 3, generator=torch.Generator().manual_seed(5))
+    rise = warmup or 2
     for step, index in enumerate(calls):
-        opt.param_groups[0]["lr"] = 0.1 * (min(1, (step + 1) / 2) if step < 2 else (20 - step) / 18)
+        share = (step + 1) / rise if step < rise else (20 - step) / (20 - rise)
+        opt.param_groups[0]["lr"] = 0.1 * share
         opt.zero_grad()
         (q - targets[index]).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_([q], 1.0)
+        torch.nn.utils.clip_grad_norm_([q], clip)
         opt.step()
     assert torch.allclose(p, q.detach(), atol=1e-6)
     assert [s for s, _ in got.scores] == [0, 20]
@@ -280,6 +292,12 @@ def test_learning_resumes_to_the_same_prompt(tmp_path):
         learn(tiny(seed=5), start, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, state=state)
     with pytest.raises(ValueError, match="prompt was"):
         learn(model, start + 1, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, state=state)
+    with pytest.raises(ValueError, match="val was"):
+        learn(model, start, windows[:5], windows[4:5], 12, 2, 0.05, val_every=5, state=state)
+    states = teacher_states(model, windows, tmp_path)
+    with pytest.raises(ValueError, match="kl was 0.0, is 1.0"):
+        learn(model, start, windows[:5], windows[5:], 12, 2, 0.05, val_every=5, state=state,
+              teacher=(states[:5], states[5:]))
 
 
 @pytest.mark.parametrize("n, windows", [(0, 6), (4, 0)])
@@ -307,6 +325,11 @@ def test_initial_prompts(how):
     assert torch.equal(p, initial_prompt(model, 8, how, TOKENS, seed=1))
     if how == "text":
         assert torch.equal(p, model.embed(TOKENS[:8]))
+    else:
+        assert not torch.equal(p, initial_prompt(model, 8, how, seed=2))
+    if how == "random":
+        spread = float(model.embed_tokens.weight.std())
+        assert float(initial_prompt(model, 400, how).std()) == pytest.approx(spread, rel=0.03)
     with pytest.raises(ValueError, match="needs 200 tokens, got 97"):
         initial_prompt(model, 200, "text", TOKENS)
     with pytest.raises(ValueError, match="known are text"):
@@ -410,6 +433,8 @@ def test_teacher_states_are_the_heads_input_computed_once(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     assert torch.equal(states, model.final(model.hidden(windows)).half())
     assert mean_loss(model, None, windows, teacher=states) < 1e-5  # KL of a model to itself
+    for other, text in ((tiny(seed=5), windows), (tiny(), windows.flip(0))):
+        assert not torch.equal(teacher_states(other, text, tmp_path), states)
     hidden = [model.hidden(w) for w in windows.split(2)]
     model.hidden = None  # a second call computes nothing
     assert torch.equal(teacher_states(model, windows, tmp_path), states)
@@ -447,11 +472,31 @@ def test_a_prompt_learned_by_kl_approaches_the_dense_model_on_unseen_text(kind, 
     assert not torch.equal(got.prompt[1:], start[1:])
 
 
-def test_the_default_rate():
+def test_a_share_of_kl_that_is_none_is_the_next_token(tmp_path):
+    model, windows = tiny(), TOKENS[:96].view(6, 16)
+    states = teacher_states(tiny(seed=5), windows, tmp_path)
+    start = initial_prompt(model, 4, "text", TOKENS)
+    plain, mixed = (learn(model, start, windows[:5], windows[5:], steps=2, **kl)
+                    for kl in ({}, {"teacher": (states[:5], states[5:]), "mix": 0.0}))
+    assert mixed.losses == plain.losses
+    assert mixed.scores == plain.scores
+
+
+def test_a_prefix_moves_in_units_of_each_layers_keys_or_values():
+    """Adam's first step is as long as the rate."""
+    model = tiny()
+    start = initial_prompt(model, 6, "text", TOKENS, kind="prefix")
+    got = learn(model, start, TOKENS[:96].view(6, 16), steps=1, lr=0.01).prompt
+    moved = (got - start)[1:].abs().amax((0, 3, 4))
+    assert torch.allclose(moved, 0.01 * start[1:].std((0, 3, 4)), rtol=0.05)
+
+
+@pytest.mark.parametrize("kind, rate", [("embedding", 0.35), ("prefix", 0.05)])
+def test_the_default_rate(kind, rate):
     model = tiny()
     model.embed_tokens.weight.data /= model.embed_tokens.weight.std()
-    assert math.isclose(default_rate(model, torch.zeros(3, 32)), 0.35, rel_tol=1e-5)
-    p = initial_prompt(model, 3, "text", TOKENS)
+    p = initial_prompt(model, 3, "text", TOKENS, kind=kind)
+    assert math.isclose(default_rate(model, p), rate, rel_tol=1e-5)
     windows = TOKENS[:48].view(3, 16)
     one, two = (learn(model, p, windows, steps=2, lr=lr).prompt
                 for lr in (None, default_rate(model, p)))
@@ -471,9 +516,15 @@ def test_a_prompt_says_whose_it_is(kind, tmp_path):
     assert torch.equal(load_prompt(path, tiny(seed=5), Letters())[0], p)
     assert torch.equal(load_prompt(path, model)[0], p)  # without a tokenizer it is not compared
     wider = Transformer(dataclasses.replace(model.config, vocab_size=60)).requires_grad_(False)
-    for other, tokenizer, what in ((tiny("opt"), Letters(), "family .llama, not opt"),
-                                   (model, Reversed(), "tokenizer"),
-                                   (wider, Letters(), "vocab size .50, not 60")):
+    slower = Transformer(dataclasses.replace(model.config, rope_theta=5e5)).requires_grad_(False)
+    strange = [(tiny("opt"), Letters(), "family .llama, not opt"),
+               (model, Reversed(), "tokenizer"),
+               (wider, Letters(), "vocab size .50, not 60")]
+    if kind == "prefix":
+        strange.append((slower, Letters(), "rope theta .10000.0, not 500000.0"))
+    else:
+        assert torch.equal(load_prompt(path, slower)[0], p)
+    for other, tokenizer, what in strange:
         with pytest.raises(ValueError,
                            match=f"p.safetensors was learned for another {what}.* --force"):
             load_prompt(path, other, tokenizer)

@@ -70,6 +70,33 @@ def test_gptq_equals_naive(bits, kind):
     assert torch.allclose(out.weight, V, atol=1e-10)
 
 
+@pytest.mark.parametrize("groupsize", [8, 24])
+def test_groups_that_begin_inside_an_inner_block_equal_naive(groupsize):
+    W, H = layer()
+    for sparsity in (0, 0.5):
+        solve = partial(sparsegpt, sparsity=sparsity) if sparsity else gptq
+        out = solve(W, H, bits=4, groupsize=groupsize, blocksize=48)
+        V, _, C = naive(W, H, sparsity, 4, 48, groupsize)
+        assert torch.equal(out.codes.double(), C)
+        assert torch.allclose(out.weight, V, atol=1e-10)
+
+
+def test_groups_and_blocks_of_which_neither_holds_the_other_are_refused():
+    W, H = layer()
+    with pytest.raises(ValueError, match="one must be a multiple of the other"):
+        gptq(W, H, 4, groupsize=40, blocksize=32)
+    with pytest.raises(ValueError, match="must divide one another"):
+        sparsegpt(W, H, 0.5, 4, groupsize=40, blocksize=32)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_grid_of_a_row_of_one_sign_begins_at_zero(bits, sign):
+    W = sign * (layer()[0].abs() + 5)
+    scale, zero = find_grid(W, bits)
+    assert ((nearest(W, scale, zero, bits) - W).abs() <= 0.51 * scale).all()
+
+
 def test_float32_agrees_with_float64():
     W, H = layer(64, 128)
     a = sparsegpt(W.float(), H.float(), 0.5, 4)
@@ -92,6 +119,8 @@ def test_codes_and_grid_rebuild_the_weight(bits, kind):
     assert torch.equal(out.scale[:, out.g_idx] * (out.codes - out.zero[:, out.g_idx]), out.weight)
     if kind.get("static_groups"):
         assert torch.equal(out.g_idx, torch.arange(96) // 32)
+    if kind.get("sym"):
+        assert (out.zero == 2 ** (bits - 1)).all()
     assert int(out.codes.max()) < 2 ** bits
 
 
@@ -118,6 +147,12 @@ def test_patterns_hold_in_every_group():
     for n, m in ((2, 4), (4, 8), (8, 16), (1, 3)):
         kept = (~sparsegpt(W, H, f"{n}:{m}").mask).view(24, -1, m).sum(-1)
         assert (kept == n).all()
+
+
+def test_blocks_hold_whole_groups():
+    W, H = layer()
+    mask = sparsegpt(W, H, "1:3", blocksize=32).mask
+    assert torch.equal(mask, naive(W, H, "1:3", None, 33)[1])
 
 
 @pytest.mark.parametrize("cols", [3, 33, 98, 99])
@@ -163,7 +198,9 @@ def test_dead_inputs_are_pruned_first_and_harmless():
     out = sparsegpt(W, H, 0.5, 4, blocksize=96)
     assert out.mask[:, :30].all()
     assert torch.isfinite(out.weight).all()
-    assert torch.isfinite(gptq(W, H, 4).weight).all()
+    rounded = gptq(W, H, 4).weight
+    assert (rounded[:, :30] == 0).all()
+    assert torch.isfinite(rounded).all()
     assert torch.isfinite(gptq(W, torch.zeros_like(H), 4).weight).all()
 
 
@@ -205,6 +242,14 @@ def test_factor_is_the_inverse():
     assert torch.equal(U, U.triu())
     assert torch.allclose(U.T @ U @ (H + 0.01 * H.diagonal().mean() * torch.eye(96)),
                           torch.eye(96, dtype=H.dtype), atol=1e-8)
+
+
+def test_the_factor_of_live_inputs_is_theirs_alone():
+    _, H = layer()
+    H[::3], H[:, ::3] = 0, 0
+    live = torch.arange(96) % 3 > 0
+    alone = inverse_factor(H[live][:, live])
+    assert torch.allclose(inverse_factor(H)[live][:, live], alone, atol=1e-9)
 
 
 @pytest.mark.parametrize("n", [1, 512, 513, 1300])
@@ -466,6 +511,17 @@ def test_descent_equals_naive_and_never_climbs(grid):
         damped = H + 0.01 * torch.diag(H.diagonal())
         assert error(W, ours, damped) <= error(W, last, damped) * (1 + 1e-12)
         last = ours
+
+
+def test_the_damping_asked_for_is_that_of_every_step():
+    W, H = layer()
+    mask, start = admm(W, H, 0.5, percdamp=0.3)
+    pruned = prune_and_round(W, H, 0.5, percdamp=0.3)
+    assert torch.equal(pruned.weight, refit(W, H, mask, start, percdamp=0.3))
+    last, out = (gptq(W, H, 3, grid="uniform", percdamp=0.3, descent=n) for n in (0, 1))
+    moved = naive_descent(last.weight, W, H, torch.ones_like(W), out.scale.double(),
+                          out.zero.double(), 3, "uniform", 0.3)
+    assert torch.allclose(out.weight, moved, atol=1e-12)
 
 
 @pytest.mark.parametrize("settings", [

@@ -41,7 +41,7 @@ def ours(args, windows: torch.Tensor):
     from prompt import initial_prompt, learn
     model = load_model(args.model, getattr(torch, args.dtype), args.device)
     model.checkpointing = args.checkpointing
-    start = initial_prompt(model, args.prompt_tokens, "text", windows.flatten()[:args.prompt_tokens])
+    start = initial_prompt(model, args.prompt_tokens, "text", windows.flatten())
 
     def steps(count: int, bar) -> None:
         learn(model, start, windows, None, count, shape(args)[0], args.lr, warmup=1,
@@ -55,7 +55,8 @@ def peft(args, windows: torch.Tensor):
     from transformers import AutoModelForCausalLM
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     base = base.to(args.device)
-    start = base.get_input_embeddings()(windows.flatten()[:args.prompt_tokens].to(args.device)).detach()
+    first = windows.flatten()[:args.prompt_tokens].to(args.device)
+    start = base.get_input_embeddings()(first).detach()
     if args.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=args.prompt_tokens)

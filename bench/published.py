@@ -115,7 +115,8 @@ def main(args) -> None:
         raise SystemExit("error: --bits 16 --sparsity 0 compresses nothing: lower the bits or "
                          "prune")
     tokenizer = load_tokenizer(args.model)
-    test = eval_tokens(tokenizer, args.data, split_to_judge(args.data), args.seqlen, args.max_tokens)
+    test = eval_tokens(tokenizer, args.data, split_to_judge(args.data), args.seqlen,
+                       args.max_tokens)
     bits = None if args.bits == 16 else args.bits
     print(f"{args.model}, {args.data}, {len(test)} tokens, seqlen {args.seqlen}, {args.bits} bits, "
           f"sparsity {args.sparsity}, {args.nsamples * args.seqlen} calibration tokens, fp32, "

@@ -1030,10 +1030,10 @@ def learning_bytes(config: Config, tokens: int, itemsize: int, heals: bool, chec
     logits = 16 * min(LOGITS, tokens * c.vocab_size)
     grids = 0
     if heals and groupsize > 0:                     # of a row each they are next to nothing
-        up = 2 if c.family == "llama" else 1
-        block = 2 * (c.n_head + c.n_kv_head) * c.head_dim * c.d_model + (up + 1) * c.d_model * c.d_ff
+        linears = 2 * (c.n_head + c.n_kv_head) * c.head_dim * c.d_model
+        linears += (3 if c.family == "llama" else 2) * c.d_model * c.d_ff
         # two numbers in fp32: as they are, the best, gradient, and AdamW's two
-        grids = 2 * 4 * 5 * c.n_layer * block // groupsize
+        grids = 2 * 4 * 5 * c.n_layer * linears // groupsize
     return itemsize * tokens * (kept + on_the_way) + weight + logits + grids
 
 

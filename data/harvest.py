@@ -20,9 +20,9 @@ belongs to train, validation or test by a hash of its relative path: the same in
 file that both have, in all versions of Python and of the packages. So no file that a model read in
 training is in its test set. Sister files have paragraphs in common, though: about a tenth of the
 test set's docs and docstrings, most of them of numpy.polynomial's six modules, stands word for word
-in train; of headers, nothing. Two kinds of collections (help() topics, add_docstr files) are split by
-entry instead. Text that occurs twice (file, docstring, paragraph of docs and headers) stays at its
-first place.
+in train; of headers, nothing. Two kinds of collections (help() topics, add_docstr files) are split
+by entry instead. Text that occurs twice (file, docstring, paragraph of docs and headers) stays at
+its first place.
 
 Left out: tests, bundled third-party copies, generated tables, and torch's private sub-packages
 (`torch/_*/`), which hold much code and little documentation. Other versions give other texts:

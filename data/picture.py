@@ -7,9 +7,10 @@ each model and text.
 A panel has a column for the compressed model and one for the dense model, and in both the same
 rows: no prompt, (healed,) the prompt's start, the learned prompt. So what a prompt does to the
 compressed model stands beside what it does to the dense one. Runs that were measured on the same
-windows of the same text share a panel, with a column for each way of compressing. All bars of a picture start at zero and have one scale; the
-dense model's value without a prompt is marked in the gaps between the bars, so that no number is
-crossed. Needs nothing but the standard library. Left out: anything but perplexity.
+windows of the same text share a panel, with a column for each way of compressing. All bars of a
+picture start at zero and have one scale; the dense model's value without a prompt is marked in the
+gaps between the bars, so that no number is crossed. Needs nothing but the standard library. Left
+out: anything but perplexity.
 """
 import argparse
 import json

@@ -14,8 +14,8 @@ there.
 
 On a GPU the first product reorders the weight for it (fragments.py), in place of the packed
 tensors; who asks for `packed` gets these back. So a CUDA graph wants one call with as many tokens
-before it is recorded. What `triton_reads` refuses, float64, and GPUs before Ampere unpack the whole weight for
-every product by torch operations. torch.compile goes around these layers.
+before it is recorded. What `triton_reads` refuses, float64, and GPUs before Ampere unpack the whole
+weight for every product by torch operations. torch.compile goes around these layers.
 """
 import warnings
 from functools import cache

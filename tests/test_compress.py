@@ -428,12 +428,14 @@ def test_unpacking_by_torch_holds_16_bytes_a_weight(format, groupsize):
     assert counted.peak <= (16 + 8 * (groupsize > 0)) * codes.numel()
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family, dtype", [("llama", torch.float32), ("opt", torch.float32),
+                                           ("llama", torch.bfloat16)])
 @pytest.mark.parametrize("heals,groupsize", [(True, -1), (True, 16), (False, -1)])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_device_holds_what_a_step_of_learning_takes(family, heals, groupsize, checkpointing,
-                                                        tmp_path):
-    """Counted: beside the model, a step takes at most what `learning_bytes` says."""
+                                                        dtype, tmp_path):
+    """Counted: beside the model, a step takes at most what `learning_bytes` says. In bf16 what stays
+    in fp32, as a prompt does, is not told apart."""
     is_opt = family == "opt"
     config = Config(family, 200, 64, 8, 4, 256, max_positions=600, tied=is_opt,
                     attention_bias=is_opt, mlp_bias=is_opt)
@@ -442,14 +444,15 @@ def test_the_device_holds_what_a_step_of_learning_takes(family, heals, groupsize
     windows = torch.randint(0, 200, (4, 256))
     teacher = teacher_states(model, windows, tmp_path)
     compress_model(model, windows, make_solver(4, 0.5, groupsize=groupsize))
-    model.checkpointing = checkpointing
+    model.to(dtype).checkpointing = checkpointing
     with Counted(model.state_dict().values()) as counted:
         if heals:
             heal(model, windows, windows[:1], (teacher, teacher[:1]), 1, 1)
         else:
             learn(model, torch.randn(16, 64), windows, None, 1, 1)
-    planned = learning_bytes(config, 256, 4, heals, checkpointing, groupsize)   # of one window
-    assert 0.5 * planned < counted.peak <= planned
+    # one window is a batch
+    planned = learning_bytes(config, 256, dtype.itemsize, heals, checkpointing, groupsize)
+    assert 0.5 * planned < counted.peak <= planned * (1.05 if dtype == torch.bfloat16 else 1)
 
 
 def test_a_7b_model_learns_in_the_memory_that_readme_says():

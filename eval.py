@@ -103,7 +103,8 @@ from data.tasks import TASKS, Item, find_task, load_items
 from data.text import (FILES as TEXT_SETS, documents, eval_tokens, has_splits, lines_of,
                        split_to_judge)
 from data.tokenizer import load_tokenizer
-from model import Checkpoint, cpu_has_bf16, load_model
+from kernels.cpu_attention import cpu_has_bf16
+from model import Checkpoint, load_model
 from prompt import HARD_PROMPT, HeadLoss, load_prompt, text_loss, with_prompt
 
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}

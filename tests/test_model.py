@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from data.checkpoint import Tensors, read_folder, read_safetensors, write_atomic, write_safetensors
 from data.config import PUBLISHED, Config, read_config, resolve
-from model import (AttentionByParts, Transformer, load_model, open_checkpoint,
-                   parts_of_attention, save_model)
+from kernels.cpu_attention import AttentionByParts, parts_of_attention
+from model import Transformer, load_model, open_checkpoint, save_model
 
 LLAMA = dict(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
              num_attention_heads=4,
@@ -269,8 +269,8 @@ def test_a_loss_in_bf16_takes_attention_by_parts(tmp_path, monkeypatch):
     def parts(q, k):
         calls.append(q)
         return parts_of_attention(q, k)
-    monkeypatch.setattr("model.parts_of_attention", parts)
-    monkeypatch.setattr("model.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("kernels.cpu_attention.parts_of_attention", parts)
+    monkeypatch.setattr("kernels.cpu_attention.cpu_has_bf16", lambda: True)
     with torch.no_grad():
         without, want = model(X).float(), exact(X)
     assert not calls

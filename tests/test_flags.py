@@ -390,6 +390,17 @@ def test_several_calibration_texts_share_the_windows(place):
     assert "without a window" in run_train(place, few)["error"]
 
 
+def test_every_process_needs_a_batch_where_something_is_compressed(monkeypatch):
+    monkeypatch.setattr(train.parallel, "world", lambda: 2)
+    monkeypatch.setattr(train.parallel, "rank", lambda: 0)
+
+    def settled(words: str) -> None:
+        train.settle(train.flags().parse_args(f"{words} --device cpu".split()))
+    with pytest.raises(ValueError, match="128 windows in batches of 256 leave none"):
+        settled("--batch-size 256 --nsamples 128 --steps 3")
+    settled("--batch-size 256 --bits 16 --sparsity 0 --steps 3")
+
+
 @pytest.mark.parametrize("program, rest, words", IDLE)
 def test_a_flag_that_would_do_nothing_is_refused(program, rest, words, place):
     error = RUN[program](place, [*rest.split(), *words.split()])["error"]

@@ -86,7 +86,8 @@ def panels(reports: list[dict]) -> list[dict]:
         s = report["settings"]
         names = ("model", "data", "seqlen", "max_tokens", "scored_tokens")
         same = tuple(str(s.get(name)) for name in names)
-        empty = {"title": Path(s["model"]).name, "details": "", "values": {}}
+        name = Path(s.get("dense") or s["model"]).name          # a packed model's folder tells less
+        empty = {"title": name, "details": "", "values": {}}
         panel = found.setdefault(same, empty)
         panel["details"] = max(panel["details"], measured_how(s), key=len)
         for row in report["rows"]:

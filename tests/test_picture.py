@@ -96,6 +96,7 @@ def test_what_it_means_is_written_in_it():
     assert "one scale" in words[0]
     assert "dense model without a prompt" in words[1]
     assert "a<b&c" in words
+    assert "a-dense-one" in Drawn(report(model="x/compressed", dense="models/a-dense-one")).words
     assert "compressed: 50% pruned + 4-bit" in words
     assert "dense: the control" in words
     assert ("perplexity on wiki.test.raw, windows of 512, 100 prompt tokens, 200 steps, seed 0"

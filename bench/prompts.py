@@ -25,12 +25,11 @@ from data.flags import PRECISIONS
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def shape(args) -> tuple[int, int]:
-    """(windows of a step, tokens of a window) of the first of --windows."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.windows[0]):
-        raise SystemExit(f"error: --windows {args.windows[0]}: give windows x tokens, such as "
-                         f"4x512")
-    size, tokens = args.windows[0].split("x")
+def shape(text: str) -> tuple[int, int]:
+    """"4x512" -> (windows of a step, tokens of a window)"""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text}: give windows x tokens, such as 4x512")
+    size, tokens = text.split("x")
     return int(size), int(tokens)
 
 
@@ -44,7 +43,7 @@ def ours(args, windows: torch.Tensor):
     start = initial_prompt(model, args.prompt_tokens, "text", windows.flatten())
 
     def steps(count: int, bar) -> None:
-        learn(model, start, windows, None, count, shape(args)[0], args.lr, warmup=1,
+        learn(model, start, windows, None, count, args.windows[0][0], args.lr, warmup=1,
               val_every=count, progress=bar)
     return steps
 
@@ -67,7 +66,7 @@ def peft(args, windows: torch.Tensor):
     opt = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
 
     def steps(count: int, bar) -> None:
-        size, _ = shape(args)
+        size, _ = args.windows[0]
         g = torch.Generator().manual_seed(0)                    # as fit draws them
         order = torch.randperm(len(windows), generator=g)
         for step in bar(range(count), ""):
@@ -114,7 +113,7 @@ class Timed:
 def run_side(args) -> dict:
     """One side, in this process: {"seconds" a step, "cpu" seconds a step, "peak" bytes, "first"
     loss in words}."""
-    size, tokens = shape(args)
+    size, tokens = args.windows[0]
     count = size * (args.steps + 1)
     g = torch.Generator().manual_seed(0)
     vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
@@ -140,19 +139,18 @@ def main(args) -> None:
           f"{', checkpointing' if args.checkpointing else ''}")
     print(f"{'windows':8s} {'':24s} {'tokens/s':>9s} {'s a step':>9s} {'CPU s':>9s} "
           f"{'peak, GB':>9s}   first step")
-    for windows in args.windows:
-        args.windows = [windows]
-        compare(args)
+    for size, tokens in args.windows:
+        compare(args, size, tokens)
 
 
-def compare(args) -> None:
+def compare(args, size: int, tokens: int) -> None:
     """Both sides, for one shape of windows."""
-    size, tokens = shape(args)
+    windows = f"{size}x{tokens}"
     results = {"peft": [], "ours": []}
     for _ in range(args.repeats):
         for side, held in results.items():
             command = [sys.executable, "-m", "bench.prompts", *sys.argv[1:], "--windows",
-                       *args.windows, "--side", side]
+                       windows, "--side", side]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if done.returncode:
                 reason = done.stderr.strip() or f"killed by signal {-done.returncode}"
@@ -164,7 +162,7 @@ def compare(args) -> None:
         name = {"peft": "PEFT over transformers", "ours": "prompt.py"}[side]
         speed = size * tokens / r["seconds"]
         numbers = f"{speed:9.1f} {r['seconds']:9.2f} {r['cpu']:9.2f} {r['peak'] / 1e9:9.2f}"
-        print(f"{args.windows[0]:8s} {name:24s} {numbers}   {r['first']}")
+        print(f"{windows:8s} {name:24s} {numbers}   {r['first']}")
     ours, theirs = best["ours"], best["peft"]
     print(f"{'':8s} {'ours / PEFT':24s} {theirs['seconds'] / ours['seconds']:.2f} x the tokens a "
           f"second, {theirs['cpu'] / ours['cpu']:.2f} x a processor second, "
@@ -175,7 +173,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     a = p.add_argument
     a("model", help="a dense checkpoint folder in the Hugging Face layout")
-    a("--windows", nargs="+", default=["4x512"], metavar="NxT",
+    a("--windows", nargs="+", type=shape, default=[(4, 512)], metavar="NxT",
       help="windows of a step x tokens of a window")
     a("--prompt-tokens", type=int, default=100)
     a("--steps", type=int, default=2)

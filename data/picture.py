@@ -84,15 +84,16 @@ def panels(reports: list[dict]) -> list[dict]:
     found = {}
     for report in reports:
         s = report["settings"]
-        names = ("model", "data", "seqlen", "max_tokens", "scored_tokens")
-        same = tuple(str(s.get(name)) for name in names)
-        name = Path(s.get("dense") or s["model"]).name          # a packed model's folder tells less
-        empty = {"title": name, "details": "", "values": {}}
+        names = ("data", "seqlen", "max_tokens", "scored_tokens")
+        dense = s.get("dense") or s["model"]
+        same = (str(dense), *(str(s.get(name)) for name in names))
+        empty = {"title": Path(dense).name, "details": "", "values": {}}
         panel = found.setdefault(same, empty)
         panel["details"] = max(panel["details"], measured_how(s), key=len)
         for row in report["rows"]:
             model, _, prompt = row["name"].partition(" + ")
-            how = "" if model == "dense" else made_how(s)
+            # what a run was given compressed is not in its settings
+            how = "" if model == "dense" or s.get("packed") else made_how(s)
             column = f"{model}: {how}" if how else model
             held = panel["values"].setdefault((column, prompt), row["perplexity"])
             if not math.isclose(held, row["perplexity"], rel_tol=ALIKE):
@@ -119,6 +120,8 @@ def draw(d: Drawing, panel: dict, top: float, largest: float, columns: int) -> f
     for j, model in enumerate(models):
         left = NAMES + j * column
         name = "dense: the control" if model == "dense" and len(models) > 1 else model
+        if len(models) > 2:                      # no room for more
+            name = name.removeprefix("compressed: ")
         d.text(left, first - 14, name, kind="small bold")
         for i, prompt in enumerate(prompts):
             if (model, prompt) not in values:

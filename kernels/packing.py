@@ -272,6 +272,7 @@ def smallest(keep: np.ndarray, bits: int) -> str:
     rows, cols = keep.shape
     kept = up_to(WORD, keep).reshape(-1, 16).sum(1, dtype=np.int32)     # of every 16 columns
     nm = len(kept) * (2 + bits)                                 # bytes: 2 of the mask, 8 codes
+    words = (keep.sum(1, dtype=np.int64) + 7) // 8              # of 8 codes, as in starts
     start_and_mask = 4 + 4 * -(-cols // WORD)                   # bytes of a row
-    unstructured = kept.sum() * bits / 8 + rows * start_and_mask
+    unstructured = bits * (words.sum() + 2) + rows * start_and_mask
     return "nm" if kept.max(initial=0) <= 8 and nm <= unstructured else "unstructured"

@@ -97,7 +97,7 @@ def test_groups_in_another_order():
 
 def test_auto_takes_the_smallest_format():
     def auto(mask):
-        codes = torch.zeros(8, 512, dtype=torch.uint8)
+        codes = torch.zeros(8, 512 if mask is None else mask.shape[1], dtype=torch.uint8)
         return pack(codes, mask, torch.ones(8, 1), torch.zeros(8, 1), 4).meta["format"]
     two_of_four = (torch.arange(512) % 4 < 2).expand(8, 512)
     one_of_four = torch.arange(512) % 4 > 0
@@ -107,9 +107,11 @@ def test_auto_takes_the_smallest_format():
     assert auto(torch.rand(8, 512, generator=g) < 0.5) == "unstructured"
     assert auto(None) == "dense"
     ones = torch.ones(8, 1)
-    codes = torch.zeros(8, 512, dtype=torch.uint8)
-    for every, smallest in ((64, "nm"), (16, "unstructured")):  # a little more pruned, and more
-        mask = two_of_four | (torch.arange(512) % every == 2)
+    for cols, every, smallest in ((512, 64, "nm"), (512, 16, "unstructured"),   # more pruned
+                                  (1032, 9999, "nm"), (40, 9999, "nm")):        # half a word more
+        mask = (torch.arange(cols) % 4 < 2) | (torch.arange(cols) % every == 2)
+        mask = mask.expand(8, cols)
+        codes = torch.zeros(8, cols, dtype=torch.uint8)
         sizes = {format: nbytes(pack(codes, mask, ones, ones, 4, format=format))
                  for format in ("nm", "unstructured")}
         assert auto(mask) == smallest == min(sizes, key=sizes.get)

@@ -60,12 +60,16 @@ PATIENCE = 10                                 # evaluations without a better one
 DECAY = 0.25                                  # steps of the decay, of those before it
 
 
+def mark_of_tokens(tokenizer) -> str:
+    """16 hexadecimal digits of the tokenizer and of the texts' versions."""
+    made_of = f"{harvest_name('')} {tokenizer.encode(PROBE)}"
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
+
+
 def token_stream(tokenizer, name: str, split: str, work: Path) -> tuple[torch.Tensor, float]:
     """All documents of a set in one row (n,) int64, between BOS and EOS, and its mean bytes per
-    token. Kept in `work`, for this tokenizer and these versions of the texts."""
-    made_of = f"{harvest_name(name)} {tokenizer.encode(PROBE)}"
-    mark = hashlib.sha256(made_of.encode()).hexdigest()[:16]
-    file = work / f"{name}-{split}-{mark}.npz"
+    token. Kept in `work`."""
+    file = work / f"{name}-{split}-{mark_of_tokens(tokenizer)}.npz"
     if not file.exists():
         texts = harvest(name, split)
         end = [tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else []
@@ -155,13 +159,13 @@ def pretrain(name: str, work: Path, cpu_minutes: float, lr: float, seed: int,
     # cpu: seconds; decay_from: a step; best: lowest sum of bits per byte, stale: evaluations since
     state = {"step": 0, "tokens": 0, "cpu": 0.0, "decay_from": None, "best": math.inf, "stale": 0,
              "loss": None}
-    run = {"name": name, "lr": lr, "seed": seed}
+    run = {"name": name, "lr": lr, "seed": seed, "tokens": mark_of_tokens(tokenizer)}
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
-        if saved["run"] != run:
-            raise SystemExit(f"error: {checkpoint} is of another run, {saved['run']}: name another "
-                             f"--work")
+        if saved.get("run") != run:
+            raise SystemExit(f"error: {checkpoint} is of another run, {saved.get('run')}, this is "
+                             f"{run}: name another --work")
         model.load_state_dict(saved["model"])
         for opt, values in zip(opts, saved["optimizers"]):
             opt.load_state_dict(values)

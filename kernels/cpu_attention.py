@@ -9,9 +9,9 @@ A few queries at a time meet the keys that they may see, as ordinary products:
               # # # # # .             later keys are masked
 
 PyTorch's own kernel is the faster one without a backward pass, in fp32, on CPUs without bf16, and
-with many keys. It also keeps scores in fp32, which are rounded to bf16 here, like all activations;
-so the keys' mean, which changes no probability, is taken off before. Left out: dropout, and other
-masks.
+with many keys. It keeps scores in fp32; here they are rounded to bf16, like all activations, which
+shows where they are large: SmolLM2's gradients are 6% off those of fp32 either way. (Taking the
+keys' mean off before, which changes no probability, makes it 9%.) Left out: dropout, other masks.
 """
 import math
 
@@ -41,7 +41,6 @@ class AttentionByParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        k = k - k.mean(2, keepdim=True)
         ctx.save_for_backward(q, k, v)
         y = torch.empty_like(q)
         for part, seen, _, p in parts_of_attention(q, k):

@@ -17,8 +17,12 @@ of dW sign, over each group's columns.
 
 A weight that is pruned and not rounded yet changes where it is not 0, by a product of low rank that
 is added and gone (LoRA 2106.09685 under the mask, as in PERP): W = W_0 + B A where W_0 is not 0.
-With few windows that generalizes better than moving every weight by itself. Left out: moving codes,
-and tuning embeddings or head.
+With few windows that generalizes better than moving every weight by itself.
+
+Text that is read a second time teaches less: the solver and the first pass have fitted it already.
+So train.py reads it rewritten (`rewrite`): the dense model's own guesses stand for some tokens, and
+its predictions of the new text are as good a teacher. Left out: moving codes, and tuning embeddings
+or head.
 """
 import math
 from contextlib import contextmanager
@@ -33,8 +37,8 @@ from kernels.packing import Packed, groups_of
 from kernels.reference import dequantize
 from kernels.unpacking import unpack
 from model import open_checkpoint, read_note, save_index, save_shard, shard_path
-from prompt import (Fit, backward_by_parts, fingerprint, fit, mark_of_model, mean_loss, text_loss,
-                    windows_at_once)
+from prompt import (LOGITS, Fit, backward_by_parts, fingerprint, fit, mark_of_model, mean_loss,
+                    text_loss, windows_at_once)
 
 RANK = 8                                # of what changes a pruned weight
 SPREAD = 0.25                           # of its root mean square: what 1 in B moves a row by
@@ -256,6 +260,30 @@ def tuned(model, found: dict[str, nn.Module] | None = None):
     finally:
         for name, m in own.items():
             model.set_submodule(name, m)
+
+
+REWRITTEN = 0.3                         # of the tokens of a window
+
+
+@torch.no_grad()
+def rewrite(windows: torch.Tensor, states: torch.Tensor, unembed: torch.Tensor, seed: int = 0,
+            share: float = REWRITTEN) -> torch.Tensor:
+    """windows (N, T) int64 with about `share` of their tokens, the first never, drawn anew: each
+    from what the dense model predicts behind the tokens that were before it. states:
+    `teacher_states` of the windows; unembed (vocab, d_embed): the dense model's head."""
+    g = torch.Generator().manual_seed(seed)
+    rewritten = windows.clone()
+    for window, z in zip(rewritten, states):
+        places = 1 + (torch.rand(len(window) - 1, generator=g) < share).nonzero()[:, 0]
+        u = torch.rand(len(places), 1, generator=g)
+        rows = max(1, LOGITS // len(unembed))
+        for at, level in zip(places.split(rows), u.split(rows)):
+            logits = F.linear(z[at - 1].to(unembed), unembed)
+            mass = logits.float().softmax(-1).cumsum(-1)
+            level = level.to(mass) * mass[:, -1:]
+            drawn = torch.searchsorted(mass, level, right=True).clamp_(max=len(unembed) - 1)
+            window[at] = drawn[:, 0].to(window)
+    return rewritten
 
 
 def heal(model, windows: torch.Tensor, val: torch.Tensor,

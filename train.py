@@ -18,7 +18,7 @@ from data.flags import PRECISIONS, Flags, flag, read_flags, real, run_program, s
 # Flags that do nothing with a --model that is compressed already.
 COMPRESSION = ("bits", "sparsity", "groupsize", "sym", "recipe", "mask", "refits", "grid",
                "act_order", "static_groups", "descent", "true_sequential", "correct", "percdamp",
-               "blocksize", "nsamples", "allocation", "reconstruct", "heal")
+               "blocksize", "nsamples", "rewrite", "allocation", "reconstruct", "heal")
 # Flags that do nothing with --bits 16.
 GRIDS = ("groupsize", "sym", "grid", "act_order", "static_groups", "descent")
 # Flags that do nothing with --sparsity 0.
@@ -29,6 +29,7 @@ PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "co
 # Flags that never change the numbers.
 NO_SETTINGS = ("out", "resume", "overwrite", "plan", "checkpointing")
 HELD_OUT = 8                            # windows of the calibration text that only judge
+MOST_AGAIN = 7                          # passes over rewritten ones, whose states lie on disk
 
 
 def flags() -> Flags:
@@ -86,6 +87,10 @@ def flags() -> Flags:
       help="calibration text: wikitext2, ptb, c4, docs, docstrings, code, headers, or a path, or "
            "several as a,b, which share the windows evenly (default c4; tiny models docs)")
     a("--nsamples", type=whole(1, 1 << 24), help="calibration windows (default 128)")
+    a("--rewrite", type=whole(0, 1000), metavar="TIMES",
+      help="read the calibration windows so many times more, with three tenths of their tokens "
+           "drawn anew each time from the dense model's guesses: where there is little text "
+           "(default 0)")
     a("--reconstruct", type=whole(0, 1000), metavar="PASSES",
       help="when attention or MLP is solved, so many passes over the windows move its weights, and "
            "half as many its grids, towards what the dense one gives (default 0: none)")
@@ -162,7 +167,7 @@ import torch
 from compress import (RECIPES, Settings, allocate_streamed, allocates, check_batches, compress,
                       hold_out, learning_bytes, make_solver, mean_errors, plan)
 from data import parallel
-from data.checkpoint import read_json, write_json
+from data.checkpoint import read_json, write_json, write_torch
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
@@ -172,7 +177,7 @@ from data.text import (FILES as TEXT_SETS, calibration, eval_tokens, has_splits,
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from eval import (DTYPES, default_device, default_dtype, fits, free_memory, last_states, perplexity,
                   stored_dtype, streamed_perplexity, usable)
-from heal import TOKENS_AT_ONCE as HEALED_AT_ONCE, heal, save_healed
+from heal import TOKENS_AT_ONCE as HEALED_AT_ONCE, heal, rewrite, save_healed
 from model import Checkpoint, open_checkpoint, storage
 from prompt import (PAPER, TOKENS_AT_ONCE, default_rate, initial_prompt, learn, owner, save_prompt,
                     streamed_prefix, teacher_states, windows_at_once)
@@ -183,7 +188,7 @@ def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
     folder = resolve(args.model)
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
-    for name, nothing in (("heal", 0), ("reconstruct", 0), ("allocation", "uniform")):
+    for name, nothing in (("heal", 0), ("reconstruct", 0), ("rewrite", 0), ("allocation", "uniform")):
         if getattr(args, name) == nothing:
             given.discard(name)                     # asks for nothing, as a --no-... does
     args.packed = bool(packed_layers(folder))
@@ -205,7 +210,7 @@ def settle(args) -> None:
     size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
     settle_prompt(args)
     general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best",
-                   static_groups=False, blocksize=128, reconstruct=0, seed=0, fused="on",
+                   static_groups=False, blocksize=128, rewrite=0, reconstruct=0, seed=0, fused="on",
                    val_windows=8, prompt_init="text", checkpointing=False)
     for name, value in {**general, **RECIPES[args.recipe or "best"], **size}.items():
         if getattr(args, name) is None:
@@ -447,8 +452,11 @@ class Run:
             read = self.pool.numel() + self.val.numel()
             states = 2 * read * self.checkpoint.config.d_embed
         if self.solve:
-            taught = self.windows.numel() + self.held.numel() if a.heal else 0
-            planned = plan(self.checkpoint, self.windows.numel(), a.batch_size * a.seqlen,
+            read = self.windows.numel() * (1 + a.rewrite)
+            taught = self.windows.numel() * (1 + self.healing_again()) if a.heal else 0
+            if taught or a.rewrite:
+                taught = max(taught, self.windows.numel()) + self.held.numel()
+            planned = plan(self.checkpoint, read, a.batch_size * a.seqlen,
                            self.dtype, self.settings, self.bits, a.sparsity,
                            self.judges().numel(), taught, a.seqlen, a.allocation == "fisher",
                            a.groupsize, torch.device(a.device).type == "cuda")
@@ -548,7 +556,8 @@ class Run:
             copy_tokenizer(self.folder, self.made)
         spent = {}
         shares = self.shares() if a.allocation == "fisher" else None
-        self.report.layers = compress(self.checkpoint, self.made, self.windows, self.solve,
+        windows = self.rewritten(a.rewrite)
+        self.report.layers = compress(self.checkpoint, self.made, windows, self.solve,
                                       self.settings, a.batch_size, self.dtype, a.device,
                                       after_block=note_time, held=self.judges(), spent=spent,
                                       shares=shares)
@@ -575,10 +584,11 @@ class Run:
         healed, state = self.out / "healed", self.out / "heal.state"
         first = parallel.rank() == 0
         if not parallel.first_object("compressed" in self.report.losses):
-            teacher = self.teacher(self.windows, self.held)
+            windows = self.rewritten(self.healing_again())
+            teacher = self.teacher(windows, self.held)
             model = open_checkpoint(self.made).model(self.dtype, a.device)
             model.checkpointing = self.recomputes(heals=True)
-            got = heal(model, self.windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed,
+            got = heal(model, windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed,
                        state=state, progress=Progress)
             parallel.wait()                             # all have read the state that is removed
             if first:
@@ -595,6 +605,30 @@ class Run:
             self.forget_teacher()                   # the prompt's reads other windows
         parallel.wait()
         self.measure_made(row, time.monotonic() - began)
+
+    def healing_again(self) -> int:
+        """How often healing reads the calibration windows rewritten, so that it reads few texts
+        twice; it has the walk's, too."""
+        passes = -(-self.args.heal * self.args.batch_size // len(self.windows))
+        return max(self.args.rewrite, min(passes - 1, MOST_AGAIN))
+
+    def rewritten(self, times: int) -> torch.Tensor:
+        """The calibration windows, and behind them, so many times, as `rewrite` leaves them. Each
+        is drawn once: files hold them for --resume."""
+        a, files = self.args, [self.out / "rewritten" / f"{k}.pt" for k in range(times)]
+        missing = parallel.first_object([k for k in range(times) if not files[k].exists()])
+        if missing:
+            states, _ = self.teacher(self.windows, self.held)
+            if parallel.rank() == 0:
+                head = open_checkpoint(self.dense).ends(self.dtype, a.device).unembed
+                files[0].parent.mkdir(exist_ok=True)
+                for k in Progress(missing, "rewriting the windows"):
+                    drawn = rewrite(self.windows, states, head, a.seed + k)
+                    write_torch(files[k], lambda f: torch.save(drawn, f))
+                del states
+                self.forget_teacher()
+            parallel.wait()
+        return torch.cat([self.windows, *(torch.load(file, weights_only=True) for file in files)])
 
     def learn(self, folder: Path, name: str, file: str) -> None:
         """Rows for the start of a prompt and for the learned one; the prompt is saved before it is

@@ -20,7 +20,7 @@ from data.checkpoint import read_json, write_json
 
 OURS = ("report.json", "seconds.json", "compressed", "prompt.safetensors",       # what a run writes
         "prompt-dense.safetensors", "prompt.state", "prompt-dense.state", "healed", "heal.state",
-        "shares.json", "teacher")
+        "shares.json", "teacher", "rewritten")
 SIZES = ("megabytes", "bits_per_weight", "linear_bits_per_weight", "nominal")    # columns of a row
 SECONDS = ("making", "measuring")
 COLUMNS = f"{'':30s} {'perplexity':>12s} {'MB':>9s} {'bits/weight':>12s} " \

@@ -10,10 +10,12 @@ import shutil
 import pytest
 import torch
 
+import heal as heal_module
+import train
 from compress import compress, compress_model, hold_out, make_solver
 from data.config import Config
 from heal import (GridLinear, KeptLinear, Tuned, TunedGrid, TunedKept, TunedNorm, heal,
-                  levels_and_signs, save_healed, tuned)
+                  levels_and_signs, rewrite, save_healed, tuned)
 from kernels.linear import PackedLinear
 from kernels.packing import pack
 from kernels.unpacking import unpack
@@ -161,6 +163,54 @@ def test_a_pruned_model_heals_in_what_it_keeps(family, tmp_path):
         assert not torch.equal(old.weight, new.weight), name
         assert torch.equal(new.weight, new.weight.half().float()), name
     assert torch.equal(model.embed_tokens.weight, dense.embed_tokens.weight)
+
+
+def test_rewritten_tokens_are_what_the_states_before_them_predict():
+    windows = torch.randint(0, 50, (6, 40), generator=torch.Generator().manual_seed(0))
+    follows = (windows * 7 + 3) % 50                    # a model that is sure of what comes next
+    states = 100 * torch.eye(50)[follows].half()
+    rewritten = rewrite(windows, states, torch.eye(50), share=0.5)
+    predicted = torch.cat([windows[:, :1], follows[:, :-1]], 1)
+    changed = rewritten != windows
+    assert torch.equal(rewritten[changed], predicted[changed])
+    drawn = changed.sum() / (windows != predicted).sum()
+    assert 0.4 < drawn < 0.6
+    assert not changed[:, 0].any()
+    assert torch.equal(rewrite(windows, states, torch.eye(50), share=0.5), rewritten)
+    assert not torch.equal(rewrite(windows, states, torch.eye(50), seed=1, share=0.5), rewritten)
+    assert torch.equal(rewrite(windows, states, torch.eye(50), share=0), windows)
+    assert torch.equal(rewrite(windows, states, torch.eye(50), share=1), predicted)
+
+
+def test_rewritten_tokens_are_drawn_with_their_probabilities(monkeypatch):
+    chances = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
+    windows = torch.full((4, 4001), 4)
+    states = chances.log().clamp(min=-30).expand(4, 4001, 5)
+    monkeypatch.setattr(heal_module, "LOGITS", 5 * 300)         # in several parts
+    drawn = rewrite(windows, states, torch.eye(5), share=1)[:, 1:]
+    assert torch.allclose(drawn.flatten().bincount(minlength=5) / drawn.numel(), chances, atol=0.02)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@needs_tiny
+def test_windows_are_read_again_rewritten_and_not_more_often_than_states_have_room(text, tmp_path):
+    args = ["--nsamples", 4, "--seqlen", 64, "--calib", text, "--data", text, "--max-tokens", 512,
+            "--batch-size", 2, "--steps", 0, "--device", "cpu", "--dtype", "float32"]
+    read = []
+
+    def watch(model, windows, *rest, **more):
+        read.append(windows)
+        return heal(model, windows, *rest, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "heal", watch)
+        for steps in (2, 3, 40):
+            here(*args, "--heal", steps, "--out", tmp_path / str(steps))
+    once, twice, often = read
+    assert [len(w) for w in read] == [4, 8, 4 * (1 + train.MOST_AGAIN)]
+    assert torch.equal(once, twice[:4]) and torch.equal(twice, often[:8])
+    for again in often[4:].split(4):
+        assert 0.05 < (again != once).float().mean() < 0.3
+    assert len(often.unique(dim=0)) == len(often)
 
 
 def test_norm_stand_ins_equal_the_norms_with_tuned_numbers():
@@ -322,7 +372,8 @@ def test_a_run_killed_while_the_healed_model_takes_its_place_goes_on(text, tmp_p
             "--heal", 2, "--steps", 0, "--device", "cpu", "--dtype", "float32"]
     here(*args, "--out", tmp_path / "a")
     left = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert left == [".lock", "compressed", "report.json", "seconds.json", "shares.json"]
+    assert left == [".lock", "compressed", "report.json", "rewritten", "seconds.json",
+                    "shares.json"]
     # before the new folder has its name, and after
     for name, half_removed in (("b", True), ("c", False)):
         shutil.copytree(tmp_path / "a", tmp_path / name)

@@ -185,11 +185,13 @@ def test_killed_again_and_again_and_gone_on_to_the_same_bytes(text, other, tmp_p
         "--calib", text,
         "--data", text,
         "--train-data", other,
-        "--heal", 2,
+        "--heal", 5,
         "--steps", 6,
     ]
     run("train.py", *args, "--out", tmp_path / "a")
-    for moment in ("shares.json", "compressed/model-00003-of-*", "prompt.state"):
+    moments = ["shares.json", "compressed/model-00003-of-*", "rewritten/1.pt", "heal.state",
+               "prompt.state"]
+    for moment in moments:
         kill_when("train.py", *args, "--out", tmp_path / "b", "--resume",
                   there=lambda: list((tmp_path / "b").glob(moment)))
     assert not (tmp_path / "b/prompt.safetensors").exists()

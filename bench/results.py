@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -205,11 +206,11 @@ def healed_cells(runs: list[dict[str, dict]]) -> list[str]:
     return [*cells, f"{runs[0]['compressed']['megabytes']:.1f}"]
 
 
-def healed_levels_table(out: Path) -> str:
+def healed_levels_table(out: Path, family: Family) -> str:
     """Compressed and healed, by bits and sparsity."""
     rows = []
-    for member in HEALED_LEVELS.members():
-        run = rows_of(out, fill(HEALED_LEVELS.name, member))
+    for member in family.members():
+        run = rows_of(out, fill(family.name, member))
         rows.append([str(member["bits"]), member["sparsity"], *healed_cells([run])])
     return markdown(["bits", "sparsity", *HEALED_HEAD], rows)
 
@@ -317,6 +318,11 @@ ALLOCATED = Family(
     "--max-tokens 16384 --dtype float32 --device cpu",
     {"model": ("tiny-llama", "tiny-opt"), "data": ("docs", "headers", "code"),
      "allocation": ("uniform", "fisher")})
+REREAD = Family(
+    "{model}-{data}-{rewrite}-rewritten",
+    "train.py --model {model} --data {data} --nsamples 32 --rewrite {rewrite} --steps 0 "
+    "--max-tokens 16384 --dtype float32 --device cpu",
+    {"model": ("tiny-llama", "tiny-opt"), "data": ("docs", "headers", "code"), "rewrite": (0, 4)})
 SMOLLM2 = Family(
     "smollm2-{bits}bit-{sparsity}",
     f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI} --steps 0 --heal 0 --bits {{bits}} "
@@ -336,6 +342,11 @@ HEALED_LEVELS = Family(
     f"--sparsity {{sparsity}}",
     {"bits": (4, 3), "sparsity": ("0.625", "2:4", "0")},
     without=("smollm2-healed-3bit-0.625", "smollm2-healed-3bit-2:4"))
+REWRITTEN = Family(
+    "smollm2-rewritten-{bits}bit-{sparsity}",
+    f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI} --steps 0 --heal 64 --rewrite 3 "
+    "--bits {bits} --sparsity {sparsity}".replace("bfloat16", "float32"),
+    {"bits": (4,), "sparsity": ("0.5", "0")})
 CALIBRATED_ON_C4 = Family(
     "smollm2-c4",
     "train.py --model {smollm2} --calib c4 --data-dir {texts} --nsamples 32 --seqlen 512 "
@@ -420,10 +431,13 @@ PARTS = {
     "allocation": Part([ALLOCATED], side_by_side(ALLOCATED, "allocation", ["uniform", "fisher"])),
     "reconstruction": Part([RECONSTRUCTED],
                            side_by_side(RECONSTRUCTED, "passes", ["without", "2 passes"])),
+    "rewriting": Part([REREAD], side_by_side(REREAD, "rewrite", ["without", "4 times"])),
     "prompt learning": Part([EXPORTED, BESIDE_PEFT], printed("prompts")),
     "smollm2": Part([SMOLLM2], smollm2_table),
     "smollm2 healed": Part([HEALED, HEALED_LONGER], healed_table),
-    "smollm2 levels healed": Part([HEALED_LEVELS], healed_levels_table),
+    "smollm2 levels healed": Part([HEALED_LEVELS],
+                                  partial(healed_levels_table, family=HEALED_LEVELS)),
+    "smollm2 rewritten": Part([REWRITTEN], partial(healed_levels_table, family=REWRITTEN)),
     "smollm2 elsewhere": Part([SMOLLM2, HEALED, CALIBRATED_ON_C4, DENSE_READ, READ],
                               elsewhere_table),
     "smollm2 prompts": studied("recipes", [SMOLLM2, HEALED, PROMPTS, ON_HEALED],

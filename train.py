@@ -452,15 +452,16 @@ class Run:
             read = self.pool.numel() + self.val.numel()
             states = 2 * read * self.checkpoint.config.d_embed
         if self.solve:
-            read = self.windows.numel() * (1 + a.rewrite)
-            taught = self.windows.numel() * (1 + self.healing_again()) if a.heal else 0
-            if taught or a.rewrite:
-                taught = max(taught, self.windows.numel()) + self.held.numel()
-            planned = plan(self.checkpoint, read, a.batch_size * a.seqlen,
+            calib, held = self.windows.numel(), self.held.numel()
+            taught = calib * (1 + self.healing_again()) + held if a.heal else 0
+            planned = plan(self.checkpoint, calib * (1 + a.rewrite), a.batch_size * a.seqlen,
                            self.dtype, self.settings, self.bits, a.sparsity,
                            self.judges().numel(), taught, a.seqlen, a.allocation == "fisher",
                            a.groupsize, torch.device(a.device).type == "cuda")
-            planned = planned._replace(disk=max(planned.disk, planned.model + states))
+            # of the calibration windows alone, while they are rewritten
+            before = 2 * (calib + held) * self.checkpoint.config.d_embed if a.rewrite else 0
+            disk = max(planned.disk, planned.model + states, before)
+            planned = planned._replace(disk=disk)
             said = str(planned)
             if self.bits and stays_packed:
                 model = planned.model

@@ -13,7 +13,6 @@ memory bandwidth and the operations over the peak rate, `share` is limit / time;
 of the difference to the dense product over that product's norm.
 """
 import argparse
-import re
 import statistics
 import sys
 import time
@@ -22,14 +21,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from data.flags import sizes
 from kernels import cpu_int4
 from kernels.linear import PackedLinear
 from kernels.packing import Packed, nbytes, pack
 from kernels.unpacking import unpack
 
-GPU_SHAPES = ["4096x4096", "4096x11008", "11008x4096", "5120x13824", "8192x28672", "2048x8192",
-              "4096x16384"]
-CPU_SHAPES = ["576x576", "192x576", "1536x576", "576x1536", "4096x4096"]
+GPU_SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (5120, 13824), (8192, 28672),
+              (2048, 8192), (4096, 16384)]
+CPU_SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (4096, 4096)]
 # bytes/s and 16-bit operations/s of the data sheets
 LIMITS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.04e12, 312e12),
           "4090": (1.008e12, 165e12), "3090": (0.936e12, 71e12)}
@@ -205,10 +205,7 @@ def main(args: argparse.Namespace) -> None:
         print("No GPU: these are the CPU paths, int4 decoding for small batches and unpacking "
               "above, not Triton.")
     batches = args.batches or ([1, 4, 16, 64, 512, 4096] if gpu else [1, 4, 256])
-    for text in args.shapes or (GPU_SHAPES if gpu else CPU_SHAPES):
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-            raise ValueError(f"--shapes {text}: give out x in, such as 4096x11008")
-        shape = tuple(int(n) for n in text.split("x"))
+    for shape in args.shapes or (GPU_SHAPES if gpu else CPU_SHAPES):
         for format in args.formats:
             bench(shape, format, batches, args.grid, args.groupsize, dtype, device, args.repeats,
                   args.directions, memory_rate, compute_rate)
@@ -217,7 +214,8 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", help="such as 4096x11008, out x in")
+    parser.add_argument("--shapes", nargs="*", type=sizes("out x in, such as 4096x11008"),
+                        help="such as 4096x11008, out x in")
     parser.add_argument("--batches", nargs="*", type=int)
     formats = ["dense", "nm", "unstructured"]
     parser.add_argument("--formats", nargs="*", default=formats, choices=formats,

@@ -11,7 +11,6 @@ text tokens 2 ... T behind the same prompt.
 """
 import argparse
 import json
-import re
 import resource
 import subprocess
 import sys
@@ -20,17 +19,9 @@ from pathlib import Path
 
 import torch
 
-from data.flags import PRECISIONS
+from data.flags import PRECISIONS, sizes
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def shape(text: str) -> tuple[int, int]:
-    """"4x512" -> (windows of a step, tokens of a window)"""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text}: give windows x tokens, such as 4x512")
-    size, tokens = text.split("x")
-    return int(size), int(tokens)
 
 
 def ours(args, windows: torch.Tensor):
@@ -173,7 +164,8 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     a = p.add_argument
     a("model", help="a dense checkpoint folder in the Hugging Face layout")
-    a("--windows", nargs="+", type=shape, default=[(4, 512)], metavar="NxT",
+    a("--windows", nargs="+", type=sizes("windows x tokens, such as 4x512"), default=[(4, 512)],
+      metavar="NxT",
       help="windows of a step x tokens of a window")
     a("--prompt-tokens", type=int, default=100)
     a("--steps", type=int, default=2)

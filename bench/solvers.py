@@ -18,6 +18,7 @@ import torch
 
 from bench.naive import naive_sparsegpt
 from compress import Settings, compress_model, make_solver
+from data.flags import sizes
 from data.progress import Progress
 from data.text import calibration
 from data.tokenizer import load_tokenizer
@@ -109,8 +110,7 @@ def steps(W: torch.Tensor, H: torch.Tensor, sparsity, bits: int, naive: bool, wh
 
 def time_layers(args) -> None:
     """Every step on random layers of the shapes asked for."""
-    for shape in args.shapes:
-        out, n = (int(side) for side in shape.split("x"))
+    for out, n in args.shapes:
         W, H = random_layer(out, n)
         print(f"\n{out} x {n:<24} {'error':>10} {'seconds':>9}")
         for name, error, seconds in steps(W, H, args.sparsity, args.bits, args.naive, args.whole):
@@ -156,8 +156,8 @@ def main(args) -> None:
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].replace("\n", " "))
     a = p.add_argument
-    a("--shapes", nargs="*", default=["576x576", "1536x576", "4096x4096", "4096x11008"],
-      help="out x in")
+    a("--shapes", nargs="*", type=sizes("out x in, such as 4096x11008"),
+      default=[(576, 576), (1536, 576), (4096, 4096), (4096, 11008)], help="out x in")
     a("--sparsity", default="0.5")
     a("--bits", type=int, default=4, choices=[2, 3, 4, 8])
     a("--naive", action=argparse.BooleanOptionalAction, default=True, help="the naive side too")

@@ -15,6 +15,7 @@ Messages say what is wrong, in which file or flag, and what to do, in one line o
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 
@@ -46,6 +47,16 @@ def whole(least: int, most: int):
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
         return value
+    return read
+
+
+def sizes(what: str):
+    """A type for argparse: "4x512" -> (4, 512); what: the numbers in words, with an example."""
+    def read(text: str) -> tuple[int, int]:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+            raise argparse.ArgumentTypeError(f"{text}: give {what}")
+        first, second = text.split("x")
+        return int(first), int(second)
     return read
 
 

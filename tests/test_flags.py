@@ -4,6 +4,7 @@ nothing beside others are refused.
 
     python -m pytest -q tests/test_flags.py
 """
+import argparse
 import contextlib
 import hashlib
 import io
@@ -23,6 +24,7 @@ import eval as evaluation
 import export
 import model as models
 import train
+from data.flags import sizes
 from kernels.linear import PackedLinear
 from model import save_model
 from prompt import save_prompt
@@ -420,3 +422,11 @@ def test_help_answers_without_packages(program):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout, done.stderr
+
+
+def test_sizes_are_two_whole_numbers():
+    read = sizes("out x in, such as 3x40")
+    assert read("3x40") == (3, 40)
+    for text in ("3", "3x", "0x3", "3x0", "3x4x5", "-3x4", "3 x 4", "3x4.0", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="give out x in, such as 3x40"):
+            read(text)

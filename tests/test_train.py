@@ -288,6 +288,32 @@ def test_windows_leave_room_for_the_prompt_where_no_flag_says_how_long(text, tmp
     assert args.seqlen == 256                           # of 512 positions
 
 
+@needs_tiny
+@pytest.mark.parametrize("heal, rewrite, walked, taught", [
+    (0, 0, 1, 0),
+    (2, 0, 1, 1),                                       # steps of 2 windows; 4 windows
+    (3, 0, 1, 2),
+    (100, 0, 1, 8),
+    (0, 9, 10, 0),
+    (3, 9, 10, 10),
+])
+def test_a_plan_counts_rewritten_windows(heal, rewrite, walked, taught, text, tmp_path, monkeypatch,
+                                         capsys):
+    seen = {}
+
+    def told(checkpoint, tokens, *others):
+        seen.update(tokens=tokens, taught=others[6])
+        return compress_module.plan(checkpoint, tokens, *others)
+    monkeypatch.setattr(train, "plan", told)
+    train.main(train.flags().parse_args([
+        "--calib", str(text), "--data", str(text), "--nsamples", "4", "--seqlen", "64",
+        "--batch-size", "2", "--heal", str(heal), "--rewrite", str(rewrite), "--steps", "0",
+        "--plan", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "a")]))
+    windows, held = 4 * 64, 8 * 64
+    assert seen == {"tokens": walked * windows, "taught": taught and taught * windows + held}
+    assert not (tmp_path / "a").exists()
+
+
 def test_what_overwrite_left_half_cleared_is_no_run(tmp_path, monkeypatch):
     begin = lambda **how: Report(tmp_path, {"settings": {"seed": 0}}, **{
         "resume": False, "overwrite": False, **how})

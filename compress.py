@@ -1066,7 +1066,8 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
     width = 16 if bits is None else bits * kept + (1.1 if kept < 1 else 0) + grids
     model = c.n_layer * weights * width / 8 + 2 * ends
     disk = model * (2 if taught_tokens else 1) + 2 * taught_tokens * c.d_embed
-    streams = (1 + twin) * tokens + held_tokens
+    # a dense model that does not fit goes over all that it teaches, not rounded, block by block
+    streams = max((1 + twin) * tokens + held_tokens, taught_tokens * size // 2)
     device = copies + others + max(solving, summing)
     tuning, flops = 0, 0
     if settings.reconstruct:

@@ -288,15 +288,17 @@ def rewrite(windows: torch.Tensor, states: torch.Tensor, unembed: torch.Tensor, 
 
 def heal(model, windows: torch.Tensor, val: torch.Tensor,
          teacher: tuple[torch.Tensor, torch.Tensor], steps: int = 64, batch_size: int = 4,
-         lr: float = 2e-3, val_every: int | None = None, seed: int = 0,
+         lr: float = 2e-3, val_every: int | None = None, seed: int = 0, readings: int = 1,
          state: str | Path | None = None, progress=lambda items, title: items) -> Fit:
     """Tune grids or kept weights, norms and biases of a compressed model in place by KL to the
     dense model; `fit` says how.
 
     windows (N, T) int64, val (M, T) held out: what has the lowest KL there is kept, so that a model
-    never gets worse on val. teacher: `teacher_states` of windows and of val. model.checkpointing =
-    True saves memory for a third more time. Raises ValueError where nothing is packed or pruned,
-    or on a loss that is not finite; the model is then as it was."""
+    never gets worse on val. teacher: `teacher_states` of windows and of val. readings: how many of
+    the same text lie in `windows`, the first as it is and the others as `rewrite` leaves them; each
+    pass over the text takes the next. model.checkpointing = True saves memory for a third more
+    time. Raises ValueError where nothing is packed or pruned, or on a loss that is not finite; the
+    model is then as it was."""
     if not len(windows) or not len(val):
         raise ValueError(f"healing needs text and held-out text: got {len(windows)} and {len(val)} "
                          f"windows")
@@ -313,16 +315,17 @@ def heal(model, windows: torch.Tensor, val: torch.Tensor,
     def score():
         return mean_loss(model, None, val, at_once, val_states)
 
-    marks = {"text": fingerprint(windows), "val": fingerprint(val), "model": mark_of_model(model)}
+    marks = {"text": fingerprint(windows), "val": fingerprint(val), "model": mark_of_model(model),
+             "readings": readings}
     with tuned(model) as parts:
         if all(isinstance(part, TunedNorm) for part in parts.values()):
             raise ValueError("nothing to heal: no Linear of this model is packed (quantized) or "
                              "pruned")
         params = {f"{name}.{n}": p for name, part in parts.items()
                   for n, p in part.named_parameters(recurse=False)}
-        got = fit(params, loss_of_batch, len(windows), score, steps, batch_size, lr,
-                  val_every=val_every, betas=(0.9, 0.99), seed=seed, state=state,
-                  settings=marks, title="healing", progress=progress)
+        got = fit(params, loss_of_batch, len(windows) // readings, score, steps, batch_size, lr,
+                  val_every=val_every, betas=(0.9, 0.99), seed=seed, state=state, settings=marks,
+                  title="healing", readings=readings, progress=progress)
         for part in parts.values():
             part.settle()
     return got

@@ -335,7 +335,7 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
         warmup: int | None = None, clip: float = 1.0, val_every: int | None = None,
         betas: tuple[float, float] = (0.9, 0.999), seed: int = 0,
         state: str | Path | None = None, settings: dict | None = None, title: str = "learning",
-        progress=lambda items, title: items) -> Fit:
+        readings: int = 1, progress=lambda items, title: items) -> Fit:
     """Minimize loss_of_batch(index (batch,) int64 of windows 0 ... count - 1) over params, fp32
     leaves, in place.
 
@@ -343,7 +343,8 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
     params (`backward`, `backward_by_parts`).
 
     AdamW without decay; linear warm-up, then linear decay; gradients clipped; windows reshuffled
-    (seeded) every epoch. score() is the validation loss; the start counts, and the parameters end
+    (seeded) every epoch. Of several readings each epoch takes the next: of the k-th the windows are
+    numbers k * count on. score() is the validation loss; the start counts, and the parameters end
     as the best seen. With `state`, a path, all that is needed to go on is written at every
     validation and every few minutes, and a second call goes on, to the same bits on a CPU (a GPU
     adds gradients in any order). `settings` (JSON values: model, text) is compared then. Raises
@@ -402,7 +403,8 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
         opt.load_state_dict(held["optimizer"])
     g = torch.Generator().manual_seed(seed)
     epochs = max(1, -(-steps * batch_size // count))
-    order = torch.cat([torch.randperm(count, generator=g) for _ in range(epochs)])
+    order = torch.cat([torch.randperm(count, generator=g) + epoch % readings * count
+                       for epoch in range(epochs)])
     bar = progress(range(done, steps), title)
     for step in bar:
         rise, fall = (step + 1) / warmup, (steps - step) / max(1, steps - warmup)

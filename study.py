@@ -306,7 +306,7 @@ class Lab:
         dense = str(case.dense) if case.dense and which == "compressed" else None
         asked = {**vars(s), "model": str(case.place(which)), "dense": dense, "bits": 16,
                  "sparsity": "0", "packed": bool(packed_layers(case.place(which))),
-                 "checkpointing": False, "control": False, "heal": 0, "reconstruct": 0, "rewrite": 0,
+                 "checkpointing": False, "control": False, "heal": 0, "reconstruct": 0,
                  "train_data": text, "prompt_tokens": n, "max_tokens": s.seqlen}
 
         def make():

@@ -29,7 +29,7 @@ PROMPT = ("lr", "train_data", "val_windows", "prompt_tokens", "prompt_init", "co
 # Flags that never change the numbers.
 NO_SETTINGS = ("out", "resume", "overwrite", "plan", "checkpointing")
 HELD_OUT = 8                            # windows of the calibration text that only judge
-MOST_AGAIN = 7                          # passes over rewritten ones, whose states lie on disk
+MOST_AGAIN = 7                          # rewritten readings that healing has, as they take disk
 
 
 def flags() -> Flags:
@@ -89,14 +89,15 @@ def flags() -> Flags:
     a("--nsamples", type=whole(1, 1 << 24), help="calibration windows (default 128)")
     a("--rewrite", type=whole(0, 1000), metavar="TIMES",
       help="read the calibration windows so many times more, with three tenths of their tokens "
-           "drawn anew each time from the dense model's guesses: where there is little text "
-           "(default 0)")
+           "drawn anew each time from the dense model's guesses: for where there is little text "
+           "(default 0; healing does so by itself where it passes over the windows again)")
     a("--reconstruct", type=whole(0, 1000), metavar="PASSES",
       help="when attention or MLP is solved, so many passes over the windows move its weights, and "
            "half as many its grids, towards what the dense one gives (default 0: none)")
     a("--heal", type=whole(0, 10**7), metavar="STEPS",
       help="then tune grids (with --bits 16: the weights kept), norms and biases against the "
-           "dense model on the same windows, in so many steps (default 64; tiny models 0)")
+           "dense model on the same windows, which are rewritten after the first pass, in so "
+           "many steps (default 64; tiny models 0)")
 
     a = p.add_argument_group("measuring").add_argument
     a("--data",
@@ -167,7 +168,7 @@ import torch
 from compress import (RECIPES, Settings, allocate_streamed, allocates, check_batches, compress,
                       hold_out, learning_bytes, make_solver, mean_errors, plan)
 from data import parallel
-from data.checkpoint import read_json, write_json, write_torch
+from data.checkpoint import read_json, read_safetensors, write_json, write_safetensors
 from data.config import DEFAULTS, SHIPPED, packed_layers, resolve
 from data.harvest import SETS as HARVESTED, harvest_name
 from data.progress import Progress
@@ -188,7 +189,8 @@ def settle(args) -> None:
     """Set what no flag has set, and refuse what does not go together: before any work."""
     folder = resolve(args.model)
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
-    for name, nothing in (("heal", 0), ("reconstruct", 0), ("rewrite", 0), ("allocation", "uniform")):
+    for name, nothing in (("heal", 0), ("reconstruct", 0), ("rewrite", 0),
+                          ("allocation", "uniform")):
         if getattr(args, name) == nothing:
             given.discard(name)                     # asks for nothing, as a --no-... does
     args.packed = bool(packed_layers(folder))
@@ -585,12 +587,13 @@ class Run:
         healed, state = self.out / "healed", self.out / "heal.state"
         first = parallel.rank() == 0
         if not parallel.first_object("compressed" in self.report.losses):
-            windows = self.rewritten(self.healing_again())
+            again = self.healing_again()
+            windows = self.rewritten(again)
             teacher = self.teacher(windows, self.held)
             model = open_checkpoint(self.made).model(self.dtype, a.device)
             model.checkpointing = self.recomputes(heals=True)
             got = heal(model, windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed,
-                       state=state, progress=Progress)
+                       readings=1 + again, state=state, progress=Progress)
             parallel.wait()                             # all have read the state that is removed
             if first:
                 save_healed(model, self.made, healed)
@@ -608,28 +611,30 @@ class Run:
         self.measure_made(row, time.monotonic() - began)
 
     def healing_again(self) -> int:
-        """How often healing reads the calibration windows rewritten, so that it reads few texts
-        twice; it has the walk's, too."""
+        """How many rewritten readings of the calibration windows healing has: one for each pass
+        after the first, as far as there are any."""
         passes = -(-self.args.heal * self.args.batch_size // len(self.windows))
-        return max(self.args.rewrite, min(passes - 1, MOST_AGAIN))
+        return min(passes - 1, max(self.args.rewrite, MOST_AGAIN))
 
     def rewritten(self, times: int) -> torch.Tensor:
         """The calibration windows, and behind them, so many times, as `rewrite` leaves them. Each
-        is drawn once: files hold them for --resume."""
-        a, files = self.args, [self.out / "rewritten" / f"{k}.pt" for k in range(times)]
+        is drawn once: files hold them until the run ends."""
+        a, files = self.args, [self.out / "rewritten" / f"{k}.safetensors" for k in range(times)]
         missing = parallel.first_object([k for k in range(times) if not files[k].exists()])
         if missing:
             states, _ = self.teacher(self.windows, self.held)
+            parallel.wait()                         # all have opened what the first removes
             if parallel.rank() == 0:
                 head = open_checkpoint(self.dense).ends(self.dtype, a.device).unembed
                 files[0].parent.mkdir(exist_ok=True)
                 for k in Progress(missing, "rewriting the windows"):
                     drawn = rewrite(self.windows, states, head, a.seed + k)
-                    write_torch(files[k], lambda f: torch.save(drawn, f))
-                del states
-                self.forget_teacher()
+                    write_safetensors(files[k], {"windows": drawn})
+            del states
             parallel.wait()
-        return torch.cat([self.windows, *(torch.load(file, weights_only=True) for file in files)])
+            self.forget_teacher()
+        found = [read_safetensors(file)["windows"] for file in files]
+        return torch.cat([self.windows, *found])
 
     def learn(self, folder: Path, name: str, file: str) -> None:
         """Rows for the start of a prompt and for the learned one; the prompt is saved before it is
@@ -703,11 +708,13 @@ class Run:
             self.learn(self.made, self.name, "prompt.safetensors")
             if a.control and self.name != "dense":  # how much of it is adaptation
                 self.learn(self.dense, "dense", "prompt-dense.safetensors")
+        self.forget_teacher()
         if parallel.rank() == 0:
-            self.forget_teacher()
+            shutil.rmtree(self.out / "rewritten", ignore_errors=True)
 
     def forget_teacher(self) -> None:
-        shutil.rmtree(self.out / "teacher", ignore_errors=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(self.out / "teacher", ignore_errors=True)
 
 
 class Quiet(Report):

@@ -86,6 +86,7 @@ class Report:
                              f"was stopped: use it again, or name another --out")
         if isinstance(held.get("settings"), dict):          # as earlier versions wrote them
             held["settings"].pop("checkpointing", None)
+            held["settings"].setdefault("rewrite", 0)
             held["settings"]["device"] = str(held["settings"].get("device")).partition(":")[0]
         asked = {key: value for key, value in self.run.items() if key in held or key == "settings"}
         differs = difference({key: held.get(key) for key in asked}, asked)

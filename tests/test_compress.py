@@ -373,12 +373,15 @@ def test_the_disk_holds_what_the_plan_says(groupsize, sparsity, tmp_path):
 def test_a_plan_counts_both_streams_the_held_out_and_what_healing_keeps(tmp_path):
     save_model(Transformer(Config("llama", 64, 128, 2, 4, 320, 2)), tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    base, longer, held, taught = (
+    base, longer, held, taught, much = (
         plan(checkpoint, tokens, 512, torch.float32, Settings(), 4, 0.5, *others)
-        for tokens, *others in ((4096,), (5096,), (4096, 1000), (4096, 0, 1000)))
+        for tokens, *others in ((4096,), (5096,), (4096, 1000), (4096, 0, 1000), (4096, 0, 20000)))
     states = 2 * 1000 * 128                                     # halves
     assert longer.host - base.host == 2 * states
     assert held.host - base.host == states
+    # a stream for the teacher, in fp32, in place of the walk's two of halves
+    assert taught.host == base.host
+    assert much.host - base.host == 4 * 20000 * 128 - 2 * 2 * 4096 * 128
     # of the healed model and the one that it comes from
     assert taught.disk - base.disk == pytest.approx(base.model + states, abs=1)
 

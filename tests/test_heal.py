@@ -20,7 +20,7 @@ from kernels.linear import PackedLinear
 from kernels.packing import pack
 from kernels.unpacking import unpack
 from model import Transformer, load_model, open_checkpoint, save_model
-from prompt import mark_of_model, mean_loss, teacher_states
+from prompt import fit, mark_of_model, mean_loss, teacher_states
 from test_train import here, needs_tiny, same_files, text
 
 
@@ -192,6 +192,19 @@ def test_rewritten_tokens_are_drawn_with_their_probabilities(monkeypatch):
     assert not torch.equal(drawn[0], drawn[1])
 
 
+def test_each_pass_takes_the_next_reading():
+    p, read = torch.zeros(1, requires_grad=True), []
+
+    def loss_of_batch(index):
+        read.extend(index.tolist())
+        p.grad = torch.ones(1)
+        return 1.0
+    fit({"p": p}, loss_of_batch, 6, steps=9, batch_size=2, readings=2)
+    passes = [sorted(read[k:k + 6]) for k in (0, 6, 12)]
+    assert passes == [list(range(6)), list(range(6, 12)), list(range(6))]
+    assert read[:6] != [k - 6 for k in read[6:12]]              # reshuffled
+
+
 @needs_tiny
 def test_windows_are_read_again_rewritten_and_not_more_often_than_states_have_room(text, tmp_path):
     args = ["--nsamples", 4, "--seqlen", 64, "--calib", text, "--data", text, "--max-tokens", 512,
@@ -200,6 +213,7 @@ def test_windows_are_read_again_rewritten_and_not_more_often_than_states_have_ro
 
     def watch(model, windows, *rest, **more):
         read.append(windows)
+        assert len(windows) == 4 * more["readings"]
         return heal(model, windows, *rest, **more)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "heal", watch)
@@ -372,8 +386,7 @@ def test_a_run_killed_while_the_healed_model_takes_its_place_goes_on(text, tmp_p
             "--heal", 2, "--steps", 0, "--device", "cpu", "--dtype", "float32"]
     here(*args, "--out", tmp_path / "a")
     left = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert left == [".lock", "compressed", "report.json", "rewritten", "seconds.json",
-                    "shares.json"]
+    assert left == [".lock", "compressed", "report.json", "seconds.json", "shares.json"]
     # before the new folder has its name, and after
     for name, half_removed in (("b", True), ("c", False)):
         shutil.copytree(tmp_path / "a", tmp_path / name)

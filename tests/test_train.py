@@ -186,10 +186,11 @@ def test_killed_again_and_again_and_gone_on_to_the_same_bytes(text, other, tmp_p
         "--data", text,
         "--train-data", other,
         "--heal", 5,
+        "--rewrite", 1,
         "--steps", 6,
     ]
     run("train.py", *args, "--out", tmp_path / "a")
-    moments = ["shares.json", "compressed/model-00003-of-*", "rewritten/1.pt", "heal.state",
+    moments = ["shares.json", "compressed/model-00003-of-*", "rewritten/0.safetensors", "heal.state",
                "prompt.state"]
     for moment in moments:
         kill_when("train.py", *args, "--out", tmp_path / "b", "--resume",
@@ -295,7 +296,8 @@ def test_windows_leave_room_for_the_prompt_where_no_flag_says_how_long(text, tmp
     (3, 0, 1, 2),
     (100, 0, 1, 8),
     (0, 9, 10, 0),
-    (3, 9, 10, 10),
+    (3, 9, 10, 2),
+    (100, 9, 10, 10),
 ])
 def test_a_plan_counts_rewritten_windows(heal, rewrite, walked, taught, text, tmp_path, monkeypatch,
                                          capsys):
@@ -399,7 +401,8 @@ def test_two_processes_make_a_table_and_resume_it(text, tmp_path):
         "--data", text,
         "--max-tokens", 512,
         "--train-data", text,
-        "--heal", 2,
+        "--heal", 5,
+        "--rewrite", 1,
         "--steps", 2,
         "--prompt-tokens", 4,
         "--batch-size", 2,

@@ -346,7 +346,7 @@ REWRITTEN = Family(
     "smollm2-rewritten-{bits}bit-{sparsity}",
     f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI} --steps 0 --heal 64 --rewrite 3 "
     "--bits {bits} --sparsity {sparsity}".replace("bfloat16", "float32"),
-    {"bits": (4,), "sparsity": ("0.5", "0")})
+    {"bits": (4,), "sparsity": ("0.5",)})
 CALIBRATED_ON_C4 = Family(
     "smollm2-c4",
     "train.py --model {smollm2} --calib c4 --data-dir {texts} --nsamples 32 --seqlen 512 "
@@ -428,10 +428,10 @@ PARTS = {
     "robust": studied("robust", [ONE], names(ONE)),
     "tasks": studied("tasks", [ONE], names(ONE), " --limit 60"),
     "calibration": Part([CALIBRATION], calibration_table),
+    "rewriting": Part([REREAD], side_by_side(REREAD, "rewrite", ["without", "4 times"])),
     "allocation": Part([ALLOCATED], side_by_side(ALLOCATED, "allocation", ["uniform", "fisher"])),
     "reconstruction": Part([RECONSTRUCTED],
                            side_by_side(RECONSTRUCTED, "passes", ["without", "2 passes"])),
-    "rewriting": Part([REREAD], side_by_side(REREAD, "rewrite", ["without", "4 times"])),
     "prompt learning": Part([EXPORTED, BESIDE_PEFT], printed("prompts")),
     "smollm2": Part([SMOLLM2], smollm2_table),
     "smollm2 healed": Part([HEALED, HEALED_LONGER], healed_table),

@@ -161,7 +161,7 @@ def test_every_part_that_is_run_has_its_place_in_the_results():
 
 
 def test_the_functions_that_the_lesson_names_are_where_it_says():
-    modules = ("gptq.py", "sparsegpt.py", "compress.py", "prompt.py", "model.py")
+    modules = ("gptq.py", "sparsegpt.py", "compress.py", "prompt.py", "model.py", "heal.py")
     code = "".join(map(read, modules))
     named = re.findall(r"`([a-z_]+)`", section("How it works"))
     assert len(named) >= 6

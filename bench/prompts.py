@@ -165,8 +165,7 @@ if __name__ == "__main__":
     a = p.add_argument
     a("model", help="a dense checkpoint folder in the Hugging Face layout")
     a("--windows", nargs="+", type=sizes("windows x tokens, such as 4x512"), default=[(4, 512)],
-      metavar="NxT",
-      help="windows of a step x tokens of a window")
+      metavar="NxT", help="windows of a step x tokens of a window")
     a("--prompt-tokens", type=int, default=100)
     a("--steps", type=int, default=2)
     a("--repeats", type=int, default=1, help="runs of each side, in turn; the fastest counts")

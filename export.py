@@ -71,9 +71,10 @@ from data.tokenizer import Ranks, SentencePiece, copy_tokenizer, load_tokenizer
 from kernels.packing import Packed, groups_of
 from kernels.unpacking import unpack
 from model import HF, META, Checkpoint, open_checkpoint, published_name, skeleton_of
-from prompt import load_prompt, save_prompt
+from prompt import check_fits, load_prompt, save_prompt
 
 SHARD = 2_000_000_000                       # bytes of a shard, unless one tensor is larger
+FAST = "PreTrainedTokenizerFast"            # takes a tokenizer.json as it is, LlamaTokenizer not
 Make = Callable[[], dict[str, torch.Tensor]]    # makes some tensors of a file in their turn
 
 
@@ -120,16 +121,22 @@ def write_folder(folder: Path, parts: list[tuple[int, Make]]) -> None:
         write_json(folder / "model.safetensors.index.json", index)
 
 
+def tokenizer_of(folder: Path):
+    """(tokenizer, None), or (None, why it is not for us); (None, None) where there is none."""
+    try:
+        return load_tokenizer(folder), None
+    except FileNotFoundError:                                   # weights alone
+        return None, None
+    except ValueError as e:
+        return None, e
+
+
 def take_tokenizer(source: Path, folder: Path) -> dict:
     """Copy the files that a model's text goes through into a new folder for transformers, and
     return what config.json says of them. What only transformers understands is copied as it is."""
-    tokenizer = None
-    try:
-        tokenizer = load_tokenizer(source)
-    except FileNotFoundError:                                   # weights alone
-        pass
-    except ValueError as e:                                     # not for us
-        say(f"its tokenizer is copied unread: {e}")
+    tokenizer, refused = tokenizer_of(source)
+    if refused:
+        say(f"its tokenizer is copied unread: {refused}")
     if isinstance(tokenizer, Ranks) and not (source / "tokenizer.json").exists():
         raise ValueError(f"{source} has a rank file for tokenizer, and transformers would read its "
                          f"special tokens as text: put the tokenizer.json of Hugging Face's "
@@ -143,12 +150,15 @@ def take_tokenizer(source: Path, folder: Path) -> dict:
         # without it, transformers needs sentencepiece and protobuf
         if not (folder / "tokenizer.json").exists() and is_plain_bpe(tokenizer.model):
             write_json(folder / "tokenizer.json", sentencepiece_json(tokenizer))
+            config = folder / "tokenizer_config.json"
+            if config.exists():                                 # its class read tokenizer.model
+                write_json(config, {**read_json(config), "tokenizer_class": FAST})
         model = tokenizer.model
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": model.unk_id()}
         held.update({f"{role}_token": tokenizer.text_of.get(i) or model.id_to_piece(i)
                      for role, i in ids.items() if i is not None})
         if (folder / "tokenizer.json").exists():
-            held["tokenizer_class"] = "PreTrainedTokenizerFast"     # LlamaTokenizer changes it
+            held["tokenizer_class"] = FAST
     elif not (folder / "tokenizer.json").exists():              # OPT
         vocab = read_json(folder / "vocab.json")
         text_of = {i: text for text, i in {**vocab, **tokenizer.added}.items()}
@@ -496,6 +506,9 @@ def completeness(folder: Path) -> str:
     kinds. Raises FileNotFoundError or ValueError where a file or a weight is missing or another's.
     """
     path = folder / "config.json"
+    if not path.exists() and not (folder / "params.json").exists():     # that one is Meta's
+        raise FileNotFoundError(f"{folder} is not complete: there is no config.json, which is "
+                                f"written last")
     said = read_json(path) if path.exists() else {}
     quantized = said.get("quantization_config")
     if family_of(said) not in ("llama", "opt") or quantized is not None and not is_ours(quantized):
@@ -516,9 +529,9 @@ def new_folder(path: Path, source: Path) -> Path:
 def main(args) -> None:
     folder = resolve(args.model)
     if args.verify:
-        if args.to or args.out:
-            raise ValueError("--verify reads and writes nothing: leave out --to and the folder to "
-                             "write")
+        if args.to or args.out or args.prompt or args.dtype:
+            raise ValueError("--verify reads and writes nothing: leave out --to, the folder to "
+                             "write, --prompt and --dtype")
         for file, count in verify(folder).items():
             found = "no checksums in this file"
             if count is not None:
@@ -539,22 +552,16 @@ def main(args) -> None:
     source.check_head()
     dtype = getattr(torch, args.dtype) if args.dtype else None
 
-    def check_width(prompt: torch.Tensor) -> None:
-        width = source.config.d_embed
-        if prompt.dim() == 2 and prompt.shape[1] != width:
-            raise ValueError(f"{args.prompt} is of width {prompt.shape[1]}; the embeddings of "
-                             f"{folder} are {width} wide")
     if args.to == "prompt":
         prompt = from_peft(Path(args.prompt))
-        check_width(prompt)
+        check_fits(source.skeleton(), prompt, args.prompt)
         if out.exists():
             raise ValueError(f"{out} exists: give a new file, nothing is overwritten")
         if out.suffix != ".safetensors":
             raise ValueError(f"{out}: a prompt's file ends in .safetensors")
         save_prompt(out, prompt, {"from": str(args.prompt)})
     elif args.to == "peft":
-        prompt, _ = load_prompt(args.prompt)
-        check_width(prompt)
+        prompt, _ = load_prompt(args.prompt, source.ends(), tokenizer_of(folder)[0])
         to_peft(str(args.model), source.config, prompt, new_folder(out, folder))
     elif args.to == "gptq":
         to_gptq(source, new_folder(out, folder))

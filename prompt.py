@@ -663,7 +663,7 @@ def load_prompt(path: str | Path, model=None, tokenizer=None,
             was, now = theirs.get(name), ours.get(name)
             if None not in (was, now) and was != now:
                 raise ValueError(f"{path} was learned for another {name.replace('_', ' ')} ({was}, "
-                                 f"not {now}): it would mean nothing to this model; --force "
-                                 f"stitches it on all the same")
+                                 f"not {now}): it would mean nothing to this model; eval.py "
+                                 f"--force stitches it on all the same")
         prompt = prompt.to(model.embed_tokens.weight.device)
     return prompt.detach().float().clone(), settings

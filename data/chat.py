@@ -45,8 +45,9 @@ ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mod: remainder,
 FILTERS = {"trim": str.strip, "length": len, "upper": str.upper, "lower": str.lower,
            "capitalize": str.capitalize, "title": str.title, "string": str, "list": list,
            "first": lambda x: x[0], "last": lambda x: x[-1],
-           "join": lambda x, by="": checked(by.join(x), len(by) * len(x)),
-           "default": lambda x, other="": other if x is UNDEFINED else x}
+           "join": lambda x, by="": checked(by.join(map(str, x)), len(by) * len(x)),
+           "default": lambda x, other="", empty=False:
+               other if x is UNDEFINED or empty and not x else x}
 TESTS = {"defined": lambda x: x is not UNDEFINED,
          "undefined": lambda x: x is UNDEFINED,
          "none": lambda x: x is None,
@@ -56,8 +57,7 @@ TESTS = {"defined": lambda x: x is not UNDEFINED,
          "number": lambda x: isinstance(x, (int, float)),
          "string": lambda x: isinstance(x, str),
          "mapping": lambda x: isinstance(x, dict),
-         "sequence": lambda x: isinstance(x, (str, list, tuple)),
-         "iterable": lambda x: isinstance(x, (str, list, tuple, dict))}
+         "sequence": lambda x: has_members(x), "iterable": lambda x: has_members(x)}
 
 
 def checked(value, size: int | None = None):
@@ -86,6 +86,11 @@ class Undefined:
 UNDEFINED = Undefined()
 
 
+def has_members(x) -> bool:
+    """As Jinja sees it, where what has no value is empty."""
+    return isinstance(x, (str, list, tuple, dict, Undefined))
+
+
 class ChatTemplate:
     """source: the template's text; path: its file, for messages; names: bos_token, eos_token and
     the like, as it may write them."""
@@ -94,7 +99,8 @@ class ChatTemplate:
                  names: dict[str, str] | None = None):
         self.path = path
         self.names = names or {}
-        parts = TAGS.split(source.removesuffix("\n"))                  # text, tag, text, ..., text
+        source = re.sub("\r\n?", "\n", source).removesuffix("\n")     # lines end as Jinja's do
+        parts = TAGS.split(source)                                     # text, tag, text, ..., text
         strip_around(parts)
         with self.errors():
             self.nodes, rest = parse(parts, 0, ())
@@ -129,7 +135,8 @@ class ChatTemplate:
     def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """The conversation as text, up to where the answer begins."""
         out = []
-        scope = {**self.names, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        scope = {"tools": None, "documents": None, **self.names, "messages": messages,
+                 "add_generation_prompt": add_generation_prompt}
         with self.errors():
             run(self.nodes, scope, out, [MOST_STEPS])
         return "".join(out)
@@ -351,7 +358,10 @@ def value_of(node: ast.expr, scope: dict):
             return value(node.value)[low:high:step]
         case ast.Subscript():
             held, key = value(node.value), value(node.slice)
-            return held.get(key, UNDEFINED) if isinstance(held, dict) else held[key]
+            try:
+                return held[key]
+            except LookupError:                                 # past the end of a list as well
+                return UNDEFINED
         case ast.Attribute():
             held = value(node.value)
             if isinstance(held, dict):

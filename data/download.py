@@ -11,6 +11,7 @@ download was right, only that the file has not changed since.
 import hashlib
 import http.client
 import os
+import re
 import sys
 import time
 import urllib.error
@@ -66,14 +67,17 @@ def download(url: str, path: Path, sha256: str | None = None, timeout: float = 6
     """
     part = path.with_name(path.name + ".part")
     record = path.with_name(path.name + ".sha256")
+    files = path.name
     if sha256 is None and record.exists():
-        sha256 = record.read_text()[:64]
+        said = record.read_text()[:64]
+        files += f" and {record.name}"
+        sha256 = said if re.fullmatch("[0-9a-f]{64}", said) else None   # not if it was cut short
     if path.exists():
         if sha256 is not None:
             digest = file_sha256(path)
             if digest != sha256:
-                raise ValueError(f"{path} has sha256 {digest}, not {sha256}: delete it to download "
-                                 f"it again")
+                raise ValueError(f"{path} has sha256 {digest}, not {sha256}: delete {files} to "
+                                 f"download it again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -83,8 +87,9 @@ def download(url: str, path: Path, sha256: str | None = None, timeout: float = 6
     digest = file_sha256(part)
     if sha256 not in (None, digest):
         part.unlink()                             # resuming a wrong file would never end well
+        known = f"; if it has changed, delete {record}" if record.exists() else ""
         raise ValueError(f"{url} has sha256 {digest}, not {sha256}: the file has changed or the "
-                         f"transfer was damaged")
+                         f"transfer was damaged{known}")
     if sha256 is None:
         record.write_text(f"{digest}  {path.name}\n")
     os.replace(part, path)

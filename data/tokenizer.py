@@ -57,6 +57,7 @@ LLAMA3_SPECIAL = ["begin_of_text", "end_of_text",
                   *(f"reserved_special_token_{i}" for i in range(4)),
                   "start_header_id", "end_header_id", "reserved_special_token_4", "eot_id",
                   *(f"reserved_special_token_{i}" for i in range(5, 251))]
+LLAMA3_ENDS = "<|end_of_text|>", "<|eot_id|>"              # that end a text in Meta's code
 # What a tokenizer.json must encode and decode to itself: letters, digits, marks and spaces of all
 # kinds.
 SAMPLE = "aZ \u00e9\u4e2d1\u00b2_-'\t\n\r\u3000\u0301\U0001f600" * 2
@@ -126,7 +127,8 @@ FILES = ("tokenizer", "vocab.", "merges.", "special_tokens", "added_tokens", "ge
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the files that a model's text goes through into another model folder, each atomically.
-    Special tokens that config.json alone names go into a generation_config.json."""
+    Special tokens that config.json alone names go into a generation_config.json; single numbers,
+    which early conversions have wrong, as `load_tokenizer` understands them."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name.startswith(FILES):
             with open(file, "rb") as held:
@@ -135,6 +137,13 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     said = read_json(config) if config.exists() else {}
     ids = {key: said[key] for key in ("bos_token_id", "eos_token_id") if said.get(key) is not None}
     if ids and not generation.exists():
+        try:
+            tokenizer = load_tokenizer(source)
+            understood = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        except (OSError, ValueError):                           # none, or one not for us
+            understood = {}
+        ids.update({key: i for key, i in understood.items()
+                    if i is not None and not isinstance(ids.get(key), list)})
         write_json(generation, ids)
 
 
@@ -244,10 +253,15 @@ def read_tokenizer(folder: Path, rows: int | None) -> SentencePiece | ByteLevelB
         return from_vocab_and_merges(folder, names, family, added)
     if content.exists():
         try:
-            return from_tokenizer_json(content, names, added)
+            tokenizer = from_tokenizer_json(content, names, added)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{content} is not a whole tokenizer.json "
                              f"({str(repr(error))[:100]}): download it again") from None
+        if is_ranks and tokenizer.eos_id is None:               # Meta's folder: no file names it
+            ends = {text: tokenizer.special(text) for text in LLAMA3_ENDS}
+            tokenizer.eos_id = ends["<|end_of_text|>"]
+            tokenizer.stops |= {i for i in ends.values() if i is not None}
+        return tokenizer
     if is_ranks:
         return from_ranks(model, names, lines)
     raise FileNotFoundError(f"no tokenizer in {folder}: looked for tokenizer.model, "
@@ -273,7 +287,7 @@ def from_ranks(path: Path, names: dict, lines: list[bytes]) -> ByteLevelBPE:
     bos = None if names.get("add_bos_token") is False else added["<|begin_of_text|>"]
     eos = special_id(path, names, "eos", added, added["<|end_of_text|>"])
     tokens = sorted(ids, key=ids.get)
-    stops = more_stops(names) | {added["<|end_of_text|>"], added["<|eot_id|>"]}    # as Meta's code
+    stops = more_stops(names) | {added[text] for text in LLAMA3_ENDS}
     return Ranks(LLAMA3_WORDS, tokens, ids, added, set(added.values()), bos, eos, stops)
 
 

@@ -74,8 +74,17 @@ default('nothing') }}
 {{- messages[-1]['content'][:2] ~ (messages | length) }}{{ missing }}{{ ['a', 'b'] | join('+') }} {{
 'even' if (messages | length) % 2 == 0 else 'odd' }} {{ 'x' in 'xyz' and not ns.seen or 'either' }}
 """.replace("        {% set x, = 1 %}\n", "")
+ABSENT = """{% if tools is not none %}tools{% endif %}
+{% if documents is none %}no documents{% endif %}
+{% if messages[7] is defined %}an eighth{% endif %}{% if messages[-9] is undefined %} few{% endif %}
+{{ '' | default('empty', true) }}{{ '' | default('kept') }}{{ nobody | default('nobody') }}
+{{ [1, 'a', none] | join(', ') }}{% if messages[0] is sequence %} a mapping has members{% endif %}
+{% if nobody is iterable and nobody is sequence %}nothing to go through{% endif %}
+    {% for m in nobody %}never{% endfor %}
+"""
 TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "zephyr": ZEPHYR,
-             "dashes": DASHES}
+             "dashes": DASHES, "absent": ABSENT, "crlf": ABSENT.replace("\n", "\r\n"),
+             "cr": DASHES.replace("\n", "\r")}
 ONE = [{"role": "user", "content": " Hi there\n"}]
 SYSTEM = [{"role": "system", "content": "Be kind."}, *ONE]
 LONG = [*ONE, {"role": "assistant", "content": "Hello! "},
@@ -91,6 +100,7 @@ def peer(source, messages, add):
         raise ValueError(message)
     environment.globals["raise_exception"] = raise_exception
     return environment.from_string(source).render(messages=messages, add_generation_prompt=add,
+                                                  tools=None, documents=None,   # as transformers
                                                   **NAMES)
 
 
@@ -113,7 +123,7 @@ def test_templates_render_as_in_jinja(name, add, messages):
     ("{{ 1 is even }}", "the test `is even` is not supported"),
     ("{{ 'a' * 9999999999 }}", "is not supported"),
     ("{{ 1 + }}", "invalid syntax"), ("{{ raise_exception('no system role') }}", "no system role"),
-    ("{{ messages[5].role }}", "index out of range"),
+    ("{{ messages[5].role }}", "`messages[5].role` is not supported"),
     ("{% endif %}", "{% endif %} is not supported"),
     ("{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "cannot be used")])
 def test_what_is_not_understood_is_one_clear_error(source, message):

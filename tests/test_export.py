@@ -27,7 +27,7 @@ from data.checkpoint import read_folder, verify, write_safetensors
 from data.config import PUBLISHED, SHIPPED, Config, file_sums, meta_factor
 from data.tokenizer import load_tokenizer
 from model import Transformer, load_model, open_checkpoint, save_model, shard_path
-from prompt import initial_prompt, load_prompt, save_prompt
+from prompt import initial_prompt, load_prompt, owner, save_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared/data"
@@ -366,6 +366,14 @@ def test_a_prompt_goes_to_peft_and_back(family, tmp_path):
     assert got.shape == want.shape
     assert (got - want).abs().max() < 1e-5
 
+    # one of another family, of the same width
+    other = "opt" if family == "llama" else "llama"
+    save_prompt(tmp_path / "other.safetensors", prompt, {}, {**owner(model), "family": other})
+    with pytest.raises(ValueError, match=f"another family .{other}, not {family}"):
+        run(tmp_path / "packed", "--to", "peft", tmp_path / "no", "--prompt",
+            tmp_path / "other.safetensors")
+    assert not (tmp_path / "no").exists()
+
     # a prompt that peft trained
     base = CLASSES[family].from_pretrained(tmp_path / "hf", dtype=torch.float32)
     tuned = peft.get_peft_model(base,
@@ -400,10 +408,13 @@ def test_verify_misses_files(tmp_path, monkeypatch, capsys):
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="lists model-00002"):
         run(tmp_path / "hf", "--verify")
-    (tmp_path / "hf/config.json").unlink()
+    (tmp_path / "hf/config.json").write_text('{"model_type": "gpt2"}')
     capsys.readouterr()
     run(tmp_path / "hf", "--verify")
     assert "is complete is not known" in capsys.readouterr().out
+    (tmp_path / "hf/config.json").unlink()                      # as a killed export leaves it
+    with pytest.raises(FileNotFoundError, match="not complete: there is no config.json"):
+        run(tmp_path / "hf", "--verify")
     save_model(models("opt", "dense", "uniform")[0], tmp_path / "packed")
     run(tmp_path / "packed", "--to", "gptq", tmp_path / "gptq")
     run(tmp_path / "gptq", "--verify")
@@ -443,12 +454,18 @@ def test_a_head_that_is_not_the_embedding_is_not_dropped_in_silence(tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "tokenizers/llama").exists(), reason="needs ../shared/data")
-def test_the_published_llama_tokenizer_becomes_one_that_transformers_opens(tmp_path):
+@pytest.mark.parametrize("said", [None, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>",
+                                         "eos_token": "</s>", "unk_token": "<unk>"}])
+def test_the_published_llama_tokenizer_becomes_one_that_transformers_opens(said, tmp_path):
     """Without sentencepiece's own reader: its pieces of spaces have scores of their own."""
-    source = SHARED / "tokenizers/llama"
+    source = tmp_path / "source"
+    shutil.copytree(SHARED / "tokenizers/llama", source)
+    if said:
+        (source / "tokenizer_config.json").write_text(json.dumps(said))
     export.take_tokenizer(source, tmp_path / "out")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(source)
-    for text in ("Hello  world", "   three\n\n  \t x", "\u4e2d caf\u00e9 \U0001f600", "a" * 50):
+    for text in ("Hello  world", "   three\n\n  \t x", "\u4e2d caf\u00e9 \U0001f600", "a" * 50,
+                 " a"):
         assert theirs(text)["input_ids"] == ours.encode(text)
 
 
@@ -513,6 +530,25 @@ def test_special_tokens_that_config_json_alone_names_go_along(tmp_path):
     assert load_tokenizer(tmp_path / "model").eos_id == load_tokenizer(tmp_path / "hf").eos_id == 50
 
 
+def test_a_folder_says_one_end_of_a_text(tmp_path):
+    """Numbers in config.json that the tokenizer's files contradict, as in early conversions."""
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(SHIPPED["tiny-opt"], tmp_path / "model")
+    (tmp_path / "model/generation_config.json").unlink(missing_ok=True)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config.update(bos_token_id=7, eos_token_id=8)
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    (tmp_path / "model/tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "</s>", "eos_token": "</s>"}))
+    end = load_tokenizer(tmp_path / "model").eos_id
+    assert end != 8
+    run(tmp_path / "model", "--to", "hf", tmp_path / "hf")
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert theirs.eos_token_id == end
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == end
+    assert load_tokenizer(tmp_path / "hf").stops == {end}
+
+
 def test_the_factor_that_metas_files_do_not_say(tmp_path):
     """LLaMA 3.2's 32, LLaMA 3.1's 8; another is said."""
     for width, factor, said in ((2048, 32.0, False), (4096, 8.0, False), (2048, 8.0, True)):
@@ -536,6 +572,8 @@ def test_the_program_refuses_what_it_cannot_do(tmp_path):
                           (("--to", "peft", new), "needs --prompt"),
                           (("--to", "hf", new, "--prompt", "x"), "takes no --prompt"),
                           (("--verify", "--to", "hf", new), "leave out"),
+                          (("--verify", "--prompt", new), "leave out"),
+                          (("--verify", "--dtype", "float16"), "leave out"),
                           (("--to", "gptq", new, "--dtype", "float32"), "does nothing"),
                           (("--to", "gptq", new), "not quantized")):
         with pytest.raises(ValueError, match=message):

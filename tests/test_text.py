@@ -320,7 +320,7 @@ def test_download_checks_and_keeps(server, tmp_path, capsys):
     assert download(server.url, path, DIGEST) == path      # there already
     assert len(server.asked) == 1
     path.write_bytes(CONTENT[:-1])
-    with pytest.raises(ValueError, match="delete it to download it again"):
+    with pytest.raises(ValueError, match="delete file.bin to download it again"):
         download(server.url, path, DIGEST)
 
 
@@ -362,6 +362,20 @@ def test_unknown_hash_is_recorded_and_then_checked(server, tmp_path):
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=DIGEST):
         download(server.url, path)
+
+
+def test_what_to_delete_where_a_file_with_a_recorded_hash_has_changed(server, tmp_path):
+    path, record = tmp_path / "file.bin", tmp_path / "file.bin.sha256"
+    record.write_text(f"{'0' * 64}  file.bin\n")
+    with pytest.raises(ValueError, match="if it has changed, delete .*file.bin.sha256"):
+        download(server.url, path)
+    path.write_bytes(CONTENT)
+    with pytest.raises(ValueError, match="delete file.bin and file.bin.sha256 to download it"):
+        download(server.url, path)
+    path.unlink()
+    record.write_text(DIGEST[:10])                              # cut short: it says nothing
+    assert download(server.url, path).read_bytes() == CONTENT
+    assert record.read_text() == f"{DIGEST}  file.bin\n"
 
 
 def test_no_server(tmp_path, server):

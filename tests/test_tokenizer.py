@@ -160,6 +160,10 @@ def test_llama3_rank_file_and_tokenizer_json_equal_peers(tmp_path):
     from_json = load_tokenizer(tmp_path)
     assert (from_ranks.bos_id, from_ranks.eos_id, from_ranks.vocab_size) == (128000, 128001, 128256)
     assert (from_json.bos_id, from_json.vocab_size) == (128000, 128256)
+    # both files in one folder, where none names the end of a text
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    both = load_tokenizer(tmp_path)
+    assert (both.bos_id, both.eos_id, both.stops) == (128000, 128001, from_ranks.stops)
     for tokenizer in (from_ranks, from_json):
         check(tokenizer, peer.encode, real_texts() + random_texts() + NASTY)
         check(tokenizer, peer.encode, SPECIAL, exact=False)

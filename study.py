@@ -50,6 +50,7 @@ if __name__ == "__main__":
     args = read_flags(flags())       # before torch is loaded: --help and wrong flags answer at once
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -69,7 +70,8 @@ from data.progress import Progress
 from data.report import identity
 from data.svg import DENSE, HEALED, HURT, dot_plot
 from data.tasks import Item, ask, find_task, load_items
-from data.text import eval_tokens, has_splits, split_to_judge
+from data.text import (MOST_CHARACTERS, eval_tokens, has_splits, joined, load_text,
+                       split_to_judge)
 from data.tokenizer import load_tokenizer
 from eval import DTYPES, cut, decode, generate, not_finite, zero_shot
 from model import load_model, open_checkpoint
@@ -179,25 +181,27 @@ class Case:
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is not a report of this version's train.py: run it "
                              f"again") from None
-        made = self.folder / "compressed"
-        self.compressed = None
-        if s.packed:
-            self.compressed = source
-        elif (made / "config.json").is_file():
-            self.compressed = made
-        if self.compressed is None and "compressed" in self.rows:
-            raise FileNotFoundError(f"{made} is missing: let the run end, train.py ... --resume")
         maker = source.parent / "report.json"               # of the run that compressed it
-        self.made = vars(s)
         if s.packed and maker.is_file():
-            self.made = read_json(maker).get("settings")
+            held = read_json(maker)
+        self.made = held.get("settings")
         if self.made is None:
             raise ValueError(f"{maker} holds no settings: was its run stopped while it was "
                              f"cleared?")
+        how = made_how(self.made)
+        healed = " + healed" if how and self.made.get("heal") else ""
+        made = self.folder / "compressed"
+        self.compressed = source if s.packed else made if how else None
+        if how:
+            whole = (self.compressed / "config.json").is_file()
+            if not whole or f"compressed{healed}" not in {row["name"] for row in held["rows"]}:
+                raise ValueError(f"{self.compressed.parent} is not finished, its compressed"
+                                 f"{healed} model has not been measured: let the run end, "
+                                 f"train.py ... --resume")
         self.n = s.prompt_tokens
         self.tokenizer = load_tokenizer(source)
-        healed = " + healed" if self.made.get("heal") else ""
-        self.label = (made_how(self.made) or "dense") + healed
+        plain = ", plain" if how and self.made.get("recipe") == "plain" else ""
+        self.label = (how or "dense") + plain + healed
 
     def place(self, which: str) -> Path | None:
         """The folder of the "dense" or the "compressed" model."""
@@ -231,6 +235,7 @@ class Lab:
         self.cache = self.out / "cache"
         self.cases = [Case(folder, args.data_dir) for folder in args.runs]
         self.loaded = {}
+        self.marks = {}
 
     def model(self, case: Case, which: str):
         """"dense" or "compressed"; two stay in memory."""
@@ -303,22 +308,33 @@ class Lab:
             return load_prompt(own)[0].to(s.device)
         if not s.steps:
             raise ValueError(f"{case.folder} learned no prompt (--steps 0): name a run that did")
-        dense = str(case.dense) if case.dense and which == "compressed" else None
-        asked = {**vars(s), "model": str(case.place(which)), "dense": dense, "bits": 16,
+        dense = case.dense if which == "compressed" else None
+        asked = {**vars(s), "model": str(case.place(which)), "bits": 16,
+                 "dense": str(dense) if dense else None,
                  "sparsity": "0", "packed": bool(packed_layers(case.place(which))),
                  "checkpointing": False, "control": False, "heal": 0, "reconstruct": 0,
                  "train_data": text, "prompt_tokens": n, "max_tokens": s.seqlen}
 
+        made_of = {**self.made_of(case, which, None), "asked": asked,
+                   "text": self.text_mark(text), "teacher": dense and identity(dense)}
+
         def make():
             self.loaded.clear()                         # the run loads its model itself
-            folder = self.cache / f"run-{mark(asked)}"
+            folder = self.cache / f"run-{mark(made_of)}"
             begun = (folder / "report.json").exists()
             run = Run(argparse.Namespace(**asked, out=str(folder), resume=begun, overwrite=False))
             run.run()
             run.report.lock.close()
             return folder.name
-        name = self.keep("prompt", {**self.made_of(case, which, None), "asked": asked}, make)
+        name = self.keep("prompt", made_of, make)
         return load_prompt(self.cache / name / "prompt.safetensors")[0].to(s.device)
+
+    def text_mark(self, name: str) -> str:
+        """16 hexadecimal digits of a text that prompts are learned from, which may change."""
+        if name not in self.marks:
+            text = joined(load_text(name, "train", self.args.data_dir))[:MOST_CHARACTERS]
+            self.marks[name] = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+        return self.marks[name]
 
     def start(self, case: Case, which: str, n: int | None = None) -> torch.Tensor:
         """Where a run's prompt starts from."""
@@ -527,14 +543,15 @@ def levels(lab: Lab) -> None:
     table = Table("Perplexity", "model", "bits a weight", "MB", *names, "learned, change in nats")
     found = []
     done = set()                                        # folders: runs share the dense model
-    for case in lab.cases:
+    labels = apart([case.label for case in lab.cases], lab.cases)
+    for compressed, case in zip(labels, lab.cases):
         for which in ("dense", "compressed"):
             folder = case.place(which)
             if folder and folder not in done:
                 done.add(folder)
                 losses = {name: lab.losses(case, which, prompt, case.measured())
                           for name, prompt in lab.behind(case, which).items()}
-                label = "dense" if which == "dense" else case.label
+                label = "dense" if which == "dense" else compressed
                 row = case.rows[which]
                 found.append((row["linear_bits_per_weight"], label, row["megabytes"], losses))
     for bits, label, size, losses in sorted(found, key=lambda f: f[:2]):
@@ -546,7 +563,7 @@ def levels(lab: Lab) -> None:
     for name in ("no prompt", "learned"):
         front = []
         best = math.inf
-        for row in table.values:
+        for row in sorted(table.values, key=lambda r: (r["bits"], r["perplexity"][name][0])):
             if row["perplexity"][name][0] < best:
                 best = row["perplexity"][name][0]
                 front.append(f"{row['row']} ({row['bits']:.2f} bits, {best:.2f})")
@@ -564,7 +581,11 @@ def levels(lab: Lab) -> None:
 def check_alike(cases: list[Case]) -> None:
     """ValueError unless runs can be ranked: of one dense model, measured and taught alike."""
     def asked(case: Case) -> dict[str, str]:
-        keys = ("data", "seqlen", "max_tokens", "kind", "objective", "steps", "prompt_tokens")
+        keys = ("data", "seqlen", "max_tokens", "seed")
+        if case.settings.steps:
+            keys += ("kind", "objective", "prompt_tokens", "prompt_init", "train_data", "lr",
+                     "batch_size", "val_windows")
+        keys += ("steps",)
         dense = case.dense and case.dense.resolve()
         return {"--dense": dense, **{flag(key): getattr(case.settings, key) for key in keys}}
     first = asked(cases[0])
@@ -576,6 +597,12 @@ def check_alike(cases: list[Case]) -> None:
                                  f"{case.folder.name} {value}")
 
 
+def apart(names: list[str], cases: list[Case]) -> list[str]:
+    """The names, with the folder of the run where two are the same."""
+    return [f"{name}, {case.folder.name}" if names.count(name) > 1 else name
+            for name, case in zip(names, cases)]
+
+
 def recipes(lab: Lab) -> None:
     """What the compressed model loses to the dense one, before and behind a prompt of each kind and
     objective: what is healed is the difference; the rest of a prompt's gain is adaptation."""
@@ -585,10 +612,13 @@ def recipes(lab: Lab) -> None:
     rows = []
     seeds = {case.settings.seed for case in lab.cases}
     models = {case.label for case in lab.cases}
+    names = []
     for case in lab.cases:
         name = f"{case.settings.kind}, {case.settings.objective}"
         name += f", seed {case.settings.seed}" if len(seeds) > 1 else ""
         name += f", {case.label}" if len(models) > 1 else ""
+        names.append(name)
+    for name, case in zip(apart(names, lab.cases), lab.cases):
         for label, (_, measure) in lab.texts(case).items():
             tokens = case.measured(measure)
             losses = {name: lab.losses(case, which, prompt, tokens)
@@ -651,23 +681,16 @@ def transfer(lab: Lab) -> None:
     types = {kind(case): case for case in reversed(lab.cases)}.values()
     for title, cases in (("Levels", same), ("Types", sorted(types, key=lab.cases.index))):
         if len(cases) > 1:
-            check_labels(cases)
-            prompts = {case.label: lab.learned(case, "compressed") for case in cases}
-            matrix(title, prompts, {case.label: (case, None) for case in cases})
+            check_alike(cases)
+            labels = apart([case.label for case in cases], cases)
+            matrix(title, {label: lab.learned(case, "compressed")
+                           for label, case in zip(labels, cases)},
+                   {label: (case, None) for label, case in zip(labels, cases)})
     says = ["Learned on the row, read by the column; below zero is better than no prompt, a star "
             "marks what the interval tells from zero."]
     publish(lab, "transfer", tables, says, dot_plot(
         "Change of the loss by a prompt from elsewhere, nats a token", "lower is better", rows,
         [("learned on → read by", HEALED)]))
-
-
-def check_labels(cases: list[Case]) -> None:
-    """ValueError where two runs would be one row."""
-    for i, case in enumerate(cases):
-        twin = next((other for other in cases[:i] if other.label == case.label), None)
-        if twin:
-            raise ValueError(f"{twin.folder} and {case.folder} are both {case.label}: one table "
-                             f"has each once, leave one out")
 
 
 def length(lab: Lab) -> None:
@@ -683,7 +706,11 @@ def length(lab: Lab) -> None:
         raise ValueError(f"--lengths {lab.args.lengths} is not numbers of positions parted by "
                          f"commas")
     longest = open_checkpoint(case.compressed).config.max_positions - case.settings.seqlen
-    for n in [0, *(int(n) for n in asked if int(n) <= longest)]:
+    too_long = [n for n in asked if int(n) > longest]
+    if too_long and lab.args.lengths:
+        raise ValueError(f"--lengths {','.join(too_long)}: beside windows of "
+                         f"{case.settings.seqlen} tokens this model has room for {longest}")
+    for n in [0, *(int(n) for n in asked if n not in too_long)]:
         start = learned = control = None
         if n:
             start = lab.start(case, "compressed", n)

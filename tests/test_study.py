@@ -150,8 +150,8 @@ def test_levels_by_hand_and_nothing_is_computed_twice(place, monkeypatch, capsys
     got = run(place, "levels", place / "a", place / "b")
     table = read_json(place / "out/levels.json")["tables"][0]
     rows = {row["row"]: row for row in table["rows"]}
-    pruned = "50% pruned + 4-bit"
-    assert list(rows) == ["2:4 pruned + 4-bit", pruned, "dense"]      # by real bits
+    pruned = "50% pruned + 4-bit, plain"
+    assert list(rows) == ["2:4 pruned + 4-bit, plain", pruned, "dense"]     # by real bits
     case = study.Case(str(place / "a"), None)
     cases = [
         (pruned, place / "a/compressed", "prompt"),
@@ -252,7 +252,8 @@ def test_every_table_of_known_losses_by_hand(place, monkeypatch):
 
     asked = ("transfer", a, b, "--texts", f"{one}:{two},{two}:{one}")
     for number, wanted in enumerate([{"one": -1.5, "two": -3.0},
-                                     {"50% pruned + 4-bit": -1.5, "2:4 pruned + 4-bit": -3.0}]):
+                                     {"50% pruned + 4-bit, plain": -1.5,
+                                      "2:4 pruned + 4-bit, plain": -3.0}]):
         rows = table(*asked, number=number)
         assert {name: row["cells"] for name, row in rows.items()} == {
             name: dict.fromkeys(wanted, pytest.approx([change] * 3))
@@ -328,10 +329,68 @@ def test_what_cannot_be_one_table_is_refused(place, tmp_path):
     (other / "report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match="a has --seqlen 32, other 16"):
         run(place, "levels", a, other)
-    with pytest.raises(ValueError, match="other are both .*: one table has each once"):
-        run(place, "transfer", a, b, other, "--texts", f"{place / 'one.txt'}:{place / 'two.txt'}")
+    with pytest.raises(ValueError, match="a has --seqlen 32, other 16"):
+        run(place, "transfer", a, other, "--texts", f"{place / 'one.txt'}:{place / 'two.txt'}")
     with pytest.raises(ValueError, match="two.txt is a file, which has no splits"):
         run(place, "transfer", a, b, "--texts", place / "two.txt")
+
+
+def test_twins_are_told_apart_by_their_folders(place, tmp_path):
+    """Runs of one label, here of two seeds; of equal bits, the better one is worth its bytes."""
+    twin = tmp_path / "twin"
+    shutil.copytree(place / "a", twin)
+    got = run(place, "recipes", place / "a", twin, out="twins")
+    names = list(dict.fromkeys(row["row"] for row in json.loads(got["json"])["tables"][0]["rows"]))
+    assert names == ["embedding, next, a", "embedding, next, twin"]
+
+
+def test_what_is_worth_its_bytes_where_bits_are_equal(place, tmp_path, monkeypatch):
+    twin = tmp_path / "twin"
+    shutil.copytree(place / "a", twin)
+
+    def losses(lab, case, which, prompt, tokens):
+        better = which == "compressed" and case.folder.name == "twin"
+        return torch.full((4,), 2.0 if better else 3.0).double()
+    monkeypatch.setattr(study.Lab, "losses", losses)
+    (place / "front").mkdir()
+    says = run(place, "levels", place / "a", twin, out="front")["md"].split("Worth")[1]
+    assert "twin" in says and ", a (" not in says
+
+
+def test_a_prompt_is_learned_again_where_its_text_or_its_run_was_made_anew(place, tmp_path):
+    """The text's name, and the run's settings, are what they were."""
+    mine = tmp_path / "mine"
+    shutil.copytree(place / "a", mine)
+    text = tmp_path / "teach.txt"
+
+    def changes() -> list:
+        got = run(place, "transfer", mine, "--texts", f"{text}:{place / 'two.txt'}", out="anew")
+        return [row["cells"] for row in json.loads(got["json"])["tables"][0]["rows"]]
+    text.write_text((place / "one.txt").read_text())
+    first = changes()
+    assert changes() == first
+    text.write_text((place / "two.txt").read_text())
+    second = changes()
+    assert second != first
+    shutil.copytree(place / "b/compressed", mine / "compressed", dirs_exist_ok=True)
+    assert changes() != second
+
+
+@pytest.mark.parametrize("missing", ["row", "model", "healed row"])
+def test_a_run_that_has_not_ended_is_no_case(missing, place, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(place / "a", mine)
+    report = read_json(mine / "report.json")
+    if missing == "row":
+        report["rows"] = [row for row in report["rows"] if row["name"] != "compressed"]
+    if missing == "healed row":
+        report["settings"]["heal"] = 6
+    if missing == "model":
+        (mine / "compressed/config.json").unlink()
+    (mine / "report.json").write_text(json.dumps(report))
+    for words in (("levels", mine), ("recipes", mine), ("length", mine)):
+        with pytest.raises(ValueError, match="mine is not finished.* let the run end"):
+            run(place, *words)
 
 
 def test_damaged_text_is_measured_by_its_characters(place):
@@ -407,6 +466,7 @@ def test_a_killed_study_goes_on(place, monkeypatch):
     (["robust", "a", "--lengths", "3"], "--lengths does nothing in study robust"),
     (["hard", "a", "b"], "takes one RUN, not 2"),
     (["length", "a", "--lengths", "3,x"], "is not numbers"),
+    (["length", "a", "--lengths", "3,481,5000"], "--lengths 481,5000: .* has room for 480"),
     (["levels", "nowhere"], "no report .*a RUN is a folder"),
     (["recipes", "a", "--texts", "x/one.txt,y/one.txt"], "two texts 'one'"),
 ])

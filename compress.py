@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from data import parallel
 from data.config import Config
 from data.progress import Progress
-from gptq import Compressed, gptq, invert_, relative_error
+from gptq import Compressed, check_blocks, gptq, invert_, relative_error
 from heal import TunedGrid, TunedNorm, tuned
 from kernels.linear import PackedLinear
 from kernels.packing import pack_compressed
@@ -85,6 +85,9 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
     own = {k: s[k] for k in ("mask", "refits", "grid", "act_order", "descent")}
     taken_apart = s["mask"] == "admm" or s["refits"] or s["descent"] or s["grid"] != "minmax"
     taken_apart = taken_apart or fraction and s["act_order"]
+    if bits and groupsize != -1 and s["grid"] == "minmax" and not static_groups:
+        m = 1 if taken_apart else m or 1                        # before anything is done
+        check_blocks(groupsize, -(-blocksize // m) * m, m)
 
     def solve(W, H, parts, fixed_mask=None, share=None):
         asked = pattern if share is None else share
@@ -187,13 +190,20 @@ class Target(NamedTuple):
 
 def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_outputs: bool,
         damp: float = 0.3) -> Target:
-    """Where the Linears W (out, in) should aim. They read x (in,) where the dense model reads x';
-    their output is added to the residual stream, r (out,), where the dense model has r'. Least
-    squares, damped towards W (QEP 2504.09629, GPTAQ 2504.02692; taking back the residual stream's
-    own error is ours):
+    """Where the Linears W (out, in) should aim: at what the dense model has behind them.
 
-        W + strength A (H + damp diag H)^-1,   A = mean of (W (x' - x) + r' - r) x^T.
+    They read x (in,) where the dense model reads x'; their output is added to the residual stream,
+    r (out,), where the dense model has r'. Wanted is V with V x + r = W x' + r', which is
+    (V - W) x = W (x' - x) + r' - r. By least squares
 
+        V = W + A H^-1,   A = mean of (W (x' - x) + r' - r) x^T.
+
+    On few windows that is noisy, as the stream's errors are partly chance. So H is damped, which
+    keeps V near W, and only a part of the change is made:
+
+        W + strength A (H + damp diag H)^-1
+
+    (QEP 2504.09629, GPTAQ 2504.02692; taking back the residual stream's own error is ours.)
     The moments (finished) hold as their E the mean of e x^T, with e = x' - x and so (in, in), or
     with of_outputs e = W (x' - x) + r' - r and so (out, in). With a bias, H and A are taken around
     the means, which the bias then meets."""
@@ -353,30 +363,30 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Se
     error_dense relative to the dense weights' outputs. All are from before `reconstruct`, whose own
     two are added. Only rank 0 has solved anything and has both right."""
     settings.check()
-    done = copy_block(source, torch.float16, "cpu")             # what is stored,
-    work = copy_block(source, walk.dtype, walk.device)          # and what runs
-    for name, p in done.named_parameters():
+    stored = copy_block(source, torch.float16, "cpu")           # dense still, and solved in turn
+    work = copy_block(source, walk.dtype, walk.device)          # the same, as it runs
+    for name, p in stored.named_parameters():
         if "norm" in name:
             work.get_parameter(name).data = p.to(walk.device, walk.dtype)
-    stats, before = [], {}
+    stats, unrounded = [], {}
 
     def solve_group(names: list[str], moments: Moments, of_outputs: bool,
                     heldout_moments: Callable) -> None:
         asked = solve if shares is None else partial(solve, share=shares[f"blocks.{i}.{names[0]}"])
-        before.update(solve_linears(source, done, work, names, moments, of_outputs, asked, settings,
-                                    stats, walk, heldout_moments))
+        unrounded.update(solve_linears(source, stored, work, names, moments, of_outputs, asked,
+                                       settings, stats, walk, heldout_moments))
 
     if settings.true_sequential:
         twin = copy_block(source, walk.dtype, walk.device) if walk.dense is not None else None
         dense = twin.sublayers() if twin else (None, None)
-        for sublayer, dense_sublayer, stored in zip(work.sublayers(), dense, done.sublayers()):
+        for sublayer, dense_sublayer, kept in zip(work.sublayers(), dense, stored.sublayers()):
             step_sequential(sublayer, dense_sublayer, walk, solve_group)
             release(dense_sublayer)
             if settings.reconstruct:
-                told = reconstruct(sublayer, stored, before, walk, solve, settings)
-                for s in stats[-len(before):]:
+                told = reconstruct(sublayer, kept, unrounded, walk, solve, settings)
+                for s in stats[-len(unrounded):]:
                     s.update(told)
-                before.clear()
+                unrounded.clear()
             for stream in (walk.stream, walk.held):
                 for k, h in enumerate(stream):
                     stream[k] = sublayer.write(h, sublayer.mix(h, walk.rope))
@@ -391,7 +401,7 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Se
                 stream[k] = work(h, walk.rope)
     for s in stats:
         s["name"] = f"blocks.{i}.{s['name']}"
-    return done, stats
+    return stored, stats
 
 
 def copy_block(block: Block, dtype: torch.dtype, device: str) -> Block:
@@ -457,16 +467,16 @@ def step_sequential(sublayer: Sublayer, dense: Sublayer | None, walk: Walk, solv
                 lambda: moments_of(walk.held, lambda h: sublayer.mix(h, rope)))
 
 
-def solve_linears(source: Block, done: Block, work: Block, names: list[str], moments: Moments,
+def solve_linears(source: Block, stored: Block, work: Block, names: list[str], moments: Moments,
                   of_outputs: bool, solve: Solve, settings: Settings, stats: list[dict], walk: Walk,
                   heldout_moments: Callable) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Solve the Linears that share an input as one stacked matrix, and put the result where it is
-    stored (done) and where it runs (work). heldout_moments(): of that input on held-out windows,
+    stored, and where it runs (work). heldout_moments(): of that input on held-out windows,
     made when the solver's memory is free again. Returns, for `reconstruct`, {name in its sublayer:
     (fp32 weights before rounding, mask)}."""
     linears = [source.get_submodule(name) for name in names]
     parts = [linear.out_features for linear in linears]
-    before = {}
+    unrounded = {}
     W = torch.cat([linear.weight.to(walk.device, torch.float32) for linear in linears])
     moments.finish()
     if parallel.rank() == 0:
@@ -482,8 +492,8 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
             start = out.weight if out.mask.any() else None      # without a mask: all of target.W
             V = refit(target.W, target.H, out.mask, start)
             short = [name.rpartition(".")[2] for name in names]
-            before = dict(zip(short, zip(V.split(parts), out.mask.split(parts))))
-        put(done, work, names, parts, out, target.bias_gain(out.weight))
+            unrounded = dict(zip(short, zip(V.split(parts), out.mask.split(parts))))
+        put(stored, work, names, parts, out, target.bias_gain(out.weight))
         against = "dense weights" if target.W is W else "corrected weights"
         for k, mask in enumerate(out.mask.split(parts)):
             stats.append({"name": names[k], **seen, "against": against,
@@ -494,10 +504,10 @@ def solve_linears(source: Block, done: Block, work: Block, names: list[str], mom
             # it may share memory with the source
             p.data = p.data.clone()
             parallel.copy_first(p.data)
-    return before
+    return unrounded
 
 
-def put(done: nn.Module, work: nn.Module, names: list[str], parts: list[int], out: Compressed,
+def put(stored: nn.Module, work: nn.Module, names: list[str], parts: list[int], out: Compressed,
         gain: torch.Tensor | None) -> None:
     """`store` for each of the Linears that are stacked in out, whose biases gain `gain`."""
     gains = [None] * len(parts) if gain is None else gain.split(parts)
@@ -506,21 +516,21 @@ def put(done: nn.Module, work: nn.Module, names: list[str], parts: list[int], ou
     for k, name in enumerate(names):
         weight, mask, codes, scale, zero = (field[k] for field in fields)
         one = out._replace(weight=weight, mask=mask, codes=codes, scale=scale, zero=zero)
-        store(done, work, name, one, gains[k])
+        store(stored, work, name, one, gains[k])
 
 
-def store(done: nn.Module, work: nn.Module, name: str, out: Compressed,
+def store(stored: nn.Module, work: nn.Module, name: str, out: Compressed,
           bias_gain: torch.Tensor | None) -> None:
-    """One solved Linear: packed, or fp16 where it was only pruned, in `done`; the very same numbers
-    in `work`."""
-    kept, runs = done.get_submodule(name), work.get_submodule(name)
+    """One solved Linear: packed, or fp16 where it was only pruned, in `stored`; the very same
+    numbers in `work`."""
+    kept, runs = stored.get_submodule(name), work.get_submodule(name)
     if bias_gain is not None:
         kept.bias.data = (kept.bias.float() + bias_gain.cpu()).half()
     if out.codes is None:
         kept.weight.data = out.weight.half().cpu()
     else:
         kept = PackedLinear(pack_compressed(out), kept.bias)
-        done.set_submodule(name, kept)
+        stored.set_submodule(name, kept)
     run_stored(kept, runs)
 
 
@@ -684,14 +694,19 @@ def allocate_streamed(checkpoint: Checkpoint, windows: torch.Tensor, fraction: f
 def balance(costs: list[list[float]], fraction: float, tried: list[float],
             reach: float) -> list[float]:
     """Shares, within `reach` of fraction, which is their mean, of matrices of one size by their
-    costs at both shares tried: d cost / d share is the same for all that are not at a bound."""
-    lines = []                                                  # ln d cost / d share at fraction,
-    for found in costs:                                         # and how it rises with the share
+    costs at both shares tried.
+
+    Between the two, ln cost = c + slope (share - fraction), so that d cost / d share = slope cost,
+    and its logarithm is c + ln slope at fraction and rises by slope from there. The sum of all
+    costs is least where one weight more costs the same everywhere, a price: there
+    share = fraction + (ln price - c - ln slope) / slope, unless that is out of reach."""
+    lines = []
+    for found in costs:
         low, high = (math.log(max(cost, 1e-30)) for cost in found)
-        slope = max((high - low) / (tried[1] - tried[0]), 1.0)
+        slope = max((high - low) / (tried[1] - tried[0]), 1.0)  # noise cannot turn it round
         lines.append(((low + high) / 2 + math.log(slope), slope))
 
-    def shares_at(price: float) -> list[float]:
+    def shares_at(price: float) -> list[float]:                 # price: its logarithm
         return [fraction + min(reach, max(-reach, (price - at) / slope)) for at, slope in lines]
 
     low = min(at - reach * slope for at, slope in lines)
@@ -787,12 +802,12 @@ def tune(sublayer: Sublayer, parts: dict[str, nn.Module], norm: TunedNorm, walk:
             passes * len(steps), 1, rate, val_every=len(steps), betas=(0.9, 0.99))
 
 
-def reconstruct(sublayer: Sublayer, stored: Sublayer, before: dict, walk: Walk, solve: Solve,
+def reconstruct(sublayer: Sublayer, stored: Sublayer, unrounded: dict, walk: Walk, solve: Solve,
                 settings: Settings) -> dict:
     """Move a sublayer that is solved, as it runs (sublayer) and as it is stored, towards what the
     dense model's sublayer gives on the dense stream, its nonlinearity included.
 
-    Twice a few passes of Adam: on the weights before rounding, `before` as solve_linears returns
+    Twice a few passes of Adam: on the weights before rounding, `unrounded` as solve_linears returns
     them, which are then rounded anew under the same masks; and half as many on the grids. Norms and
     biases move along. What is not better on the held-out windows is taken back. Returns the errors
     there (held_error) before and after."""
@@ -801,12 +816,12 @@ def reconstruct(sublayer: Sublayer, stored: Sublayer, before: dict, walk: Walk, 
     for stage in (move_weights, move_grids):
         part, norm = copy.deepcopy(stored.part), copy.deepcopy(stored.norm.state_dict())
         running = [(p, p.data) for m in (sublayer.part, sublayer.norm) for p in m.parameters()]
-        stage(sublayer, stored, before, walk, solve, settings)
+        stage(sublayer, stored, unrounded, walk, solve, settings)
         now = held_error(sublayer, walk)
         if now < error:
             error = now
             continue
-        for name in before:
+        for name in unrounded:
             stored.part.set_submodule(name, part.get_submodule(name))
         stored.norm.load_state_dict(norm)
         for p, data in running:
@@ -815,12 +830,12 @@ def reconstruct(sublayer: Sublayer, stored: Sublayer, before: dict, walk: Walk, 
     return {"error_sublayer_before": first, "error_sublayer": error}
 
 
-def move_weights(sublayer: Sublayer, stored: Sublayer, before: dict, walk: Walk, solve: Solve,
+def move_weights(sublayer: Sublayer, stored: Sublayer, unrounded: dict, walk: Walk, solve: Solve,
                  settings: Settings) -> None:
     """The first stage of `reconstruct`. The last Linear aims at the dense output once more, behind
     what the others have become."""
     parts = {name: Kept(V, mask, sublayer.part.get_submodule(name).bias)
-             for name, (V, mask) in before.items()}
+             for name, (V, mask) in unrounded.items()}
     norm = TunedNorm(copy.deepcopy(stored.norm).float().to(walk.device))
     tune(sublayer, parts, norm, walk, settings.reconstruct, WEIGHT_RATE)
     settle_norm(norm, sublayer, stored)
@@ -855,11 +870,11 @@ def move_weights(sublayer: Sublayer, stored: Sublayer, before: dict, walk: Walk,
     round_group([sublayer.part.writes], moments, True)
 
 
-def move_grids(sublayer: Sublayer, stored: Sublayer, before: dict, walk: Walk, solve: Solve,
+def move_grids(sublayer: Sublayer, stored: Sublayer, unrounded: dict, walk: Walk, solve: Solve,
                settings: Settings) -> None:
     """The second stage of `reconstruct`, of what is packed."""
     parts = {}
-    for name in before:
+    for name in unrounded:
         linear = stored.part.get_submodule(name)
         if isinstance(linear, PackedLinear):
             parts[name] = TunedGrid(linear.to(walk.device))
@@ -922,10 +937,10 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
             del twin
             found = read_note(path)["note"]["layers"]
         else:
-            done, found = compress_block(i, source, walk, solve, settings, shares)
+            stored, found = compress_block(i, source, walk, solve, settings, shares)
             parallel.wait()
             if first:
-                save_shard(folder, done, i + 1, config, {"layers": found})
+                save_shard(folder, stored, i + 1, config, {"layers": found})
         stats += found
         if stats:
             bar.note(mean_errors(stats))
@@ -1110,7 +1125,7 @@ def compress_model(model: nn.Module, windows: torch.Tensor, solve: Solve,
                 exact, held, bool(settings.reconstruct))
     stats = []
     for i, block in enumerate(Progress(list(model.blocks), "compressing blocks")):
-        done, found = compress_block(i, block, walk, solve, settings, shares)
-        model.blocks[i] = done.to(weight.device, weight.dtype)
+        stored, found = compress_block(i, block, walk, solve, settings, shares)
+        model.blocks[i] = stored.to(weight.device, weight.dtype)
         stats += found
     return stats

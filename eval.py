@@ -608,16 +608,22 @@ def stored_dtype(folder: Path) -> str:
 
 def locate(name: str) -> tuple[Path, dict, str]:
     """(folder of a model, settings of the run that made it, where they are from) for a name, a
-    checkpoint folder or the --out folder of a run, which holds its model in compressed/."""
+    checkpoint folder or the --out folder of a run, which holds its model in compressed/, or names
+    the compressed one that it learned a prompt for."""
     if name in SHIPPED:
         return resolve(name), DEFAULTS["tiny"], "its defaults"
     path = Path(name)
     holds_model = any((path / file).exists() for file in ("config.json", "params.json"))
     if not holds_model and (path / "report.json").is_file():
-        if not (path / "compressed").is_dir():
-            model = run_settings(path / "report.json").get("model", "MODEL")
-            raise FileNotFoundError(f"{path} holds a run of train.py but no compressed/: finish "
-                                    f"the run, or measure its dense model, python eval.py {model}")
+        report = path / "report.json"
+        settings = run_settings(report)
+        model = settings.get("model", "MODEL")
+        if settings.get("packed"):
+            return resolve(model), settings, str(report)
+        if not (path / "compressed" / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds a run of train.py but no whole compressed/: "
+                                    f"finish the run, or measure its dense model, python eval.py "
+                                    f"{model}")
         path = path / "compressed"
     report = path.resolve().parent / "report.json"
     if path.resolve().name == "compressed" and report.is_file():
@@ -654,7 +660,7 @@ def fill_in(args, folder: Path, run: dict, source: str, positions: int) -> str:
     kind = torch.device(args.device).type
     choose("dtype", default_dtype(args.device, stored_dtype(folder)), f"fast on this {kind}")
     if args.mode == "perplexity":
-        if args.data is None and run.get("data"):
+        if run.get("data") and args.data in (None, run["data"]):
             choose("data", run["data"], source)
             if run.get("max_tokens"):
                 choose("max_tokens", run["max_tokens"], source)

@@ -173,6 +173,17 @@ def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, b
     return scale.masked_fill(empty, 2 ** -24), zero.masked_fill(empty, 0)
 
 
+def check_blocks(groupsize: int, blocksize: int, m: int = 1) -> None:
+    """ValueError where a group, whose grid is found when the sweep comes to it, does not fit
+    together with blocks of columns, or with the m neighbours of n:m."""
+    if groupsize % blocksize and blocksize % groupsize:
+        raise ValueError(f"groupsize {groupsize} and blocksize {blocksize}: one must be a multiple "
+                         f"of the other")
+    if groupsize % m:
+        raise ValueError(f"groupsize {groupsize} parts groups of {m} columns, n of which are kept: "
+                         f"use a multiple of {m}")
+
+
 def check(W: torch.Tensor, H: torch.Tensor, bits: int | None, blocksize: int,
           groupsize: int) -> None:
     """One clear ValueError for what no solver can work with."""
@@ -434,9 +445,8 @@ def gptq(W: torch.Tensor, H: torch.Tensor, bits: int, groupsize: int = -1, sym: 
     n = W.shape[1]
     dtype = torch.promote_types(W.dtype, torch.float32)
     static = groupsize == -1 or static_groups or grid != "minmax"
-    if not static and groupsize % blocksize and blocksize % groupsize:
-        raise ValueError(f"groupsize={groupsize} and blocksize={blocksize}: one must be a multiple "
-                         f"of the other")
+    if not static:
+        check_blocks(groupsize, blocksize)
     W, H = W.to(dtype), H.to(dtype)
     target = W if target is None else target.to(dtype)
     dead = H.diagonal() == 0                        # inputs that are always 0: any weight will do

@@ -55,8 +55,11 @@ def regrid(packed: Packed, scale: torch.Tensor, zero: torch.Tensor,
 
 
 def levels_and_signs(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
-    """(level, sign), fp32 (out, in) integers with W = scale * (level + zero * sign)."""
-    # On a grid of scale 1 and zero +-FAR a kept weight is +-(k + FAR), or code + FAR.
+    """(level, sign), fp32 (out, in) integers with W = scale * (level + zero * sign).
+
+    Unpacking gives W alone. So it is asked for W on a grid of scale 1 whose zero, FAR or -FAR, lies
+    beyond all levels: then zero * sign decides whether W is above 0, and what it leaves of W is the
+    level. A pruned weight is 0."""
     one = torch.ones_like(packed.tensors["scale"], dtype=torch.float32)
     way = 1.0 if packed.meta["grid"] == "offset" else -1.0
     far = regrid(packed, one, way * FAR * one, torch.float32)

@@ -284,7 +284,7 @@ def mean_loss(model, prompt, windows: torch.Tensor, batch_size: int = 4,
 def teacher_states(model, windows: torch.Tensor, folder: str | Path, batch_size: int = 4,
                    hidden=None, progress=lambda items, title: items) -> torch.Tensor:
     """What the head of the dense `model` reads over windows (N, T): (N, T, d_embed) fp16, mapped
-    from a file in folder.
+    from a file in folder. That is its last block's output behind the last norm, model.final(h).
 
     Computed once for these weights and windows: the file's name tells them, a second call finds it.
     `hidden`, batches of the last block's output (.., T, d_model) in order, replaces the forward
@@ -343,8 +343,8 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
     params (`backward`, `backward_by_parts`).
 
     AdamW without decay; linear warm-up, then linear decay; gradients clipped; windows reshuffled
-    (seeded) every epoch. Of several readings each epoch takes the next: of the k-th the windows are
-    numbers k * count on. score() is the validation loss; the start counts, and the parameters end
+    (seeded) every epoch. Of several readings each epoch takes the next: window i of reading k is
+    number k * count + i. score() is the validation loss; the start counts, and the parameters end
     as the best seen. With `state`, a path, all that is needed to go on is written at every
     validation and every few minutes, and a second call goes on, to the same bits on a CPU (a GPU
     adds gradients in any order). `settings` (JSON values: model, text) is compared then. Raises
@@ -361,8 +361,8 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
            "start": {name: fingerprint(p) for name, p in params.items()}}
     run = json.loads(json.dumps(run))                           # as it will be read back
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=betas, weight_decay=0.0)
-    losses, scores, done = [], [], 0
-    written = time.monotonic()
+    losses, scores, done, earlier = [], [], 0, 0.0
+    began = written = time.monotonic()
 
     def copy_of_params() -> dict:
         return {name: p.detach().clone() for name, p in params.items()}
@@ -388,7 +388,8 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
         nonlocal written
         if state is not None and parallel.rank() == 0:
             held = {"settings": run, "done": done, "losses": losses, "scores": scores,
-                    "params": copy_of_params(), "best": best, "optimizer": opt.state_dict()}
+                    "params": copy_of_params(), "best": best, "optimizer": opt.state_dict(),
+                    "seconds": earlier + time.monotonic() - began}
             held["mark"] = mark_of(held)
             write_torch(Path(state), lambda f: torch.save(held, f))
         written = time.monotonic()
@@ -399,12 +400,17 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
         look()
     else:
         done, losses, scores, best = held["done"], held["losses"], held["scores"], held["best"]
+        earlier = held.get("seconds", 0.0)
         put(held["params"])
         opt.load_state_dict(held["optimizer"])
     g = torch.Generator().manual_seed(seed)
+
+    def order_of(epoch: int) -> torch.Tensor:
+        """Numbers of windows: all of one reading, shuffled."""
+        reading = epoch % readings
+        return reading * count + torch.randperm(count, generator=g)
     epochs = max(1, -(-steps * batch_size // count))
-    order = torch.cat([torch.randperm(count, generator=g) + epoch % readings * count
-                       for epoch in range(epochs)])
+    order = torch.cat([order_of(epoch) for epoch in range(epochs)])
     bar = progress(range(done, steps), title)
     for step in bar:
         rise, fall = (step + 1) / warmup, (steps - step) / max(1, steps - warmup)
@@ -433,6 +439,11 @@ def fit(params: dict[str, torch.Tensor], loss_of_batch: Callable, count: int,
             write()
     put(best)
     return Fit(min(v for _, v in scores) if scores else float("nan"), losses, scores)
+
+
+def spent(state: str | Path) -> float:
+    """Seconds that `fit` has spent, in all calls together, on what it left in this file."""
+    return torch.load(state, map_location="cpu", weights_only=True).get("seconds", 0.0)
 
 
 def read_run(path: str | Path | None, run: dict) -> dict | None:

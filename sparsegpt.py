@@ -31,8 +31,8 @@ import math
 
 import torch
 
-from gptq import (Compressed, Rounder, check, column_groups, column_order, encode, gptq,
-                  inverse_factor, invert_, quick_dtype, relative_error, static_grids, sweep)
+from gptq import (Compressed, Rounder, check, check_blocks, column_groups, column_order, encode,
+                  gptq, inverse_factor, invert_, quick_dtype, relative_error, static_grids, sweep)
 
 SLAB = 2 ** 25          # weights that `prune_and_round` holds many copies of at a time
 
@@ -157,9 +157,8 @@ def sparsegpt(W: torch.Tensor, H: torch.Tensor, sparsity: float | str, bits: int
     m = parse_sparsity(sparsity)[2] or 1
     blocksize = -(-blocksize // m) * m              # blocks hold whole n:m groups
     static = groupsize == -1
-    if bits and not static and (groupsize % blocksize and blocksize % groupsize or groupsize % m):
-        raise ValueError(f"groupsize={groupsize}: it and blocksize={blocksize} must divide one "
-                         f"another, and n:m groups divide it")
+    if bits and not static:
+        check_blocks(groupsize, blocksize, m)
     dtype = torch.promote_types(W.dtype, torch.float32)
     W, H = W.to(dtype), H.to(dtype)
     start = W.masked_fill(H.diagonal() == 0, 0)     # inputs that are always 0: pruned first

@@ -56,7 +56,9 @@ def flags() -> Flags:
     a = p.add_argument_group("compression").add_argument
     a("--bits", type=int, choices=[2, 3, 4, 8, 16],
       help="bits a weight kept; 16 does not quantize (default 4)")
-    a("--sparsity", help="0, a fraction of weights to prune, or n:m such as 2:4 (default 0.5)")
+    a("--sparsity",
+      help="0, a fraction of weights to prune, or n:m, which keeps n of every m neighbours: 1:4 "
+           "prunes three quarters (default 0.5)")
     a("--groupsize", type=groups, help="columns that share a grid; -1, the default: a whole row")
     a("--sym", action="store_true", default=None,
       help="grids symmetric around zero; offset grids always are")
@@ -176,12 +178,12 @@ from data.report import Report, check_place, identity
 from data.text import (FILES as TEXT_SETS, calibration, eval_tokens, has_splits,
                        learning_windows, split_to_judge)
 from data.tokenizer import copy_tokenizer, load_tokenizer
-from eval import (DTYPES, default_device, default_dtype, fits, free_memory, last_states, perplexity,
-                  stored_dtype, streamed_perplexity, usable)
+from eval import (DTYPES, default_device, default_dtype, fits, free_memory, last_states, locate,
+                  perplexity, stored_dtype, streamed_perplexity, usable)
 from heal import TOKENS_AT_ONCE as HEALED_AT_ONCE, heal, rewrite, save_healed
 from model import Checkpoint, open_checkpoint, storage
-from prompt import (PAPER, TOKENS_AT_ONCE, default_rate, initial_prompt, learn, owner, save_prompt,
-                    streamed_prefix, teacher_states, windows_at_once)
+from prompt import (PAPER, TOKENS_AT_ONCE, default_rate, fingerprint, initial_prompt, learn, owner,
+                    save_prompt, spent, streamed_prefix, teacher_states, windows_at_once)
 from sparsegpt import parse_sparsity
 
 
@@ -193,6 +195,9 @@ def settle(args) -> None:
                           ("allocation", "uniform")):
         if getattr(args, name) == nothing:
             given.discard(name)                     # asks for nothing, as a --no-... does
+    made = folder / "compressed"
+    if (made / "config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"--model {args.model} is the folder of a run: its model is in {made}")
     args.packed = bool(packed_layers(folder))
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: the one continues what the "
@@ -209,7 +214,7 @@ def settle(args) -> None:
     elif args.dense:
         raise ValueError(f"--dense goes with a compressed --model, and {args.model} is dense: "
                          f"leave it out")
-    size = DEFAULTS["tiny" if args.model in SHIPPED else "large"]
+    size = defaults(args)
     settle_prompt(args)
     general = dict(bits=4, sparsity="0.5", groupsize=-1, sym=False, recipe="best",
                    static_groups=False, blocksize=128, rewrite=0, reconstruct=0, seed=0, fused="on",
@@ -225,8 +230,9 @@ def settle(args) -> None:
     if args.nsamples < len(calibration_texts(args)):
         raise ValueError(f"--nsamples {args.nsamples} leaves some texts of --calib {args.calib} "
                          f"without a window: use more")
+    learns_from_calib = args.train_data is None
     args.train_data = args.train_data or calibration_texts(args)[0]
-    refuse_idle(args, given)
+    refuse_idle(args, given, learns_from_calib)
     say_what_was_seen(args)
     args.device = usable(args.device)
     args.dtype = args.dtype or default_dtype(args.device, stored_dtype(folder))
@@ -260,17 +266,32 @@ def settle(args) -> None:
         check_batches(args.nsamples, args.batch_size)
 
 
+def defaults(args) -> dict:
+    """{flag: value} that suit the model. Of one that a run has compressed, texts as that run had
+    them, and windows as long if they left room for a prompt."""
+    made = locate(args.model)[1] if args.packed else {}
+    is_tiny = {args.model, args.dense, made.get("model")} & set(SHIPPED)
+    names = ["data", "calib", "train_data", "max_tokens", "data_dir"]
+    names += ["seqlen"] if made.get("steps") else []
+    found = {**DEFAULTS["tiny" if is_tiny else "large"],
+             **{name: made[name] for name in names if made.get(name) is not None}}
+    if args.packed and not args.dense:
+        found["control"] = False                    # there is no dense model to learn on
+    return found
+
+
 def say_what_was_seen(args) -> None:
     """A file has no splits: where it is measured too, its perplexity says nothing of other text."""
     seen = {"compressed on": calibration_texts(args) if not args.packed else [],
             "learned from": [args.train_data] if args.steps else []}
     for how, texts in seen.items() if parallel.rank() == 0 else ():
-        if args.data in texts and not has_splits(args.data):
+        files = {Path(name).resolve() for name in texts}
+        if not has_splits(args.data) and Path(args.data).resolve() in files:
             say(f"{args.data} is {how} and measured, a file without splits: what is measured says "
                 f"nothing of other text")
 
 
-def refuse_idle(args, given: set[str]) -> None:
+def refuse_idle(args, given: set[str], learns_from_calib: bool) -> None:
     """ValueError for flags that were given and do nothing beside the others, which are settled."""
     rounds = not args.packed and args.bits < 16
     prunes = not args.packed and parse_sparsity(args.sparsity)[0] > 0
@@ -281,7 +302,7 @@ def refuse_idle(args, given: set[str]) -> None:
         texts |= set(calibration_texts(args))
     if learns:
         texts.add(args.train_data)
-    calib_idle = not solves and ("train_data" in given or not learns)
+    calib_idle = not solves and not (learns and learns_from_calib)
     idle = [                            # (whether, flags, where they do nothing)
         (not learns, PROMPT, "with --steps 0"),
         (not learns and not args.heal, ("checkpointing",),
@@ -294,7 +315,10 @@ def refuse_idle(args, given: set[str]) -> None:
          "with --bits 16 and --mask admm"),
         (args.groupsize == -1, ("static_groups",), "without --groupsize"),
         (not allocates(args.sparsity), ("allocation",), f"with --sparsity {args.sparsity}"),
-        (calib_idle, ("calib",), "where nothing is compressed"),
+        (calib_idle, ("calib",),
+         "where nothing is compressed, as --train-data is what a prompt is learned from"),
+        (not solves and len(calibration_texts(args)) > 1, ("calib",),
+         "beyond its first text, where nothing is compressed"),
         (not solves and not learns, ("seed",),
          "where nothing is compressed and no prompt is learned"),
         (not texts & set(TEXT_SETS), ("data_dir",),
@@ -455,7 +479,7 @@ class Run:
             states = 2 * read * self.checkpoint.config.d_embed
         if self.solve:
             calib, held = self.windows.numel(), self.held.numel()
-            taught = calib * (1 + self.healing_again()) + held if a.heal else 0
+            taught = calib * (1 + self.rereadings()) + held if a.heal else 0
             planned = plan(self.checkpoint, calib * (1 + a.rewrite), a.batch_size * a.seqlen,
                            self.dtype, self.settings, self.bits, a.sparsity,
                            self.judges().numel(), taught, a.seqlen, a.allocation == "fisher",
@@ -504,13 +528,21 @@ class Run:
         return {**told, "device": torch.device(self.args.device).type}
 
     def identity(self) -> dict:
-        """What tells this run from others: its flags, the checkpoint's files, versions, texts."""
-        names = {*calibration_texts(self.args), self.args.data, self.args.train_data}
+        """What tells this run from others: its flags, the checkpoint's files, versions, texts, and
+        the tokens that are read of them."""
+        a = self.args
+        names = {a.data, *(calibration_texts(a) if self.solve else []),
+                 *([a.train_data] if a.steps else [])}
         texts = {name: harvest_name(name) for name in sorted(names & set(HARVESTED))}
         texts |= {name: Path(name).stat().st_size for name in sorted(names) if Path(name).is_file()}
-        teacher = {"dense": identity(self.dense)} if self.args.dense else {}
-        return {"settings": self.flags(), "texts": texts, "checkpoint": identity(self.folder),
-                **teacher,
+        tokens = {f"of {a.data}": fingerprint(self.test)}
+        if self.solve:
+            tokens[f"of {a.calib} to compress on"] = fingerprint(self.windows, self.held)
+        if a.steps:
+            tokens[f"of {a.train_data} to learn from"] = fingerprint(self.pool, self.val)
+        teacher = {"dense": identity(self.dense)} if a.dense else {}
+        return {"settings": self.flags(), "texts": texts, "tokens": tokens,
+                "checkpoint": identity(self.folder), **teacher,
                 "versions": {"torch": torch.__version__, "python": platform.python_version()}}
 
     def measure(self, name: str, model, size: dict, prompt=None, making: float = 0.0) -> None:
@@ -543,7 +575,7 @@ class Run:
             model = checkpoint.model(self.dtype, self.args.device)
         self.measure("dense", model, storage(checkpoint.skeleton()))
 
-    def compress(self) -> None:
+    def make_compressed(self) -> None:
         if self.report.has("compressed"):
             return
         a, report = self.args, self.report
@@ -559,7 +591,7 @@ class Run:
             copy_tokenizer(self.folder, self.made)
         spent = {}
         shares = self.shares() if a.allocation == "fisher" else None
-        windows = self.rewritten(a.rewrite)
+        windows = self.with_rewritten(a.rewrite)
         self.report.layers = compress(self.checkpoint, self.made, windows, self.solve,
                                       self.settings, a.batch_size, self.dtype, a.device,
                                       after_block=note_time, held=self.judges(), spent=spent,
@@ -578,27 +610,31 @@ class Run:
                                                a.device))
         return parallel.first_object(read_json(path) if parallel.rank() == 0 else None)
 
-    def heal(self) -> None:
+    def make_healed(self) -> None:
         """The row of the healed model. It is written beside compressed/, and takes its place when
         it is complete: from the moment on that the report holds its losses."""
         a, began, row = self.args, time.monotonic(), "compressed + healed"
         if not a.heal or self.report.has(row):
             return
+        making = self.report.seconds.get(row, {}).get("making", 0.0)    # if only measuring is left
         healed, state = self.out / "healed", self.out / "heal.state"
         first = parallel.rank() == 0
         if not parallel.first_object("compressed" in self.report.losses):
-            again = self.healing_again()
-            windows = self.rewritten(again)
+            again = self.rereadings()
+            windows = self.with_rewritten(again)
             teacher = self.teacher(windows, self.held)
             model = open_checkpoint(self.made).model(self.dtype, a.device)
             model.checkpointing = self.recomputes(heals=True)
+            making = time.monotonic() - began
             got = heal(model, windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed,
                        readings=1 + again, state=state, progress=Progress)
             parallel.wait()                             # all have read the state that is removed
             if first:
                 save_healed(model, self.made, healed)
                 copy_tokenizer(self.made, healed)
+                making += spent(state)                  # by earlier calls too
             self.report.losses["compressed"] = {"training": got.losses, "validation": got.scores}
+            self.report.seconds[row] = {"making": making, "measuring": 0.0}
             self.report.save()
             del model, teacher
         if first:
@@ -608,15 +644,15 @@ class Run:
             state.unlink(missing_ok=True)
             self.forget_teacher()                   # the prompt's reads other windows
         parallel.wait()
-        self.measure_made(row, time.monotonic() - began)
+        self.measure_made(row, making)
 
-    def healing_again(self) -> int:
+    def rereadings(self) -> int:
         """How many rewritten readings of the calibration windows healing has: one for each pass
         after the first, as far as there are any."""
         passes = -(-self.args.heal * self.args.batch_size // len(self.windows))
         return min(passes - 1, max(self.args.rewrite, MOST_AGAIN))
 
-    def rewritten(self, times: int) -> torch.Tensor:
+    def with_rewritten(self, times: int) -> torch.Tensor:
         """The calibration windows, and behind them, so many times, as `rewrite` leaves them. Each
         is drawn once: files hold them until the run ends."""
         a, files = self.args, [self.out / "rewritten" / f"{k}.safetensors" for k in range(times)]
@@ -636,7 +672,7 @@ class Run:
         found = [read_safetensors(file)["windows"] for file in files]
         return torch.cat([self.windows, *found])
 
-    def learn(self, folder: Path, name: str, file: str) -> None:
+    def learn_prompt(self, folder: Path, name: str, file: str) -> None:
         """Rows for the start of a prompt and for the learned one; the prompt is saved before it is
         measured."""
         a, path = self.args, self.out / file
@@ -657,6 +693,7 @@ class Run:
         model.checkpointing = self.recomputes(heals=False)
         lr = a.lr or default_rate(model, start)
         teacher = self.teacher(self.pool, self.val) if a.objective == "kl" else None
+        making = time.monotonic() - began
         got = learn(model, start, self.pool, self.val, a.steps, a.batch_size, lr, a.warmup, a.clip,
                     seed=a.seed, teacher=teacher, state=state, progress=Progress)
         if parallel.rank() == 0:
@@ -665,20 +702,23 @@ class Run:
                 unknown = {*COMPRESSION, "calib"}
                 told = {name: value for name, value in told.items() if name not in unknown}
             save_prompt(path, got.prompt, told, owner(model, self.tokenizer))
+            making += spent(state)                      # by earlier calls too
         self.report.losses[file] = {"lr": lr, "training": got.losses,
                                     "validation": got.scores}
-        self.measure(rows[1], model, size, got.prompt, making=time.monotonic() - began)
+        self.measure(rows[1], model, size, got.prompt, making)
         if parallel.rank() == 0:
             state.unlink(missing_ok=True)
 
     def teacher(self, windows: torch.Tensor,
-                val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense model's last states of the windows to learn from and to choose by, in
-        out/teacher until this stage ends."""
+                val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The dense model's last states of the windows to learn from and to choose by, if there are
+        any, in out/teacher until this stage ends."""
         a, checkpoint = self.args, open_checkpoint(self.dense)
         ends = checkpoint.ends(self.dtype, a.device)
 
         def states(windows):
+            if not len(windows):                    # --val-windows 0
+                return None
             hidden = last_states(checkpoint, windows, a.batch_size, self.dtype, a.device)
             return teacher_states(ends, windows, self.out / "teacher", hidden=hidden)
         if parallel.rank() == 0:
@@ -700,14 +740,14 @@ class Run:
         if self.dense:
             self.measure_dense()
         if self.solve:
-            self.compress()
-            self.heal()
+            self.make_compressed()
+            self.make_healed()
         elif a.packed and not self.report.has("compressed"):
             self.measure_made("compressed")
         if a.steps:
-            self.learn(self.made, self.name, "prompt.safetensors")
+            self.learn_prompt(self.made, self.name, "prompt.safetensors")
             if a.control and self.name != "dense":  # how much of it is adaptation
-                self.learn(self.dense, "dense", "prompt-dense.safetensors")
+                self.learn_prompt(self.dense, "dense", "prompt-dense.safetensors")
         self.forget_teacher()
         if parallel.rank() == 0:
             shutil.rmtree(self.out / "rewritten", ignore_errors=True)

@@ -316,6 +316,9 @@ def test_settings_of_the_run_are_taken(where, run_folder, monkeypatch, capsys):
     changed = ("--seqlen", 16, "--max-tokens", 64)
     got = last(run_program(monkeypatch, capsys, run_folder / where, "--json", *changed)[1])
     assert (got["seqlen"], got["tokens"]) == (16, 60)                          # flags go before
+    got = last(run_program(monkeypatch, capsys, run_folder / where, "--json", "--data",
+                           run_folder / "a.txt")[1])
+    assert got["tokens"] == 124                         # the run's text, and as much of it
     # another text: not the run's max-tokens
     (run_folder / "b.txt").write_text("for x in y:\n    print(x)\n" * 40)
     other = ("--data", run_folder / "b.txt")
@@ -344,10 +347,19 @@ def test_shipped_models_have_their_defaults():
     assert (args.data, args.seqlen, args.max_tokens) == ("wikitext2", 512, None)
 
 
+def test_a_run_of_a_prompt_alone_names_its_model(run_folder, tmp_path):
+    made = run_folder / "compressed"
+    settings = {"model": str(made), "packed": True, "data": "mine.txt", "seqlen": 32}
+    (tmp_path / "report.json").write_text(json.dumps({"rows": [], "settings": settings}))
+    folder, run, source = evaluation.locate(str(tmp_path))
+    assert (folder, run["data"]) == (made, "mine.txt")
+    assert source == str(tmp_path / "report.json")
+
+
 def test_a_run_without_a_compressed_model_says_where_to_look(tmp_path):
     (tmp_path / "report.json").write_text('{"rows": [], "settings": {"model": "tiny-opt"}}')
     with pytest.raises(FileNotFoundError,
-                       match="no compressed/: finish the run, or measure its dense model, "
+                       match="no whole compressed/: finish the run, or measure its dense model, "
                              "python eval.py tiny-opt"):
         evaluation.locate(str(tmp_path))
     odd = '{"rows": [], "settings": {"model": "m", "seqlen": "many"}}'

@@ -323,6 +323,8 @@ IDLE = [
     ("train", f"--steps 0 {NOTHING} no--calib no--nsamples", "--seed 1"),
     ("train", PACKED, "--seed 1"),
     ("train", PACKED, "--calib P/a.txt"),
+    ("train", f"--steps 2 --prompt-tokens 3 --val-windows 1 {NOTHING} no--calib no--nsamples",
+     "--calib P/a.txt,P/b.txt"),
     ("train", f"{LEARN} {NOTHING} no--calib no--nsamples", "--control"),
     ("eval", TEXT, "--split test"),
     ("eval", TEXT, "--data-dir P/d"),

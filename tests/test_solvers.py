@@ -85,8 +85,10 @@ def test_groups_and_blocks_of_which_neither_holds_the_other_are_refused():
     W, H = layer()
     with pytest.raises(ValueError, match="one must be a multiple of the other"):
         gptq(W, H, 4, groupsize=40, blocksize=32)
-    with pytest.raises(ValueError, match="must divide one another"):
+    with pytest.raises(ValueError, match="one must be a multiple of the other"):
         sparsegpt(W, H, 0.5, 4, groupsize=40, blocksize=32)
+    with pytest.raises(ValueError, match="groupsize 6 parts groups of 4 columns"):
+        sparsegpt(W, H, "2:4", 4, groupsize=6, blocksize=12)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -16,6 +16,7 @@ import torch
 
 import compress as compress_module
 import eval as evaluation
+import heal as heal_module
 import train
 from data.checkpoint import read_json, write_json
 from data.config import SHIPPED, Config
@@ -251,6 +252,84 @@ def test_what_a_run_took_and_what_may_change_between_attempts(text, tmp_path, mo
     write_json(tmp_path / "a/report.json", report)
     here(*args, "--resume", "--checkpointing")
     assert read_json(tmp_path / "a/seconds.json")["compressed"]["making"] > before
+
+
+@needs_tiny
+def test_a_text_that_has_changed_is_not_gone_on_with(text, other, tmp_path):
+    """Its name and its size are what they were."""
+    mine = tmp_path / "mine.txt"
+    said = text.read_text()
+    args = ["--calib", text, "--nsamples", 4, "--seqlen", 64, "--max-tokens", 512, "--heal", 0,
+            "--steps", 0, *PLAIN_CPU, "--data", mine, "--out", tmp_path / "a"]
+    mine.write_text(said)
+    here(*args)
+    here(*args, "--resume")
+    mine.write_text(said.replace("e", "q"))
+    assert f"tokens of {mine} was" in refused(*args, "--resume")
+
+
+@needs_tiny
+def test_healing_that_was_stopped_has_taken_its_seconds(text, tmp_path, monkeypatch):
+    args = ["--calib", text, "--data", text, "--nsamples", 4, "--seqlen", 64, "--max-tokens", 512,
+            "--batch-size", 2, "--heal", 4, "--steps", 0, *PLAIN_CPU, "--out", tmp_path / "a"]
+    real = train.save_healed
+
+    def slow(*words, **how):
+        time.sleep(1.0)                                 # of healing, not of what stands around it
+        return real_loss(*words, **how)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+    real_loss = heal_module.text_loss
+    monkeypatch.setattr(heal_module, "text_loss", slow)
+    monkeypatch.setattr(train, "save_healed", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        here(*args)
+    monkeypatch.setattr(train, "save_healed", real)
+    monkeypatch.setattr(heal_module, "text_loss", real_loss)
+    here(*args, "--resume")
+    assert read_json(tmp_path / "a/seconds.json")["compressed + healed"]["making"] > 4.0
+
+
+@needs_tiny
+def test_a_compressed_shipped_model_is_one_of_ours(text, other, tmp_path, capsys):
+    """Its prompt is learned and measured on what its run had; without flags, nothing is fetched."""
+    here("--calib", text, "--data", other, "--train-data", text, "--nsamples", 4, "--seqlen", 64,
+         "--max-tokens", 512, "--steps", 2, "--prompt-tokens", 4, "--no-control", "--recipe",
+         "plain", *PLAIN_CPU, "--out", tmp_path / "a")
+    made = tmp_path / "a/compressed"
+    args = train.flags().parse_args(["--model", str(made), "--plan", *PLAIN_CPU])
+    train.settle(args)
+    assert (args.data, args.train_data, args.max_tokens) == (str(other), str(text), 512)
+    assert (args.prompt_tokens, args.control) == (50, False)
+    args = train.flags().parse_args(["--model", str(made), "--dense", "tiny-llama", "--plan",
+                                     *PLAIN_CPU])
+    train.settle(args)
+    assert args.control
+    assert f"its model is in {made}" in refused("--model", tmp_path / "a", "--plan")
+    rows = here("--model", made, "--dense", "tiny-llama", "--objective", "kl", "--val-windows", 0,
+                "--steps", 2, "--prompt-tokens", 4, "--no-control", *PLAIN_CPU, "--out",
+                tmp_path / "b")
+    assert "compressed + learned prompt" in rows
+    capsys.readouterr()
+    monkey = tmp_path / "sub/../" / other.name          # the same file by another name
+    shutil.copy(other, tmp_path / other.name)
+    (tmp_path / "sub").mkdir()
+    args = train.flags().parse_args(["--model", "tiny-llama", "--calib", str(monkey), "--data",
+                                     str(tmp_path / other.name), "--plan", *PLAIN_CPU])
+    train.settle(args)
+    assert "is compressed on and measured" in capsys.readouterr().err
+
+
+@needs_tiny
+def test_groups_that_fit_no_block_are_refused_before_anything_is_cleared(text, tmp_path):
+    args = ["--calib", text, "--data", text, "--nsamples", 4, "--seqlen", 64, "--max-tokens", 512,
+            "--steps", 0, "--recipe", "plain", *PLAIN_CPU, "--out", tmp_path / "a"]
+    here(*args)
+    before = sorted(file.name for file in (tmp_path / "a/compressed").iterdir())
+    message = refused(*args, "--groupsize", 48, "--overwrite")
+    assert "groupsize 48 and blocksize 128: one must be a multiple of the other" in message
+    assert sorted(file.name for file in (tmp_path / "a/compressed").iterdir()) == before
 
 
 def test_another_model_of_the_same_shape_is_not_the_dense_one(tmp_path):

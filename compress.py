@@ -277,36 +277,36 @@ class Walk:
 
     def __init__(self, ends: nn.Module, windows: torch.Tensor, twin: bool, batch_size: int,
                  dtype: torch.dtype, device: str, exact: bool = False,
-                 held: torch.Tensor | None = None, judged: bool = False):
+                 heldout: torch.Tensor | None = None, judged: bool = False):
         """ends: a Transformer's embedding, in dtype on the device. windows (N, T) int64; of several
-        processes, each walks with its share of the batches. twin: with the dense model
-        alongside. held (M, T): windows that no moment sees, for the first process's errors; judged:
-        with the dense model alongside as well."""
+        processes, each walks with its share of the batches. twin: with the dense model alongside.
+        heldout (M, T): windows that no moment sees, for the first process's errors; judged: with
+        the dense model alongside these as well."""
         self.dtype, self.device = dtype, device
         check_batches(len(windows), batch_size)
         self.reconstructing = 0.0                               # seconds that `reconstruct` took
         self.rope = ends.rope(0, windows.shape[1], device)
         self.stream = Stream(dtype, device, exact)
         self.dense = Stream(dtype, device, exact) if twin else None
-        self.held = Stream(dtype, device, exact)
+        self.heldout = Stream(dtype, device, exact)
         self.held_dense = Stream(dtype, device, exact) if judged else None
         for batch in parallel.mine(windows.split(batch_size)):
             h = ends.stem(ends.embed(batch.to(device))).to(dtype)
             self.stream.append(h)
             if twin:
                 self.dense.append(h.clone())
-        if judged and (held is None or not len(held)):
+        if judged and (heldout is None or not len(heldout)):
             raise ValueError("reconstruction is judged on held-out windows: give some")
-        for batch in () if held is None or parallel.rank() else held.split(batch_size):
+        for batch in () if heldout is None or parallel.rank() else heldout.split(batch_size):
             h = ends.stem(ends.embed(batch.to(device))).to(dtype)
-            self.held.append(h)
+            self.heldout.append(h)
             if judged:
                 self.held_dense.append(h.clone())
 
     def advance(self, block: Block, source: Block | None, true_sequential: bool) -> None:
         """Through a block that is compressed already, and its dense source; parked where the walk
         parks."""
-        for stream, through in ((self.stream, block), (self.held, block), (self.dense, source),
+        for stream, through in ((self.stream, block), (self.heldout, block), (self.dense, source),
                                 (self.held_dense, source)):
             for k in range(len(stream or ())):
                 if not true_sequential:
@@ -318,7 +318,7 @@ class Walk:
 
 def hold_out(drawn: torch.Tensor, nsamples: int, count: int,
              run: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """(windows, held) of drawn (N, T) int64: the first nsamples of them, and of the others the
+    """(windows, heldout) of drawn (N, T) int64: the first nsamples of them, and of the others the
     `count` that share least text with those, counted in runs of so many tokens. Windows are drawn
     from anywhere in a text, so that some overlap; of a long text these share nothing."""
     run = min(run, drawn.shape[1])
@@ -387,16 +387,16 @@ def compress_block(i: int, source: Block, walk: Walk, solve: Solve, settings: Se
                 for s in stats[-len(unrounded):]:
                     s.update(told)
                 unrounded.clear()
-            for stream in (walk.stream, walk.held):
+            for stream in (walk.stream, walk.heldout):
                 for k, h in enumerate(stream):
                     stream[k] = sublayer.write(h, sublayer.mix(h, walk.rope))
             release(sublayer)
     else:
         moments = all_moments(work, walk.stream, walk.rope)
-        held = all_moments(work, walk.held, walk.rope)
+        heldout = all_moments(work, walk.heldout, walk.rope)
         for names in list(moments):
-            solve_group(list(names), moments.pop(names), False, lambda: held.pop(names))
-        for stream in (walk.stream, walk.held):
+            solve_group(list(names), moments.pop(names), False, lambda: heldout.pop(names))
+        for stream in (walk.stream, walk.heldout):
             for k, h in enumerate(stream):
                 stream[k] = work(h, walk.rope)
     for s in stats:
@@ -448,7 +448,7 @@ def step_sequential(sublayer: Sublayer, dense: Sublayer | None, walk: Walk, solv
     for k, h in enumerate(stream):
         x = sublayer.read(h)
         moments.add(x, None if twin is None else dense.read(twin[k]) - x)
-    solve_group(sublayer.reads, moments, False, lambda: moments_of(walk.held, sublayer.read))
+    solve_group(sublayer.reads, moments, False, lambda: moments_of(walk.heldout, sublayer.read))
 
     moments = Moments()
     for k, h in enumerate(stream):
@@ -464,7 +464,7 @@ def step_sequential(sublayer: Sublayer, dense: Sublayer | None, walk: Walk, solv
     for k, dense_h in enumerate(walk.held_dense or ()):
         walk.held_dense[k] = dense.write(dense_h, dense.mix(dense_h, rope))
     solve_group(sublayer.writes, moments, True,
-                lambda: moments_of(walk.held, lambda h: sublayer.mix(h, rope)))
+                lambda: moments_of(walk.heldout, lambda h: sublayer.mix(h, rope)))
 
 
 def solve_linears(source: Block, stored: Block, work: Block, names: list[str], moments: Moments,
@@ -485,7 +485,7 @@ def solve_linears(source: Block, stored: Block, work: Block, names: list[str], m
         out = solve(target.W, target.H, parts)
         error_dense = errors(W, out.weight, target.H, parts)
         seen = {"error": out.error}
-        if len(walk.held):
+        if len(walk.heldout):
             H = target.measure(heldout_moments().finish(alone=True))
             seen["error_heldout"] = relative_error(target.W, out.weight, H)
         if settings.reconstruct:
@@ -773,7 +773,7 @@ def held_error(sublayer: Sublayer, walk: Walk, dtype: torch.dtype | None = None)
     """Mean of stream_errors over the held-out windows, computed in dtype or in the walk's."""
     with torch.no_grad():
         found = [stream_errors(sublayer, h.to(dtype or walk.dtype), walk.held_dense[k], walk.rope)
-                 for k, h in enumerate(walk.held)]
+                 for k, h in enumerate(walk.heldout)]
         return float(torch.cat(found).mean())
 
 
@@ -904,13 +904,13 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
              settings: Settings = Settings(), batch_size: int = 4,
              dtype: torch.dtype = torch.float32, device: str = "cpu", exact: bool = False,
              after_block: Callable[[int], None] = lambda i: None,
-             held: torch.Tensor | None = None, spent: dict | None = None,
+             heldout: torch.Tensor | None = None, spent: dict | None = None,
              shares: dict[str, float] | None = None) -> list[dict]:
     """Compress a checkpoint block by block into `folder`, a shard a block, each written when it is
     done; load_model reads the folder once config.json is there, which is last. Shards that are
     there are kept, and only run; where config.json is there too, nothing is.
 
-    windows (N, T) int64: the calibration text; held (M, T), if given, only measures
+    windows (N, T) int64: the calibration text; heldout (M, T), if given, only measures
     (error_heldout), and judges reconstruction. dtype: of activations; solvers work in fp32. exact:
     see Stream. spent: gets the seconds of reconstruction, if there is one. shares: of `allocate`.
     Returns one dict a Linear (compress_block)."""
@@ -924,7 +924,7 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
         if not shard_path(folder, 0, config.n_layer).exists():
             save_shard(folder, checkpoint.ends(), 0, config)
     walk = Walk(checkpoint.ends(dtype, device), windows, bool(settings.correct), batch_size, dtype,
-                device, exact, held, bool(settings.reconstruct))
+                device, exact, heldout, bool(settings.reconstruct))
     stats = []
     bar = Progress(range(config.n_layer), "compressing blocks")
     for i in bar:
@@ -956,11 +956,11 @@ def compress(checkpoint: Checkpoint, folder: str | Path, windows: torch.Tensor, 
 def mean_errors(stats: list[dict]) -> str:
     """In words: the mean relative error of all Linears, on the calibration windows and held out."""
     mean = lambda name: sum(s[name] for s in stats) / len(stats)
-    held = f", held out {mean('error_heldout'):.4f}" if "error_heldout" in stats[0] else ""
+    heldout = f", held out {mean('error_heldout'):.4f}" if "error_heldout" in stats[0] else ""
     if "error_sublayer" in stats[0]:
         before, after = mean("error_sublayer_before"), mean("error_sublayer")
-        held += f", of sublayers {before:.4f} -> {after:.4f}"
-    return f"mean error {mean('error'):.4f}{held}"
+        heldout += f", of sublayers {before:.4f} -> {after:.4f}"
+    return f"mean error {mean('error'):.4f}{heldout}"
 
 
 class Plan(NamedTuple):
@@ -1114,7 +1114,7 @@ def plan(checkpoint: Checkpoint, tokens: int, batch_tokens: int, dtype: torch.dt
 def compress_model(model: nn.Module, windows: torch.Tensor, solve: Solve,
                    settings: Settings = Settings(), batch_size: int = 4,
                    dtype: torch.dtype | None = None, exact: bool = False,
-                   held: torch.Tensor | None = None,
+                   heldout: torch.Tensor | None = None,
                    shares: dict[str, float] | None = None) -> list[dict]:
     """The same walk over a Transformer that is in memory, in place; returns one dict a Linear.
 
@@ -1122,7 +1122,7 @@ def compress_model(model: nn.Module, windows: torch.Tensor, solve: Solve,
     weight = model.embed_tokens.weight
     dtype = dtype or weight.dtype
     walk = Walk(model, windows, bool(settings.correct), batch_size, dtype, str(weight.device),
-                exact, held, bool(settings.reconstruct))
+                exact, heldout, bool(settings.reconstruct))
     stats = []
     for i, block in enumerate(Progress(list(model.blocks), "compressing blocks")):
         stored, found = compress_block(i, block, walk, solve, settings, shares)

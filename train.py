@@ -444,7 +444,7 @@ class Run:
         self.test = eval_tokens(self.tokenizer, a.data, split_to_judge(a.data), a.seqlen,
                                 a.max_tokens, folder=a.data_dir)
         if self.solve:
-            self.windows, self.held = self.calibration_windows()
+            self.windows, self.heldout = self.calibration_windows()
         if a.steps:
             self.text, self.val, self.pool = learning_windows(
                 self.tokenizer, a.train_data, a.seqlen, a.val_windows, a.seed, folder=a.data_dir)
@@ -478,14 +478,14 @@ class Run:
             read = self.pool.numel() + self.val.numel()
             states = 2 * read * self.checkpoint.config.d_embed
         if self.solve:
-            calib, held = self.windows.numel(), self.held.numel()
-            taught = calib * (1 + self.rereadings()) + held if a.heal else 0
+            calib, heldout = self.windows.numel(), self.heldout.numel()
+            taught = calib * (1 + self.rereadings()) + heldout if a.heal else 0
             planned = plan(self.checkpoint, calib * (1 + a.rewrite), a.batch_size * a.seqlen,
                            self.dtype, self.settings, self.bits, a.sparsity,
                            self.judges().numel(), taught, a.seqlen, a.allocation == "fisher",
                            a.groupsize, torch.device(a.device).type == "cuda")
             # of the calibration windows alone, while they are rewritten
-            before = 2 * (calib + held) * self.checkpoint.config.d_embed if a.rewrite else 0
+            before = 2 * (calib + heldout) * self.checkpoint.config.d_embed if a.rewrite else 0
             disk = max(planned.disk, planned.model + states, before)
             planned = planned._replace(disk=disk)
             said = str(planned)
@@ -520,7 +520,7 @@ class Run:
 
     def judges(self) -> torch.Tensor:
         """Held-out windows that layers' errors are told on too: one for 16, which costs little."""
-        return self.held[:max(1, self.args.nsamples // 16)]
+        return self.heldout[:max(1, self.args.nsamples // 16)]
 
     def flags(self) -> dict:
         """The flags that the numbers depend on. (Which of several like devices is none.)"""
@@ -537,7 +537,7 @@ class Run:
         texts |= {name: Path(name).stat().st_size for name in sorted(names) if Path(name).is_file()}
         tokens = {f"of {a.data}": fingerprint(self.test)}
         if self.solve:
-            tokens[f"of {a.calib} to compress on"] = fingerprint(self.windows, self.held)
+            tokens[f"of {a.calib} to compress on"] = fingerprint(self.windows, self.heldout)
         if a.steps:
             tokens[f"of {a.train_data} to learn from"] = fingerprint(self.pool, self.val)
         teacher = {"dense": identity(self.dense)} if a.dense else {}
@@ -594,7 +594,7 @@ class Run:
         windows = self.with_rewritten(a.rewrite)
         self.report.layers = compress(self.checkpoint, self.made, windows, self.solve,
                                       self.settings, a.batch_size, self.dtype, a.device,
-                                      after_block=note_time, held=self.judges(), spent=spent,
+                                      after_block=note_time, heldout=self.judges(), spent=spent,
                                       shares=shares)
         self.report.save()
         self.measure_made("compressed", time.monotonic() - start)
@@ -622,11 +622,11 @@ class Run:
         if not parallel.first_object("compressed" in self.report.losses):
             again = self.rereadings()
             windows = self.with_rewritten(again)
-            teacher = self.teacher(windows, self.held)
+            teacher = self.teacher(windows, self.heldout)
             model = open_checkpoint(self.made).model(self.dtype, a.device)
             model.checkpointing = self.recomputes(heals=True)
             making = time.monotonic() - began
-            got = heal(model, windows, self.held, teacher, a.heal, a.batch_size, seed=a.seed,
+            got = heal(model, windows, self.heldout, teacher, a.heal, a.batch_size, seed=a.seed,
                        readings=1 + again, state=state, progress=Progress)
             parallel.wait()                             # all have read the state that is removed
             if first:
@@ -658,7 +658,7 @@ class Run:
         a, files = self.args, [self.out / "rewritten" / f"{k}.safetensors" for k in range(times)]
         missing = parallel.first_object([k for k in range(times) if not files[k].exists()])
         if missing:
-            states, _ = self.teacher(self.windows, self.held)
+            states, _ = self.teacher(self.windows, self.heldout)
             parallel.wait()                         # all have opened what the first removes
             if parallel.rank() == 0:
                 head = open_checkpoint(self.dense).ends(self.dtype, a.device).unembed

@@ -96,7 +96,7 @@ def test_errors_on_held_out_windows(family, sequential):
     dense = tiny(family)
     alone = tiny(family)
     stats = compress_model(model, windows, solve, Settings(sequential, 0.0), 2, exact=True,
-                           held=held)
+                           heldout=held)
     compress_model(alone, windows, solve, Settings(sequential, 0.0), 2, exact=True)
     assert torch.equal(model(held), alone(held))
     seen = copy.deepcopy(model)                                   # its inputs are those of the walk

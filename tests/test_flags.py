@@ -391,7 +391,7 @@ def test_several_calibration_texts_share_the_windows(place):
 
     found = [[inside(window, a), inside(window, b)] for window in run.windows.tolist()]
     assert found == [[True, False]] * 3 + [[False, True]] * 2
-    assert [inside(window, a) for window in run.held.tolist()] == [True, False] * 4
+    assert [inside(window, a) for window in run.heldout.tolist()] == [True, False] * 4
     few = "--steps 0 --nsamples 1 --calib P/a.txt,P/b.txt".split()
     assert "without a window" in run_train(place, few)["error"]
 

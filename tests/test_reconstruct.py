@@ -34,7 +34,7 @@ def compressed(family="llama", passes=2, bits=4, sparsity=0.5, recipe="best", ch
     """A tiny model behind the walk, and what the walk tells of its Linears."""
     model = tiny(family, **changes)
     stats = compress_model(model, WINDOWS, make_solver(bits, sparsity, recipe),
-                           Settings(reconstruct=passes), 2, dtype, held=HELD)
+                           Settings(reconstruct=passes), 2, dtype, heldout=HELD)
     return model, stats
 
 
@@ -242,7 +242,7 @@ def test_a_killed_walk_ends_in_the_same_bytes(family, bits, tmp_path):
     spent = {}
 
     def walk(folder, **more):
-        return compress(checkpoint, tmp_path / folder, WINDOWS, solve, settings, 2, held=HELD,
+        return compress(checkpoint, tmp_path / folder, WINDOWS, solve, settings, 2, heldout=HELD,
                         **more)
 
     stats = walk("a", spent=spent)
@@ -256,7 +256,7 @@ def test_a_killed_walk_ends_in_the_same_bytes(family, bits, tmp_path):
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
     memory = tiny(family)
-    assert compress_model(memory, WINDOWS, solve, settings, 2, held=HELD) == stats
+    assert compress_model(memory, WINDOWS, solve, settings, 2, heldout=HELD) == stats
 
 
 def test_between_blocks_only_the_streams_live():
@@ -266,7 +266,7 @@ def test_between_blocks_only_the_streams_live():
     seen = []
     windows = TOKENS[:90].view(6, 15)
     held = TOKENS[:30].view(2, 15)
-    walk = Walk(model, windows, True, 2, torch.float32, "cpu", held=held, judged=True)
+    walk = Walk(model, windows, True, 2, torch.float32, "cpu", heldout=held, judged=True)
     for i, block in enumerate(model.blocks):
         compress_block(i, block, walk, make_solver(4, 0.5), Settings(reconstruct=1))
         gc.collect()
@@ -292,7 +292,7 @@ def test_the_device_holds_a_sublayer_and_its_sums(family, nsamples, seqlen, tmp_
     settings = Settings(reconstruct=1)
     windows = torch.randint(0, 64, (nsamples, seqlen))
     walk = Walk(checkpoint.ends(torch.float32), windows, True, 4, torch.float32, "cpu",
-                held=windows[:1], judged=True)
+                heldout=windows[:1], judged=True)
     streams = (nsamples + 1) * seqlen * config.d_model * 2 * 2
     planned = plan(checkpoint, windows.numel(), 4 * seqlen, torch.float32, settings, 4, 0.5,
                    seqlen, 0, seqlen)

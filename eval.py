@@ -252,9 +252,10 @@ def zero_shot(model, tokenizer, items: list[Item], prompt: torch.Tensor | None =
 
     Longest first, padded at the right, where a causal model does not look. Choices that read the
     same and differ in their last token only, such as yes and no, are read once. A text beyond the
-    positions loses its beginning."""
+    positions loses its beginning, which is said."""
     positions = model.config.max_positions - (0 if prompt is None else len(prompt))
     rows = {}                                # tokens read -> [(item, choice, tokens scored, last)]
+    cut = set()
     for i, item in enumerate(items):
         for j, (context, continuation) in enumerate(item.pairs):
             given, scored = encode_pair(tokenizer, context, continuation)
@@ -262,8 +263,13 @@ def zero_shot(model, tokenizer, items: list[Item], prompt: torch.Tensor | None =
                 raise ValueError(f"{title}: item {i + 1}, choice {j + 1}: {len(given)} tokens of "
                                  f"context and {len(scored)} to score; needed are at least one of "
                                  f"each, and at most {positions} to score")
+            if len(given) + len(scored) > positions + 1:
+                cut.add(i)
             ids = (given + scored)[-(positions + 1):]
             rows.setdefault(tuple(ids[:-1]), []).append((i, j, len(scored), ids[-1]))
+    if cut:
+        say(f"{title}: {len(cut)} items lose the beginning of their context, as there are "
+            f"{positions} positions")
     order = sorted(rows, key=lambda row: (-len(row), row))
     found = [[None] * len(item.pairs) for item in items]  # (log-probability, all likeliest, tokens)
     device = model.embed_tokens.weight.device
@@ -528,19 +534,20 @@ def talk(model, tokenizer, template: ChatTemplate | None, lines: Iterator[str], 
             continue
         messages.append({"role": "user", "content": line})
         row = template.encode(tokenizer, messages) if template else tokenizer.encode(line)
-        forgotten = 0
-        while template and len(row) + room > positions and len(messages) > 1:
-            messages = messages[2:]                             # a question and its answer
-            row = template.encode(tokenizer, messages)
-            forgotten += 1
-        if forgotten:
-            say(f"(the first {forgotten} of its turns no longer fit, and are left out)")
+        kept = messages
+        while template and len(row) + room > positions and len(kept) > 1:
+            kept = kept[2:]                                     # without a question and its answer
+            row = template.encode(tokenizer, kept)
         try:
             check_row(model, row, n, "this line")
         except ValueError as e:
             say(f"({e})")
-            messages.pop()
+            messages.pop()                                      # the line alone is forgotten
             continue
+        if len(kept) < len(messages):
+            forgotten = (len(messages) - len(kept)) // 2
+            say(f"(the first {forgotten} of its turns no longer fit, and are left out)")
+        messages = kept
         answer = ""
         for _, piece in stream_text(model, tokenizer, [row], stops, seeds=[seed + number], **how):
             print(piece, end="", flush=True)
@@ -609,7 +616,7 @@ def stored_dtype(folder: Path) -> str:
 def locate(name: str) -> tuple[Path, dict, str]:
     """(folder of a model, settings of the run that made it, where they are from) for a name, a
     checkpoint folder or the --out folder of a run, which holds its model in compressed/, or names
-    the compressed one that it learned a prompt for."""
+    the one that it learned a prompt for."""
     if name in SHIPPED:
         return resolve(name), DEFAULTS["tiny"], "its defaults"
     path = Path(name)
@@ -618,7 +625,8 @@ def locate(name: str) -> tuple[Path, dict, str]:
         report = path / "report.json"
         settings = run_settings(report)
         model = settings.get("model", "MODEL")
-        if settings.get("packed"):
+        is_dense = settings.get("bits") == 16 and str(settings.get("sparsity")) in ("0", "0.0")
+        if settings.get("packed") or is_dense:
             return resolve(model), settings, str(report)
         if not (path / "compressed" / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds a run of train.py but no whole compressed/: "
@@ -696,13 +704,19 @@ def check_flags(args) -> None:
         if getattr(args, name) is not None and not args.temperature:
             raise ValueError(f"{flag(name)} does nothing at temperature 0: leave it out, "
                              f"or add --temperature 1")
-    if args.prompt and args.hard_prompt:
+    if args.prompt and args.hard_prompt is not None:
         raise ValueError("--prompt and --hard-prompt exclude each other: leave one out")
     if args.force and not args.prompt:
         raise ValueError("--force does nothing without --prompt: leave it out")
     if args.json and args.mode == "chat":
         raise ValueError("--json does nothing with --chat: leave it out")
+    if args.items and (Path(args.items).is_dir() or not Path(args.items).parent.is_dir()):
+        raise ValueError(f"--items {args.items} is no file in a folder that is there: name another")
     names = args.tasks.split(",") if args.mode == "tasks" else []
+    tasks = [name.partition("=")[0] for name in names]
+    twice = next((task for task in tasks if tasks.count(task) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--tasks names {twice} twice: run the one after the other")
     if names and args.data_dir and all("=" in name for name in names):
         raise ValueError("--data-dir does nothing where --tasks names every file: leave it out")
 
@@ -735,6 +749,7 @@ def read_texts(path: str) -> list[str]:
     .jsonl."""
     if path == "-":
         found = [line.rstrip("\n") for line in sys.stdin]
+        found[:1] = [line.removeprefix("\ufeff") for line in found[:1]]     # a byte order mark
     elif Path(path.removesuffix(".gz")).suffix == ".jsonl":
         found = documents(Path(path))
     else:

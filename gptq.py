@@ -253,11 +253,16 @@ LEAF = 512                              # columns of a matrix that is not halved
 
 
 def invert_(M: torch.Tensor) -> torch.Tensor:
-    """The inverse of a symmetric positive definite M = L L^T (n, n), in its place: L^-T L^-1."""
-    if len(M) <= LEAF:
-        with one_thread():
-            return M.copy_(torch.cholesky_inverse(torch.linalg.cholesky(M)))
-    return square_(invert_factor_(M))
+    """The inverse of a symmetric positive definite M = L L^T (n, n), in its place: L^-T L^-1.
+    ValueError if it is not positive definite."""
+    try:
+        if len(M) <= LEAF:
+            with one_thread():
+                return M.copy_(torch.cholesky_inverse(torch.linalg.cholesky(M)))
+        return square_(invert_factor_(M))
+    except torch.linalg.LinAlgError:
+        raise ValueError("H is not positive definite in spite of its damping: sum it up in "
+                         "float32") from None
 
 
 def invert_factor_(M: torch.Tensor) -> torch.Tensor:

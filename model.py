@@ -564,8 +564,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = resolve(path)
     config = read_config(folder)
     meta = not (folder / "config.json").exists()
+    layers = packed_layers(folder)                  # refuses what others quantized, unread
     files = read_meta(folder) if meta else read_folder(folder)
-    return Checkpoint(folder, config, files, packed_layers(folder), skeleton_of(config), meta=meta)
+    return Checkpoint(folder, config, files, layers, skeleton_of(config), meta=meta)
 
 
 def check_device(device) -> None:

@@ -60,15 +60,17 @@ class Learned(NamedTuple):
 
 def initial_prompt(model, n: int, how: str = "text", tokens: torch.Tensor | None = None,
                    seed: int = 0, kind: str = "embedding") -> torch.Tensor:
-    """fp32 start of n positions: "text" = the first n of `tokens`, "vocab" = n random tokens,
-    "random" = normal numbers with the embedding matrix's standard deviation. A prefix is what
-    `model` makes of them: give it the dense model, whose keys and values are intact (IntactKV
+    """fp32 start of n positions: "text" = the first n of `tokens` (m,) int64, "vocab" = n random
+    tokens, "random" = normal numbers with the embedding matrix's standard deviation. A prefix is
+    what `model` makes of them: give it the dense model, whose keys and values are intact (IntactKV
     2403.01241)."""
     g = torch.Generator().manual_seed(seed)
     table = model.embed_tokens.weight
     if kind not in ("embedding", "prefix"):
         raise ValueError(f"prompt kind {kind!r}: known are embedding and prefix")
     if how == "text":
+        if tokens is not None and tokens.dim() != 1:
+            raise ValueError(f"a prompt starts from one row of tokens, not {tuple(tokens.shape)}")
         if tokens is None or len(tokens) < n:
             have = 0 if tokens is None else len(tokens)
             raise ValueError(f"a prompt of {n} tokens from text needs {n} tokens, got {have}")

@@ -275,7 +275,10 @@ def refit(W: torch.Tensor, H: torch.Tensor, mask: torch.Tensor, start: torch.Ten
     rr = torch.linalg.vector_norm(R, dim=1, keepdim=True).square()
     for _ in range(iterations):
         Q = (P @ Hn).mul_(keep)
-        step = rr / (P * Q).sum(1, keepdim=True).clamp(min=1e-30)
+        bend = (P * Q).sum(1, keepdim=True)
+        # damping alone makes it as large, unless H was rounded until it is indefinite: no step then
+        least = percdamp / 2 * torch.linalg.vector_norm(P, dim=1, keepdim=True).square()
+        step = torch.where(bend < least, 0, rr / bend.clamp(min=1e-30))
         V.addcmul_(step, P)
         R.addcmul_(step, Q, value=-1)
         old, rr = rr, torch.linalg.vector_norm(R, dim=1, keepdim=True).square()
@@ -330,7 +333,8 @@ def prune_and_round(W: torch.Tensor, H: torch.Tensor, sparsity: float | str,
                         descent=descent, target=w)
         if cut is None:
             cut = torch.zeros_like(w, dtype=torch.bool)
-        return Compressed(v, cut, None, None, None, None, relative_error(w, v, H))
+        return Compressed(w.clone() if v is w else v, cut, None, None, None, None,
+                          relative_error(w, v, H))
 
     solved = [solve(rows) for rows in slabs]
     if len(solved) == 1:

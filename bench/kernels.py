@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data.flags import sizes
+from data.flags import sizes, whole
 from kernels import cpu_int4
 from kernels.linear import PackedLinear
 from kernels.packing import Packed, nbytes, pack
@@ -195,6 +195,8 @@ def main(args: argparse.Namespace) -> None:
         torch.cuda.set_device(device)  # events and graphs belong to the current one
     names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = names[args.dtype or ("fp16" if gpu else "bf16")]
+    if args.generate and args.tune:
+        raise ValueError("--generate and --tune exclude each other: run the one after the other")
     if args.generate or args.tune:
         from bench import models as bench_model  # here, because it needs model.py
         return bench_model.main(args, dtype, device)
@@ -216,7 +218,7 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", type=sizes("out x in, such as 4096x11008"),
                         help="such as 4096x11008, out x in")
-    parser.add_argument("--batches", nargs="*", type=int)
+    parser.add_argument("--batches", nargs="*", type=whole(1, 1 << 20))
     formats = ["dense", "nm", "unstructured"]
     parser.add_argument("--formats", nargs="*", default=formats, choices=formats,
                         help="a model of random weights takes the last")

@@ -139,10 +139,13 @@ if __name__ == "__main__":
     a("model")
     a("--calib", required=True, help="calibration text, as train.py takes it")
     a("--data", required=True, help="text the perplexity is measured on, likewise")
-    a("--bits", type=int, default=4, help="16: prune only")
+    a("--bits", type=int, default=4, choices=[2, 3, 4, 8, 16], help="16: prune only")
     a("--sparsity", type=float, default=0.5, help="a fraction; 0: quantize only")
     a("--nsamples", type=int, default=32)
     a("--seqlen", type=int, default=512)
     a("--max-tokens", type=int, default=40960)
     a("--seeds", type=int, nargs="+", default=[0])
-    main(p.parse_args())
+    try:
+        main(p.parse_args())
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")

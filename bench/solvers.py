@@ -12,12 +12,14 @@ Hessian per Linear and runs its forward passes in fp32. Errors are relative outp
 import argparse
 import copy
 import resource
+import sys
 import time
 
 import torch
 
 from bench.naive import naive_sparsegpt
 from compress import Settings, compress_model, make_solver
+from data.config import resolve
 from data.flags import sizes
 from data.progress import Progress
 from data.text import calibration
@@ -115,13 +117,14 @@ def time_layers(args) -> None:
         print(f"\n{out} x {n:<24} {'error':>10} {'seconds':>9}")
         for name, error, seconds in steps(W, H, args.sparsity, args.bits, args.naive, args.whole):
             print(f"{name:30} {error:10.5f} {seconds:9.2f}", flush=True)
-    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # it counts KiB
+    print(f"\npeak memory {peak / 1e9:.2f} GB")
 
 
 def time_walks(args) -> None:
     """The walk through a whole model: naive, plain and best, each from the dense weights."""
     model = load_model(args.model)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(resolve(args.model))
     windows = calibration(tokenizer, args.data, "train", args.nsamples, args.seqlen, 0)
     fraction, _, _ = parse_sparsity(args.sparsity)
     dtype = DTYPES[default_dtype("cpu")]
@@ -167,4 +170,7 @@ if __name__ == "__main__":
     a("--data", default="docs", help="its calibration text")
     a("--nsamples", type=int, default=32)
     a("--seqlen", type=int, default=512)
-    main(p.parse_args())
+    try:
+        main(p.parse_args())
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")

@@ -19,6 +19,7 @@ is always on), and the 8-bit and 4-bit types of other libraries.
 import json
 import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -201,6 +202,9 @@ def check_tensor(tensor: torch.Tensor, name: str, path: Path, checksum: int | No
     if not tensor.is_floating_point() and name.rpartition(".")[2] in WEIGHTS:
         raise ValueError(f"{path}: {name} is of type {tensor.dtype}, and weights are floating "
                          f"point: save them as such")
+    if tensor.is_floating_point() and tensor.dtype not in TYPES.values():
+        raise ValueError(f"{path}: {name} is of type {tensor.dtype}, which is not read; known are "
+                         f"{', '.join(TYPES)}")
     if checksum is not None and checksum != crc32(tensor):
         raise damaged(path, name)
     if tensor.is_floating_point() and tensor.numel():
@@ -270,6 +274,8 @@ def read_header(path: Path, data: np.ndarray) -> tuple[list[Entry], dict[str, st
                          f"{MOST_HEADER} are allowed")
     try:
         entries, metadata = parse_header(data[8:begin].tobytes())
+    except UnknownType as e:
+        raise ValueError(f"{path}: {e}: convert it to one of these") from None
     except ValueError as e:
         raise ValueError(f"{path} is not a safetensors file: its header is damaged ({e}); download "
                          f"it again") from None
@@ -287,6 +293,10 @@ def read_header(path: Path, data: np.ndarray) -> tuple[list[Entry], dict[str, st
         raise ValueError(f"{path} is damaged: {size - begin - at} bytes follow the last tensor; "
                          f"download it again")
     return entries, metadata, begin
+
+
+class UnknownType(ValueError):
+    """A tensor is of a type that is not read, such as FP8; the file may be whole."""
 
 
 def parse_header(text: bytes) -> tuple[list[Entry], dict[str, str]]:
@@ -311,8 +321,10 @@ def entry_of(name: str, said) -> Entry:
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(map(is_size, numbers)):
             raise ValueError(f"{key} of {name[:200]} is no list of whole numbers from 0 on")
-    if not isinstance(kind, str) or kind not in TYPES:
-        raise ValueError(f"{name[:200]} has type {str(kind)[:50]}; known are {', '.join(TYPES)}")
+    if kind not in map(str, TYPES):
+        is_name = isinstance(kind, str) and re.fullmatch(r"[A-Z0-9_]{1,16}", kind)
+        raise (UnknownType if is_name else ValueError)(
+            f"{name[:200]} has type {str(kind)[:50]}; known are {', '.join(TYPES)}")
     size = math.prod(shape) * TYPES[kind].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != size:
         raise ValueError(f"{name[:200]} of shape {str(shape)[:80]} in {kind} cannot fill bytes "

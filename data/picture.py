@@ -44,8 +44,9 @@ def read_report(path: str | Path) -> dict:
         rows = report["rows"]
         if not rows or not all(0 < row["perplexity"] < math.inf and row["name"] for row in rows):
             raise ValueError("no rows")
-        report["settings"]["model"]
-    except (ValueError, KeyError, TypeError):
+        settings = report["settings"]
+        made_how(settings), measured_how(settings), Path(settings.get("dense") or settings["model"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is not a report of train.py: it needs rows, each with a name and "
                          f"a perplexity, and the settings of the run") from None
     return report
@@ -71,7 +72,8 @@ def measured_how(s: dict) -> str:
         parts.append(f"windows of {s['seqlen']}")
     if s.get("steps") and s.get("prompt_tokens"):
         what = "prefix positions" if s.get("kind") == "prefix" else "prompt tokens"
-        parts.append(f"{s['prompt_tokens']} {what}, {s['steps']} steps")
+        how = " of KL" if s.get("objective") == "kl" else ""
+        parts.append(f"{s['prompt_tokens']} {what}, {s['steps']} steps{how}")
     if s.get("seed") is not None:
         parts.append(f"seed {s['seed']}")
     return ", ".join(parts)
@@ -87,9 +89,17 @@ def panels(reports: list[dict]) -> list[dict]:
         names = ("data", "seqlen", "max_tokens", "scored_tokens")
         dense = s.get("dense") or s["model"]
         same = (str(dense), *(str(s.get(name)) for name in names))
-        empty = {"title": Path(dense).name, "details": "", "values": {}}
+        name = Path(dense)
+        name = name.parent.name if name.name == "compressed" else name.name
+        empty = {"title": name, "details": "", "prompts": "", "values": {}}
         panel = found.setdefault(same, empty)
-        panel["details"] = max(panel["details"], measured_how(s), key=len)
+        told = measured_how(s)
+        if any("prompt" in row["name"] for row in report["rows"]):
+            if panel["prompts"] not in ("", told):
+                raise ValueError(f"prompts learned unlike in reports of {name}: "
+                                 f"{panel['prompts']}; {told}: draw them apart")
+            panel["prompts"] = told
+        panel["details"] = panel["prompts"] or told
         for row in report["rows"]:
             model, _, prompt = row["name"].partition(" + ")
             # what a run was given compressed is not in its settings
@@ -174,6 +184,6 @@ if __name__ == "__main__":
                         help="as train.py leaves it in its --out folder")
     try:
         print(picture([read_report(path) for path in parser.parse_args().reports]), end="")
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -110,7 +110,9 @@ def winogrande(row: dict) -> Item:
         rest = row["continuation"]
         gold = row["gold"]
     else:
-        before, _, rest = row["sentence"].partition("_")
+        before, gap, rest = row["sentence"].partition("_")
+        if not gap:
+            raise ValueError("its sentence has no _ to fill in")
         contexts = [before + row["option1"], before + row["option2"]]
         gold = {"1": 0, "2": 1}[str(row["answer"])]
     pairs = [(context, f" {rest.strip()}") for context in contexts]
@@ -164,6 +166,8 @@ def find_task(asked: str, folder: str | Path | None) -> tuple[str, Path]:
     name, given, path = asked.partition("=")
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
+    if given and not path:
+        raise ValueError(f"task {name}: no file behind {name}=")
     if given:
         return name, Path(path)
     if folder is None:
@@ -198,7 +202,7 @@ def load_items(asked: str, folder: str | Path | None = None,
             item = TASKS[name].read(row)
             if not 0 <= item.gold < len(item.pairs):
                 raise ValueError(f"answer {item.gold} of {len(item.pairs)} choices")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
             what = f"lacks {e}" if isinstance(e, KeyError) else e
             raise ValueError(f"{path} line {number} is no item of {name} ({what})") from None
         items.append(item)

@@ -185,6 +185,8 @@ def find(name: str, split: str, folder: str | Path | None) -> Path:
     """Path of a named set's file, downloaded if it is nowhere."""
     if split not in FILES[name]:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(FILES[name])}")
+    if folder and not Path(folder).is_dir():
+        raise FileNotFoundError(f"--data-dir {folder} is no folder")
     names = FILES[name][split]
     places = [Path(place) for place in (folder, os.environ.get("TEXT_FOLDER")) if place]
     for place in places:

@@ -34,7 +34,7 @@ def from_rank(ranks: np.ndarray, bits: int) -> np.ndarray:
 
 def to_bitmap(keep: np.ndarray) -> torch.Tensor:
     """(rows, columns) bool -> (rows, columns / 32) int32, column j at bit j % 32."""
-    packed = np.packbits(keep, axis=1, bitorder="little")
+    packed = np.packbits(np.ascontiguousarray(keep), axis=1, bitorder="little")
     return torch.from_numpy(packed.view(np.int32))
 
 

@@ -114,7 +114,7 @@ class PackedLinear(nn.Module):
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.decoder = None, None  # (form, what decodes in it), made at the first use
+        self.decoder = None, None  # (what it was made of, what decodes), made at the first use
         self.reordered = False     # on a GPU: are the buffers fragments?
         self.plan = None           # on a GPU: what is launched
         self.in_triton = triton_reads(packed)
@@ -182,6 +182,8 @@ class PackedLinear(nn.Module):
         return self.multiply(x)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"x is of type {x.dtype}: a PackedLinear multiplies floating point")
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
@@ -216,11 +218,14 @@ class PackedLinear(nn.Module):
             return False
         if not tokens or x.dtype == torch.float64:
             return False
-        form = decode_form(self.packed, x.dtype)
-        if tokens > form.most_tokens:
-            return False
-        if self.decoder[0] != form:
-            self.decoder = form, form(self.packed)
+        # made anew where a buffer was written to, or replaced
+        held = [(t.data_ptr(), 0 if t.is_inference() else t._version)
+                for t in self._buffers.values() if t is not None]
+        if self.decoder[0] != (x.dtype, held):
+            form = decode_form(self.packed, x.dtype)
+            if tokens > form.most_tokens:
+                return False
+            self.decoder = (x.dtype, held), form(self.packed)
         return tokens <= self.decoder[1].most_tokens
 
     def _apply(self, fn, recurse=True):
@@ -229,7 +234,8 @@ class PackedLinear(nn.Module):
         grid = {name: getattr(self, name) for name in ("scale", "zero")}
         super()._apply(fn, recurse)
         for name, exact in grid.items():
-            setattr(self, name, exact.to(getattr(self, name).device))
+            if not exact.is_meta:                   # there to_empty leaves nothing to keep
+                setattr(self, name, exact.to(getattr(self, name).device))
         self.decoder = None, None
         self.plan = None
         return self

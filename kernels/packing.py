@@ -100,8 +100,14 @@ def pack(codes: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor, ze
     if mask is not None and mask.shape != codes.shape:
         raise ValueError(f"mask {tuple(mask.shape)} and codes {tuple(codes.shape)} must have the "
                          f"same shape")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask is of type {mask.dtype}: it must be bool, True where pruned")
+    groups = number_of_groups({"shape": [rows, cols], "groupsize": groupsize})
+    if len(group) != cols or cols and not 0 <= group.min() <= group.max() < groups:
+        raise ValueError(f"g_idx does not fit {cols} columns and groupsize {groupsize}, which make "
+                         f"{groups} groups")
     for name, t in (("scale", scale), ("zero", zero)):
-        check_grid(name, t, (rows, int(group.max()) + 1))
+        check_grid(name, t, (rows, groups))
     n = codes.detach().cpu().numpy()
     for extreme in (n.min(), n.max()) if n.size else ():
         if not 0 <= extreme < 1 << bits:
@@ -132,7 +138,7 @@ def check_grid(name: str, t: torch.Tensor, shape: tuple[int, int]) -> None:
     """ValueError unless a scale or zero has this shape and fits fp16 exactly."""
     if t.shape != shape:
         raise ValueError(f"{name} {tuple(t.shape)} must be {shape}: one column per group")
-    if not torch.equal(t.half().float(), t.float()):
+    if not t.half().isfinite().all() or not torch.equal(t.half().float(), t.float()):
         raise ValueError(f"{name} holds values that fp16 cannot: round the grid to fp16 before "
                          f"quantizing with it")
 

@@ -184,11 +184,12 @@ def test_a_long_talk_forgets_its_beginning(capsys):
     assert [len(a) for a in answers] == [8] * 5
     assert err.splitlines() == [
         "(the first 1 of its turns no longer fit, and are left out)",
-        "(the first 3 of its turns no longer fit, and are left out)",
         "(this line and the prompt take 72 of the model's 64 positions: no room to continue, use a "
-        "shorter text)"]
+        "shorter text)",
+        "(the first 1 of its turns no longer fit, and are left out)"]
     expect = lambda text: "".join(p for _, p in evaluation.generate(model, tokenizer, [text], 8))
-    assert answers[-1] == expect("u" + "z" * 9 + "a")
+    turns = [f"u{'x' * 9}a{answer}" for answer in answers[2:4]]     # what was refused is forgotten
+    assert answers[-1] == expect("".join(turns) + "u" + "z" * 9 + "a")
 
 
 def test_loops_know_their_end_and_sets_their_names():

@@ -354,6 +354,10 @@ def test_a_run_of_a_prompt_alone_names_its_model(run_folder, tmp_path):
     folder, run, source = evaluation.locate(str(tmp_path))
     assert (folder, run["data"]) == (made, "mine.txt")
     assert source == str(tmp_path / "report.json")
+    settings = {"model": "tiny-opt", "bits": 16, "sparsity": "0", "seqlen": 64}      # a dense one
+    (tmp_path / "report.json").write_text(json.dumps({"rows": [], "settings": settings}))
+    folder, run, _ = evaluation.locate(str(tmp_path))
+    assert (folder, run["seqlen"]) == (evaluation.resolve("tiny-opt"), 64)
 
 
 def test_a_run_without_a_compressed_model_says_where_to_look(tmp_path):

@@ -249,6 +249,26 @@ def test_other_weights_replace_the_decode_cache():
     packed.load_state_dict(other.state_dict())
     assert torch.equal(packed(x), other(x))
     assert not torch.allclose(packed(x), before)
+    before = packed(x)
+    packed.scale.mul_(2)                                # in place
+    assert torch.equal(packed(x), 2 * before)
+    buffers = {name: t * 2 if name == "scale" else t for name, t in packed.named_buffers()}
+    assert torch.equal(torch.func.functional_call(packed, buffers, (x,)), 4 * before)
+    assert torch.equal(packed(x), 2 * before)
+
+
+def test_integers_are_not_multiplied():
+    with pytest.raises(TypeError, match="x is of type torch.int64"):
+        layer()(torch.ones(2, 256, dtype=torch.int64))
+
+
+def test_a_layer_without_memory_can_be_given_some():
+    """to_empty of a layer on the meta device."""
+    packed = layer()
+    filled = copy.deepcopy(packed).to("meta").to_empty(device="cpu")
+    filled.load_state_dict(packed.state_dict())
+    x = torch.randn(3, 256)
+    assert torch.equal(filled(x), packed(x))
 
 
 def test_triton_gets_only_four_bits_in_neighbouring_groups():

@@ -152,6 +152,24 @@ def test_clear_errors():
         pack(codes, None, ones, ones, 5)
     with pytest.raises(ValueError, match="one column per group"):
         pack(codes, None, ones, ones, 4, groupsize=16)
+    with pytest.raises(ValueError, match="scale holds values that fp16 cannot"):
+        pack(codes, None, ones * 1e6, ones, 4)
+    with pytest.raises(ValueError, match="mask is of type torch.uint8"):
+        pack(codes, keep_all.byte(), ones, ones, 4)
+    two = torch.ones(2, 2)
+    for order, groupsize in ((torch.arange(32) // 16, -1), (torch.arange(16) // 16, 16),
+                             (torch.arange(32) // 8, 16), (torch.arange(32) // 16 - 1, 16)):
+        with pytest.raises(ValueError, match="g_idx does not fit 32 columns and groupsize"):
+            pack(codes, None, two, two, 4, groupsize=groupsize, g_idx=order)
+
+
+@pytest.mark.parametrize("format", ["nm", "unstructured"])
+def test_memory_order_does_not_matter(format):
+    codes, mask, scale, zero = example((32, 64), 4, "offset", -1, format)
+    want = pack(codes, mask, scale, zero, 4, "offset", format=format)
+    got = pack(codes.T.contiguous().T, mask.T.contiguous().T, scale, zero, 4, "offset",
+               format=format)
+    assert all(torch.equal(t, want.tensors[name]) for name, t in got.tensors.items())
 
 
 def test_a_mask_that_keeps_more_than_its_codes_is_damaged():

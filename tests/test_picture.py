@@ -130,6 +130,18 @@ def test_each_way_of_compressing_has_a_column():
         picture([one, report(two)])
 
 
+def test_prompts_that_were_learned_unlike_are_not_mixed():
+    """One line says how, over all bars of a panel; and what it says of KL."""
+    other = {"dense": 30.0, "compressed": 60.0, "compressed + learned prompt": 40.0}
+    for changed in ({"steps": 1}, {"kind": "prefix"}, {"objective": "kl"}, {"seed": 5}):
+        with pytest.raises(ValueError, match="prompts learned unlike in reports of a<b&c"):
+            picture([report(), report(other, sparsity="2:4", **changed)])
+    assert any("200 steps of KL" in word for word in Drawn(report(objective="kl")).words)
+    alone = {"compressed": 48.0, "compressed + learned prompt": 32.5}
+    drawn = Drawn(report(alone, model="runs/mine/compressed", packed=True))
+    assert "mine" in drawn.words and "compressed" in drawn.words
+
+
 def test_names_of_what_was_not_pruned_say_nothing_of_pruning():
     assert "compressed: 4-bit" in Drawn(report(sparsity="0.0")).words
 

@@ -81,6 +81,22 @@ def test_groups_that_begin_inside_an_inner_block_equal_naive(groupsize):
         assert torch.allclose(out.weight, V, atol=1e-10)
 
 
+def test_an_H_that_was_rounded_until_it_is_indefinite():
+    """Inputs far from zero on average, summed up in bf16: refit takes no step where the damping
+    does not reach. What is no H at all is one line."""
+    g = torch.Generator().manual_seed(1)
+    x = (torch.randn(2048, 512, generator=g) + 8 * torch.randn(512, generator=g)).bfloat16()
+    W = torch.randn(16, 512, generator=g) * 0.05
+    H = x.T @ x / len(x)
+    assert torch.linalg.eigvalsh(H.float())[0] < 0
+    true = hessian(x.float())
+    rounded, exact = (prune_and_round(W, h, 0.5, bits=4) for h in (H, true))
+    lost = [relative_error(W, out.weight, true) for out in (rounded, exact)]
+    assert lost[0] < 2 * lost[1]
+    with pytest.raises(ValueError, match="H is not positive definite"):
+        prune_and_round(W, -true, 0.5, bits=4)
+
+
 def test_groups_and_blocks_of_which_neither_holds_the_other_are_refused():
     W, H = layer()
     with pytest.raises(ValueError, match="one must be a multiple of the other"):

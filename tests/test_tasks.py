@@ -15,7 +15,7 @@ import torch
 
 import eval as evaluation
 from data.config import SHIPPED
-from data.tasks import TASKS, Item, find_task, load_items
+from data.tasks import TASKS, Item, ask, find_task, load_items
 from data.tokenizer import load_tokenizer
 from model import load_model
 from prompt import as_prefix
@@ -89,13 +89,28 @@ def test_labels_in_a_file_of_their_own(tmp_path):
                                   '{"goal": "g", "sol1": "a", "sol2": "b", "label": 2}',
                                   '{"goal": "g", "sol1": "a", "sol2": 5, "label": 1}',
                                   '{"goal": "g", "sol1": "a", "sol2": "b", "label": "one"}',
-                                  '{"query": "q"}'])
+                                  '{"query": "q"}', '{"a": ' * 100_000])
 def test_a_row_that_is_no_item_is_named(line, tmp_path):
     (tmp_path / "piqa.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n'
                                          + line)
     with pytest.raises(ValueError, match="piqa.jsonl line 2 is no item of piqa") as e:
         load_items("piqa", tmp_path)
     assert "\n" not in str(e.value)
+
+
+def test_a_sentence_without_a_gap(tmp_path):
+    path = tmp_path / "winogrande.jsonl"
+    path.write_text('{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}')
+    with pytest.raises(ValueError, match="line 1 is no item of winogrande .its sentence has no _"):
+        load_items(f"winogrande={path}")
+
+
+def test_contexts_that_are_cut_are_said(opt, capsys):
+    model, tokenizer = opt[:2]
+    long = "word " * 2 * model.config.max_positions
+    items = [ask(long, ["yes", "no"], 0), ask("short", ["yes", "no"], 0)]
+    evaluation.zero_shot(model, tokenizer, items, None, 2, "mine")
+    assert "mine: 1 items lose the beginning of their context" in capsys.readouterr().err
 
 
 def test_tasks_that_are_not_there(tmp_path):
@@ -249,7 +264,12 @@ def test_program(monkeypatch, capsys, tmp_path):
     (["--items", "x"], "--items does nothing without --tasks"),
     (["--tasks", "piqa", "--seqlen", 9], "--seqlen does nothing with --tasks"),
     (["--tasks", "piqa", "--generate", "x"], "exclude each other"),
-    (["--tasks", "piqa=nowhere.jsonl"], "no file nowhere.jsonl")])
+    (["--tasks", "piqa=nowhere.jsonl"], "no file nowhere.jsonl"),
+    (["--tasks", "piqa="], "no file behind piqa="),
+    (["--tasks", "piqa=a.jsonl,boolq,piqa=b.jsonl"], "--tasks names piqa twice"),
+    (["--tasks", "piqa", "--items", "nowhere/x.jsonl"], "no file in a folder that is there"),
+    (["--tasks", "piqa", "--items", "."], "no file in a folder that is there"),
+    (["--prompt", "x.safetensors", "--hard-prompt", ""], "exclude each other")])
 def test_program_fails_in_one_line(more, message, monkeypatch, capsys):
     status, out, err = run_program(monkeypatch, capsys, "tiny-llama", *more)
     assert status == 2

@@ -74,7 +74,10 @@ def test_sets_are_found_by_folder_environment_and_cache(tmp_path, monkeypatch):
     expected = load_text("ptb", "test", folder)
     assert load_text("ptb", "test", folder / "ptb") == expected
     monkeypatch.setenv("TEXT_FOLDER", str(folder))
+    (tmp_path / "elsewhere").mkdir()
     assert load_text("ptb", "test") == load_text("ptb", "test", tmp_path / "elsewhere") == expected
+    with pytest.raises(FileNotFoundError, match="--data-dir .*nowhere is no folder"):
+        load_text("ptb", "test", tmp_path / "nowhere")
     monkeypatch.delenv("TEXT_FOLDER")
     calls = []
     monkeypatch.setattr(data.text, "fetch", lambda name, cache: calls.append((name, cache))

@@ -2,6 +2,9 @@
 
     python -m data.tiny.make_tokenizers     # llama/tokenizer.model, opt/vocab.json, opt/merges.txt
 
+What lies there is replaced, and models that were taught with it (pretrain.py) are of no use then.
+
+
 llama   sentencepiece BPE with LLaMA's settings: no normalisation, every digit a token, unknown
         characters as bytes
 opt     byte-level BPE in GPT-2's files and OPT's numbering: <s> 0, <pad> 1, </s> 2, <unk> 3, then
@@ -11,6 +14,7 @@ BPE (Sennrich et al. 2016, section 3.2) starts from single bytes and joins the m
 adjacent pair, again and again, until the vocabulary is full; the list of these merges is the
 tokenizer. Merges do not cross word boundaries.
 """
+import argparse
 import io
 import json
 import re
@@ -105,6 +109,9 @@ def join(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()                             # --help alone
     texts = training_text()
     letters = {byte: letter for letter, byte in byte_letters().items()}
     spelled = []                                    # the merges in GPT-2's letters

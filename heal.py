@@ -19,10 +19,10 @@ A weight that is pruned and not rounded yet changes where it is not 0, by a prod
 is added and gone (LoRA 2106.09685 under the mask, as in PERP): W = W_0 + B A where W_0 is not 0.
 With few windows that generalizes better than moving every weight by itself.
 
-Text that is read a second time teaches less: the solver and the first pass have fitted it already.
-So train.py reads it rewritten (`rewrite`): the dense model's own guesses stand for some tokens, and
-its predictions of the new text are as good a teacher. Left out: moving codes, and tuning embeddings
-or head.
+Little text that is read again teaches less: the solver and the first pass have fitted it already.
+So from three passes on train.py reads it rewritten in all but the first (`rewrite`): the dense
+model's own guesses stand for some tokens, and its predictions of the new text are as good a
+teacher. Left out: moving codes, and tuning embeddings or head.
 """
 import math
 from contextlib import contextmanager

@@ -92,14 +92,14 @@ def flags() -> Flags:
     a("--rewrite", type=whole(0, 1000), metavar="TIMES",
       help="read the calibration windows so many times more, with three tenths of their tokens "
            "drawn anew each time from the dense model's guesses: for where there is little text "
-           "(default 0; healing does so by itself where it passes over the windows again)")
+           "(default 0; healing does so by itself, see --heal)")
     a("--reconstruct", type=whole(0, 1000), metavar="PASSES",
       help="when attention or MLP is solved, so many passes over the windows move its weights, and "
            "half as many its grids, towards what the dense one gives (default 0: none)")
     a("--heal", type=whole(0, 10**7), metavar="STEPS",
       help="then tune grids (with --bits 16: the weights kept), norms and biases against the "
-           "dense model on the same windows, which are rewritten after the first pass, in so "
-           "many steps (default 64; tiny models 0)")
+           "dense model on the same windows, in so many steps; from three passes over them on, "
+           "all but the first read them rewritten (default 64; tiny models 0)")
 
     a = p.add_argument_group("measuring").add_argument
     a("--data",
@@ -275,8 +275,8 @@ def defaults(args) -> dict:
     names += ["seqlen"] if made.get("steps") else []
     found = {**DEFAULTS["tiny" if is_tiny else "large"],
              **{name: made[name] for name in names if made.get(name) is not None}}
-    if args.packed and not args.dense:
-        found["control"] = False                    # there is no dense model to learn on
+    if args.packed:
+        found["control"] = False                    # it is not known where the dense model is
     return found
 
 
@@ -648,9 +648,10 @@ class Run:
 
     def rereadings(self) -> int:
         """How many rewritten readings of the calibration windows healing has: one for each pass
-        after the first, as far as there are any."""
+        after the first. Text that is read no more than twice is not so little: it is read as it
+        is."""
         passes = -(-self.args.heal * self.args.batch_size // len(self.windows))
-        return min(passes - 1, max(self.args.rewrite, MOST_AGAIN))
+        return min(passes - 1, max(self.args.rewrite, MOST_AGAIN)) if passes > 2 else 0
 
     def with_rewritten(self, times: int) -> torch.Tensor:
         """The calibration windows, and behind them, so many times, as `rewrite` leaves them. Each

@@ -217,11 +217,12 @@ def test_windows_are_read_again_rewritten_and_not_more_often_than_states_have_ro
         return heal(model, windows, *rest, **more)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "heal", watch)
-        for steps in (2, 3, 40):
+        for steps in (2, 4, 5, 40):
             here(*args, "--heal", steps, "--out", tmp_path / str(steps))
-    once, twice, often = read
-    assert [len(w) for w in read] == [4, 8, 4 * (1 + train.MOST_AGAIN)]
-    assert torch.equal(once, twice[:4]) and torch.equal(twice, often[:8])
+    once, twice, thrice, often = read                   # what is read twice stays as it is
+    assert [len(w) for w in read] == [4, 4, 12, 4 * (1 + train.MOST_AGAIN)]
+    assert torch.equal(once, twice) and torch.equal(once, thrice[:4])
+    assert torch.equal(thrice, often[:12])
     for again in often[4:].split(4):
         assert 0.05 < (again != once).float().mean() < 0.3
     assert len(often.unique(dim=0)) == len(often)

@@ -36,6 +36,7 @@ TINY = ("--max-tokens 8192 --steps 40 {}--nsamples 64 --allocation uniform --dty
         "--device cpu --batch-size 4")
 PACKED, PRUNED = TINY.format("--fused off "), TINY.format("")
 WIKI = "--data {texts}/wikitext2/wiki.test.raw --dtype bfloat16 --device cpu"
+WIKI_FP32 = WIKI.replace("bfloat16", "float32")
 VALID = "{texts}/wikitext2/wiki.valid.raw"
 CALIBRATED = f"--calib {VALID} --nsamples {{nsamples}} --seqlen 512 --max-tokens 40960"
 CALIBRATED_32 = CALIBRATED.replace("{nsamples}", "32")
@@ -206,11 +207,11 @@ def healed_cells(runs: list[dict[str, dict]]) -> list[str]:
     return [*cells, f"{runs[0]['compressed']['megabytes']:.1f}"]
 
 
-def healed_levels_table(out: Path, family: Family) -> str:
+def healed_levels_table(out: Path) -> str:
     """Compressed and healed, by bits and sparsity."""
     rows = []
-    for member in family.members():
-        run = rows_of(out, fill(family.name, member))
+    for member in HEALED_LEVELS.members():
+        run = rows_of(out, fill(HEALED_LEVELS.name, member))
         rows.append([str(member["bits"]), member["sparsity"], *healed_cells([run])])
     return markdown(["bits", "sparsity", *HEALED_HEAD], rows)
 
@@ -243,28 +244,47 @@ def elsewhere_table(out: Path) -> str:
     return markdown(["50% + 4-bit, calibrated on", *texts], rows)
 
 
+LONGER_HEAD = ["objective", "dense", "compressed", "+ start", "+ learned", "learning, s",
+               "dense + learned", "gap without", "gap with prompts"]
+
+
+def longer_cells(found: dict[str, dict], objective: str) -> list[str]:
+    """LONGER_HEAD's cells of a run's rows: without and with a prompt, and the gap to the dense
+    model behind a prompt learned alike."""
+    ppl = {row: found[row]["perplexity"] for row in found}
+    shown = [f"{ppl[row]:.2f}" for row in ("dense", "compressed", "compressed + initial prompt",
+                                           "compressed + learned prompt")]
+    learned = found["compressed + learned prompt"]
+    gaps = [f"{math.log(ppl['compressed'] / ppl['dense']):.3f}", ""]
+    control = ppl.get("dense + learned prompt")
+    if control:
+        gaps[1] = f"{math.log(learned['perplexity'] / control):.3f}"
+    return [objective, *shown, f"{learned['seconds']:,.0f}",
+            f"{control:.2f}" if control else "", *gaps]
+
+
 def longer_table(out: Path) -> str:
-    """A row a compressed model and objective, without and with a prompt; the gap to the dense model
-    behind a prompt learned alike."""
-    head = ["50% + 4-bit", "objective", "dense", "compressed", "+ start", "+ learned",
-            "learning, s", "dense + learned", "gap without", "gap with prompts"]
-    rows = []
+    """A row a compressed model and objective."""
     few, many = "calibrated on 32 windows", "calibrated on 256 windows, and healed"
-    for label, objective, name in ((few, "next", LONGER.name),
-                                   (many, "next", LONGER_HEALED.name),
-                                   (few, "kl", fill(LONGER_KL.name, {"seed": 0}))):
-        found = rows_of(out, name)
-        ppl = {row: found[row]["perplexity"] for row in found}
-        shown = [f"{ppl[row]:.2f}" for row in ("dense", "compressed", "compressed + initial prompt",
-                                               "compressed + learned prompt")]
-        learned = found["compressed + learned prompt"]
-        gaps = [f"{math.log(ppl['compressed'] / ppl['dense']):.3f}", ""]
-        control = ppl.get("dense + learned prompt")
-        if control:
-            gaps[1] = f"{math.log(learned['perplexity'] / control):.3f}"
-        rows.append([label, objective, *shown, f"{learned['seconds']:,.0f}",
-                     f"{control:.2f}" if control else "", *gaps])
-    return markdown(head, rows)
+    rows = [[label, *longer_cells(rows_of(out, name), objective)]
+            for label, objective, name in ((few, "next", LONGER.name),
+                                           (many, "next", LONGER_HEALED.name),
+                                           (few, "kl", fill(LONGER_KL.name, {"seed": 0})))]
+    return markdown(["50% + 4-bit", *LONGER_HEAD], rows)
+
+
+def rewritten_table(out: Path) -> str:
+    """Compressed on windows and rewritten ones, and healed: means of both seeds."""
+    runs = [rows_of(out, fill(REWRITTEN.name, member)) for member in REWRITTEN.members()]
+    return markdown(["windows", "steps", *HEALED_HEAD], [["32", "64", *healed_cells(runs)]])
+
+
+def rewritten_prompts_table(out: Path) -> str:
+    """A row a seed of the calibration windows: a prefix behind which the model is healed."""
+    rows = [[str(member["seed"]),
+             *longer_cells(rows_of(out, fill(REWRITTEN_KL.name, member)), "kl")]
+            for member in REWRITTEN_KL.members()]
+    return markdown(["calibration seed", *LONGER_HEAD], rows)
 
 
 def gpu_table(_: Path) -> str:
@@ -343,10 +363,15 @@ HEALED_LEVELS = Family(
     {"bits": (4, 3), "sparsity": ("0.625", "2:4", "0")},
     without=("smollm2-healed-3bit-0.625", "smollm2-healed-3bit-2:4"))
 REWRITTEN = Family(
-    "smollm2-rewritten-{bits}bit-{sparsity}",
-    f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI} --steps 0 --heal 64 --rewrite 3 "
-    "--bits {bits} --sparsity {sparsity}".replace("bfloat16", "float32"),
-    {"bits": (4,), "sparsity": ("0.5",)})
+    "smollm2-rewritten-{seed}",
+    f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI_FP32} --steps 0 --heal 64 --rewrite 3 "
+    "--seed {seed}",
+    {"seed": (0, 1)})
+REWRITTEN_WALK = Family(
+    "smollm2-rewritten-walk-{seed}",
+    f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI_FP32} --steps 0 --heal 0 --rewrite 3 "
+    "--seed {seed}",
+    {"seed": (1,)})
 CALIBRATED_ON_C4 = Family(
     "smollm2-c4",
     "train.py --model {smollm2} --calib c4 --data-dir {texts} --nsamples 32 --seqlen 512 "
@@ -389,6 +414,11 @@ LONGER_KL = Family(
     f"train.py --model {{out}}/smollm2-4bit-0.5/compressed --objective kl --control "
     f"--seed {{seed}} {LONGER_TAUGHT}",
     {"seed": (0,)})
+REWRITTEN_KL = Family(
+    "longer-prefix-kl-rewritten-{seed}",
+    f"train.py --model {{out}}/smollm2-rewritten-walk-{{seed}}/compressed --objective kl --control "
+    f"{LONGER_TAUGHT.replace(WIKI, WIKI_FP32)}",
+    {"seed": (1,)})
 EXPORTED = Family("tiny-llama-hf", "export.py tiny-llama --to hf {out}/tiny-llama-hf")
 BESIDE_PEFT = Family(
     "prompts",
@@ -435,14 +465,14 @@ PARTS = {
     "prompt learning": Part([EXPORTED, BESIDE_PEFT], printed("prompts")),
     "smollm2": Part([SMOLLM2], smollm2_table),
     "smollm2 healed": Part([HEALED, HEALED_LONGER], healed_table),
-    "smollm2 levels healed": Part([HEALED_LEVELS],
-                                  partial(healed_levels_table, family=HEALED_LEVELS)),
-    "smollm2 rewritten": Part([REWRITTEN], partial(healed_levels_table, family=REWRITTEN)),
+    "smollm2 levels healed": Part([HEALED_LEVELS], healed_levels_table),
+    "smollm2 rewritten": Part([REWRITTEN], rewritten_table),
     "smollm2 elsewhere": Part([SMOLLM2, HEALED, CALIBRATED_ON_C4, DENSE_READ, READ],
                               elsewhere_table),
     "smollm2 prompts": studied("recipes", [SMOLLM2, HEALED, PROMPTS, ON_HEALED],
                                names(PROMPTS, ON_HEALED), folder="study-smollm2"),
     "smollm2 longer": Part([SMOLLM2, HEALED, LONGER, LONGER_HEALED, LONGER_KL], longer_table),
+    "smollm2 rewritten prompts": Part([REWRITTEN_WALK, REWRITTEN_KL], rewritten_prompts_table),
     "smollm2 c4": studied("recipes", [SMOLLM2, ON_C4], names(ON_C4), ELSEWHERE,
                           folder="study-smollm2-c4"),
     "smollm2 prompt learning": Part([SMOLLM2_BESIDE_PEFT], printed("prompts-smollm2")),
@@ -469,7 +499,9 @@ def perform(family: Family, member: dict, folders: dict[str, str]) -> None:
         return
     words = shlex.split(fill(command, folders))
     if words[0] == "train.py":
-        words += ["--out", str(out / name), "--resume"]
+        # a note is of another command; without one the run was killed, or not begun
+        words += ["--out", str(out / name), "--overwrite" if note.exists() else "--resume"]
+        note.unlink(missing_ok=True)
     print(f"python {shlex.join(words)}", flush=True)
     log = out / f"{name}.log"
     start = time.time()
@@ -544,6 +576,9 @@ def main() -> None:
     if bool(args.smollm2) != bool(args.texts):
         p.error("--smollm2 and --texts belong together")
     picked = picked_parts(p, args)
+    needy = [name for name in picked if name in LONG]
+    if needy and not args.smollm2 and not args.check:
+        p.error(f"--parts {needy[0]} needs --smollm2 and --texts")
     out = Path(args.folder).resolve()
     out.mkdir(parents=True, exist_ok=True)
     folders = {"out": out}

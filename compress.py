@@ -86,8 +86,7 @@ def make_solver(bits: int | None, sparsity: float | str, recipe: str = "best", g
     taken_apart = s["mask"] == "admm" or s["refits"] or s["descent"] or s["grid"] != "minmax"
     taken_apart = taken_apart or fraction and s["act_order"]
     if bits and groupsize != -1 and s["grid"] == "minmax" and not static_groups:
-        m = 1 if taken_apart else m or 1                        # before anything is done
-        check_blocks(groupsize, -(-blocksize // m) * m, m)
+        check_blocks(groupsize, blocksize, 1 if taken_apart else m or 1)    # before any work
 
     def solve(W, H, parts, fixed_mask=None, share=None):
         asked = pattern if share is None else share

@@ -175,7 +175,8 @@ def search_grid(W: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, b
 
 def check_blocks(groupsize: int, blocksize: int, m: int = 1) -> None:
     """ValueError where a group, whose grid is found when the sweep comes to it, does not fit
-    together with blocks of columns, or with the m neighbours of n:m."""
+    together with blocks of columns, which hold whole groups of n:m, or with such a group."""
+    blocksize = -(-blocksize // m) * m
     if groupsize % blocksize and blocksize % groupsize:
         raise ValueError(f"groupsize {groupsize} and blocksize {blocksize}: one must be a multiple "
                          f"of the other")

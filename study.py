@@ -316,7 +316,7 @@ class Lab:
                  "train_data": text, "prompt_tokens": n, "max_tokens": s.seqlen}
 
         made_of = {**self.made_of(case, which, None), "asked": asked,
-                   "text": self.text_mark(text), "teacher": dense and identity(dense)}
+                   "text": self.text_mark(case, text), "teacher": dense and identity(dense)}
 
         def make():
             self.loaded.clear()                         # the run loads its model itself
@@ -329,12 +329,14 @@ class Lab:
         name = self.keep("prompt", made_of, make)
         return load_prompt(self.cache / name / "prompt.safetensors")[0].to(s.device)
 
-    def text_mark(self, name: str) -> str:
+    def text_mark(self, case: Case, name: str) -> str:
         """16 hexadecimal digits of a text that prompts are learned from, which may change."""
-        if name not in self.marks:
-            text = joined(load_text(name, "train", self.args.data_dir))[:MOST_CHARACTERS]
-            self.marks[name] = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
-        return self.marks[name]
+        place = name, case.settings.data_dir
+        if place not in self.marks:
+            text = joined(load_text(name, "train", place[1]))[:MOST_CHARACTERS]
+            digest = hashlib.sha256(text.encode(errors="surrogatepass"))
+            self.marks[place] = digest.hexdigest()[:16]
+        return self.marks[place]
 
     def start(self, case: Case, which: str, n: int | None = None) -> torch.Tensor:
         """Where a run's prompt starts from."""

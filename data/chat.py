@@ -48,6 +48,13 @@ FILTERS = {"trim": str.strip, "length": len, "upper": str.upper, "lower": str.lo
            "join": lambda x, by="": checked(by.join(map(str, x)), len(by) * len(x)),
            "default": lambda x, other="", empty=False:
                other if x is UNDEFINED or empty and not x else x}
+
+
+def has_members(x) -> bool:
+    """As Jinja sees it, where what has no value is empty."""
+    return isinstance(x, (str, list, tuple, dict, Undefined))
+
+
 TESTS = {"defined": lambda x: x is not UNDEFINED,
          "undefined": lambda x: x is UNDEFINED,
          "none": lambda x: x is None,
@@ -57,7 +64,7 @@ TESTS = {"defined": lambda x: x is not UNDEFINED,
          "number": lambda x: isinstance(x, (int, float)),
          "string": lambda x: isinstance(x, str),
          "mapping": lambda x: isinstance(x, dict),
-         "sequence": lambda x: has_members(x), "iterable": lambda x: has_members(x)}
+         "sequence": has_members, "iterable": has_members}
 
 
 def checked(value, size: int | None = None):
@@ -84,11 +91,6 @@ class Undefined:
 
 
 UNDEFINED = Undefined()
-
-
-def has_members(x) -> bool:
-    """As Jinja sees it, where what has no value is empty."""
-    return isinstance(x, (str, list, tuple, dict, Undefined))
 
 
 class ChatTemplate:

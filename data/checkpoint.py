@@ -321,7 +321,7 @@ def entry_of(name: str, said) -> Entry:
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(map(is_size, numbers)):
             raise ValueError(f"{key} of {name[:200]} is no list of whole numbers from 0 on")
-    if kind not in map(str, TYPES):
+    if kind not in list(TYPES):                     # it may be no text, nor hashable
         is_name = isinstance(kind, str) and re.fullmatch(r"[A-Z0-9_]{1,16}", kind)
         raise (UnknownType if is_name else ValueError)(
             f"{name[:200]} has type {str(kind)[:50]}; known are {', '.join(TYPES)}")

@@ -376,6 +376,19 @@ def test_a_prompt_is_learned_again_where_its_text_or_its_run_was_made_anew(place
     assert changes() != second
 
 
+def test_texts_are_looked_for_where_the_run_had_them(place, tmp_path):
+    """Without --data-dir: a set that the run's own folder of texts holds."""
+    mine = tmp_path / "mine"
+    shutil.copytree(place / "a", mine)
+    for split in ("train", "test"):
+        shutil.copy(place / "one.txt", tmp_path / f"ptb.{split}.txt")
+    report = read_json(mine / "report.json")
+    report["settings"]["data_dir"] = str(tmp_path)
+    (mine / "report.json").write_text(json.dumps(report))
+    got = run(place, "transfer", mine, "--texts", f"ptb:{place / 'two.txt'}", out="there")
+    assert [row["row"] for row in json.loads(got["json"])["tables"][0]["rows"]] == ["ptb"]
+
+
 @pytest.mark.parametrize("missing", ["row", "model", "healed row"])
 def test_a_run_that_has_not_ended_is_no_case(missing, place, tmp_path):
     mine = tmp_path / "mine"

@@ -4,7 +4,6 @@
 
 What lies there is replaced, and models that were taught with it (pretrain.py) are of no use then.
 
-
 llama   sentencepiece BPE with LLaMA's settings: no normalisation, every digit a token, unknown
         characters as bytes
 opt     byte-level BPE in GPT-2's files and OPT's numbering: <s> 0, <pad> 1, </s> 2, <unk> 3, then

@@ -7,8 +7,10 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import eval as evaluation
+from data import chat
 from data.bpe import ByteLevelBPE
 from data.chat import ChatTemplate
 from data.config import SHIPPED
@@ -82,7 +84,18 @@ ABSENT = """{% if tools is not none %}tools{% endif %}
 {% if nobody is iterable and nobody is sequence %}nothing to go through{% endif %}
     {% for m in nobody %}never{% endfor %}
 """
-TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "zephyr": ZEPHYR,
+SMALL = """  {% if true %}an indent before the first tag goes
+{% endif %}
+    {{ 'one before a value stays' }}
+{% for m in messages %}
+{{ loop.previtem.role if loop.previtem is defined else 'first' }}{% set seen = m.role %}
+{% endfor %}
+{{ seen is defined }}{{ none }}{% for k, v in messages[0].items() %}{{ k ~ v | length }}{% endfor %}
+{{ 1 < 3 < 2 }} {{ 'AB' | lower | capitalize }} {{ [1, 2, 3][::-1] }}
+{{ 'abc' | first ~ 'abc' | last }}
+{{ true is boolean }} {{ 1 is boolean }} {{ 1 is number }} {{ 1 is true }} {{ [] is mapping }}
+"""
+TEMPLATES = {"small": SMALL, "chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "zephyr": ZEPHYR,
              "dashes": DASHES, "absent": ABSENT, "crlf": ABSENT.replace("\n", "\r\n"),
              "cr": DASHES.replace("\n", "\r")}
 ONE = [{"role": "user", "content": " Hi there\n"}]
@@ -125,11 +138,27 @@ def test_templates_render_as_in_jinja(name, add, messages):
     ("{{ 1 + }}", "invalid syntax"), ("{{ raise_exception('no system role') }}", "no system role"),
     ("{{ messages[5].role }}", "`messages[5].role` is not supported"),
     ("{% endif %}", "{% endif %} is not supported"),
+    ("{{ 'a b'.split(sep='a') }}", "is not supported"),
+    ("{{ 'a' | default(value='b') }}", "is not supported"),
+    ("{{ '%5d' % 1 }}", "`%` between texts is not supported"),
     ("{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "cannot be used")])
 def test_what_is_not_understood_is_one_clear_error(source, message):
     with pytest.raises(ValueError, match="my.json: this chat template cannot be used") as e:
         ChatTemplate(source, "my.json").render(ONE)
     assert message in str(e.value) and "use --generate" in str(e.value)
+
+
+@pytest.mark.parametrize("source, message", [
+    ("{% for a in messages %}{% for b in messages %}{{ b }}{% endfor %}{% endfor %}",
+     "does not end within 9 steps"),
+    ("{{ 'many' + 'letters' }}", "more than 9 characters"),
+    ("{{ messages | join('long') }}", "more than 9 characters"),
+    ("{{ 'aaa'.replace('a', 'long') }}", "more than 9 characters")])
+def test_a_template_that_grows_ends_at_a_limit(source, message, monkeypatch):
+    monkeypatch.setattr(chat, "MOST_STEPS", 9)
+    monkeypatch.setattr(chat, "MOST_TEXT", 9)
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(source).render([*LONG, *LONG])
 
 
 def test_where_templates_come_from(tmp_path):
@@ -147,6 +176,9 @@ def test_where_templates_come_from(tmp_path):
     config.write_text(json.dumps({"chat_template": 5}))
     with pytest.raises(ValueError, match="tokenizer_config.json: chat_template is no text"):
         ChatTemplate.of(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="chat_template.jinja is not UTF-8 text"):
+        ChatTemplate.of(tmp_path)
 
 
 def test_special_tokens_become_ids():
@@ -163,12 +195,23 @@ def test_special_tokens_become_ids():
     assert ids[1:second - 1] == tokenizer.encode("[INST] Hi there [/INST] Hello! ", bos=False)
 
 
+def test_a_special_token_that_a_tokenizer_lacks_is_text():
+    tokenizer = load_tokenizer(SHIPPED["tiny-llama"])
+    template = ChatTemplate("{{ bos_token }}a", names={"bos_token": "<start>"})
+    assert template.encode(tokenizer, ONE) == tokenizer.encode("<start>a", bos=False)
+
+
 def test_the_end_of_a_turn_stops_an_answer():
     letters = [bytes([i]) for i in range(256)]
-    added = {"<|im_start|>": 256, "<|im_end|>": 257}
+    added = {"<|im_start|>": 256, "<|im_end|>": 257, "[END]": 258, "word": 259}
     tokenizer = ByteLevelBPE(r"[\s\S]", letters, {b: i for i, b in enumerate(letters)}, added,
                              {256, 257}, None, 0)
     assert ChatTemplate(CHATML).stops(tokenizer) == {257}
+    names = {name: name for name in added}
+    assert ChatTemplate("{{ messages[-1].content }} [END]", names=names).stops(tokenizer) == {258}
+    assert ChatTemplate("{{ messages[-1].content }}word", names=names).stops(tokenizer) == set()
+    begins = "{{ messages[-1].content }}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    assert ChatTemplate(begins, names=names).stops(tokenizer) == set()
     assert ChatTemplate("{{ messages[-1].content }} plain").stops(tokenizer) == frozenset()
 
 
@@ -190,6 +233,51 @@ def test_a_long_talk_forgets_its_beginning(capsys):
     expect = lambda text: "".join(p for _, p in evaluation.generate(model, tokenizer, [text], 8))
     turns = [f"u{'x' * 9}a{answer}" for answer in answers[2:4]]     # what was refused is forgotten
     assert answers[-1] == expect("".join(turns) + "u" + "z" * 9 + "a")
+
+
+def test_a_prompt_takes_positions_of_a_talk(capsys):
+    template = ChatTemplate("{% for m in messages %}{{ m.content if m.role == 'user' else '' }}"
+                            "{% endfor %}")
+    lines = iter(["x" * 20 + "\n"] * 2)
+    evaluation.talk(tiny(), Letters(), template, lines, max_new=1000, prompt=torch.randn(16, 32))
+    out, err = capsys.readouterr()
+    assert [len(answer) for answer in out.splitlines()] == [28, 28]
+    assert "the first 1 of its turns no longer fit" in err
+
+
+def test_turns_are_kept_while_a_quarter_of_the_room_is_left(capsys):
+    """However many tokens an answer may have; and they go with their answers."""
+    template = ChatTemplate("{% for m in messages %}{{ m.content if m.role == 'user' else '' }}"
+                            "{% endfor %}")
+    lines = iter(["x" * 24 + "\n"] * 3)                     # 24 + 24 + 64 / 4 is all of it
+    evaluation.talk(tiny(), Letters(), template, lines, max_new=1000)
+    out, err = capsys.readouterr()
+    assert [len(answer) for answer in out.splitlines()] == [40, 16, 16]
+    assert err == "(the first 1 of its turns no longer fit, and are left out)\n"
+
+
+@pytest.mark.parametrize("of", ["template", "tokenizer"])
+def test_an_answer_ends_at_a_stop_of_the_template_or_of_the_tokenizer(of, capsys):
+    model, tokenizer = tiny(), Letters()
+    template = ChatTemplate("{{ messages[-1].content }}")
+    free = "".join(p for _, p in evaluation.generate(model, tokenizer, ["hi"], 20))
+    end = ord(free[5]) - 48
+    if of == "template":
+        template.stops = lambda tokenizer: frozenset([end])
+    else:
+        tokenizer.eos_id = end
+    evaluation.talk(model, tokenizer, template, iter(["hi\n"]), max_new=20)
+    assert capsys.readouterr().out == free[:free.index(free[5])] + "\n"
+
+
+def test_the_same_line_twice_draws_by_other_seeds(capsys):
+    model = tiny()
+    evaluation.talk(model, Letters(), None, iter(["hi\n"] * 2), 5, max_new=8, temperature=1.0)
+    answers = capsys.readouterr().out.splitlines()
+    for i, answer in enumerate(answers):
+        pieces = evaluation.generate(model, Letters(), ["hi"], 8, 1.0, seed=5 + i)
+        assert answer == "".join(piece for _, piece in pieces)
+    assert answers[0] != answers[1]
 
 
 def test_loops_know_their_end_and_sets_their_names():
@@ -249,7 +337,7 @@ def test_a_conversation_is_read_from_its_beginning(capsys):
     model = tiny()
     tokenizer = Letters()
     template = ChatTemplate("{% for m in messages %}{{ m.role[0] ~ m.content }}{% endfor %}a")
-    evaluation.talk(model, tokenizer, template, iter(["hi\n", "\n", "and\n"]), max_new=4)
+    evaluation.talk(model, tokenizer, template, iter(["hi\n", "\n", "  \n", "and\n"]), max_new=4)
     first, second = capsys.readouterr().out.splitlines()
     expect = lambda text: "".join(p for _, p in evaluation.generate(model, tokenizer, [text], 4))
     assert first == expect("uhia") and second == expect(f"uhia{first}uanda")

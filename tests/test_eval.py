@@ -3,6 +3,8 @@ the program.
 
     python -m pytest -q tests/test_eval.py
 """
+import gzip
+import io
 import json
 import math
 import os
@@ -106,6 +108,9 @@ def test_picking():
     assert set(evaluation.pick(many, 1.0, 0.9, u).tolist()) == {1, 2}
     drawn = evaluation.pick(many, 1.0, 1.0, u).bincount(minlength=4) / 2000
     assert torch.allclose(drawn, torch.softmax(logits[0], -1), atol=0.03)
+    even = torch.zeros(2000, 4)                             # two of four share what the others had
+    drawn = evaluation.pick(even, 1.0, 0.5, u).bincount(minlength=4) / 2000
+    assert torch.allclose(drawn.sort().values, torch.tensor([0, 0, 0.5, 0.5]), atol=0.03)
     # never past the end
     assert evaluation.pick(logits, 1.0, 1.0, torch.tensor([1 - 2**-24])).tolist() in ([0], [3])
 
@@ -190,6 +195,9 @@ def test_generation_ends_at_the_end_of_text_token():
     free = continued(model, "hello", 20)
     tokenizer.eos_id = ord(free[7]) - 48
     assert continued(model, "hello", 20, tokenizer) == free[:free.index(free[7])]
+    row = tokenizer.encode("hello")
+    pieces = evaluation.stream_text(model, tokenizer, [row], stops=frozenset(), max_new=20)
+    assert "".join(piece for _, piece in pieces) == free
 
 
 def test_characters_are_shown_whole(monkeypatch):
@@ -229,11 +237,12 @@ def test_batches_are_of_neighbours_of_like_length():
     lengths = [3, 4, 90, 91, 5, 5, 5, 5, 5]
     assert list(evaluation.batches_alike(lengths, 4, 20)) == [[0, 1], [2, 3], [4, 5, 6, 7], [8]]
     assert list(evaluation.batches_alike([], 4, 20)) == []
+    assert list(evaluation.batches_alike([3, 23, 24], 4, 20)) == [[0, 1], [2]]
     assert list(evaluation.batches_alike(lengths, 4, 100)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
 
 
 def test_a_text_without_room_is_named_before_anything_is_made():
-    with pytest.raises(ValueError, match="text 3, 'xxx.* take 64 of the model's 64"):
+    with pytest.raises(ValueError, match="text 3, 'x{40}' and .* take 64 of the model's 64"):
         evaluation.generate(tiny(), Letters(), ["a", "b", "x" * 64])
 
 
@@ -383,6 +392,7 @@ def test_program_prints_numbers_and_text(monkeypatch, capsys, tmp_path):
     results = [last(run_program(monkeypatch, capsys, *common, *more)[1])
                for more in ([], ["--hard-prompt"], ["--hard-prompt", "Hello."])]
     assert [r["tokens"] for r in results] == [60] * 3
+    assert {(r["model"], r["data"]) for r in results} == {("tiny-llama", str(tmp_path / "a.txt"))}
     none, long, short = (r["prompt_tokens"] for r in results)
     assert none == 0 < short < long
     assert len({r["perplexity"] for r in results}) == 3
@@ -418,6 +428,26 @@ def test_texts_from_files_and_stdin(monkeypatch, capsys, tmp_path):
         results.append(last(run_program(monkeypatch, capsys, *asked)[1]))
     assert len(results[0]["generations"]) == 2
     assert all(r == results[0] for r in results)
+
+
+def test_lines_of_a_text_lose_their_ends_alone(tmp_path, monkeypatch):
+    """A byte order mark is no text, nor is a line of spaces; spaces behind a text are."""
+    wanted = ["one ", "two"]
+    (tmp_path / "a.txt").write_bytes("\ufeffone \r\n  \r\ntwo\n".encode())
+    assert evaluation.read_texts(str(tmp_path / "a.txt")) == wanted
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone \n  \ntwo\n"))
+    assert evaluation.read_texts("-") == wanted
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
+        f.write('{"text": "one "}\n{"text": "two"}\n')
+    assert evaluation.read_texts(str(tmp_path / "a.jsonl.gz")) == wanted
+
+
+def test_a_terminal_is_asked_with_a_sign(capsys, monkeypatch):
+    for live, sign in ((True, "> > "), (False, "")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: live)
+        assert list(evaluation.ask()) == ["hi\n"]
+        assert capsys.readouterr().out == sign
 
 
 def test_chat_without_a_template_continues_lines(monkeypatch, capsys, tmp_path):
@@ -547,6 +577,41 @@ def test_titles_are_whole_and_lines_fit(monkeypatch):
     assert screen.written.endswith("\n")
 
 
+def test_a_log_gets_a_few_lines_with_the_last_note(monkeypatch):
+    monkeypatch.setattr("data.progress.time.monotonic", lambda: 0.0)
+    log = Terminal(False)
+    bar = Progress(range(100), "blocks", log)
+    for i in bar:
+        bar.note(f"loss {i}")
+    lines = log.written.splitlines()
+    assert len(lines) == 6                                  # the first and every fifth of them
+    assert lines[3] == f"{'blocks':28s} {'#' * 12}{'-' * 8} 60/100  0 s, 0 s left  loss 59"
+
+
+def test_lines_on_a_terminal_cover_the_ones_before_at_any_width(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr("data.progress.time.monotonic", lambda: float(next(clock)))
+    for columns in range(40, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        screen = Terminal(True)
+        bar = Progress(range(3), "blocks", screen)
+        for i in bar:
+            bar.note("a long note" if i == 0 else "")
+        drawn = screen.written.replace("\n", "\r").split("\r")
+        assert {len(line) for line in drawn[:-1]} == {columns - 1}
+        assert drawn[-1] == ""
+
+
+def test_of_several_processes_the_first_shows_a_bar(monkeypatch):
+    written = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        log = Terminal(False)
+        assert list(Progress([1, 2], "blocks", log)) == [1, 2]
+        written.append(log.written)
+    assert written[0] and not written[1]
+
+
 def test_what_was_done_before_tells_nothing_of_the_time_to_come(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("data.progress.time.monotonic", lambda: clock[0])
@@ -562,5 +627,5 @@ def test_what_was_done_before_tells_nothing_of_the_time_to_come(monkeypatch):
 
 
 def test_durations_are_readable():
-    assert [duration(s) for s in (0.4, 59, 599.4, 725,
-                                  36000)] == ["0 s", "59 s", "599 s", "12 min 5 s", "10 h 0 min"]
+    assert [duration(s) for s in (0.4, 59, 599.4, 600, 725, 36000)] == [
+        "0 s", "59 s", "599 s", "10 min 0 s", "12 min 5 s", "10 h 0 min"]

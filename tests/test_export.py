@@ -4,6 +4,7 @@ from that format's text.
     python -m pytest -q tests/test_export.py
 """
 import base64
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from compress import compress, make_solver
 from data.checkpoint import read_folder, verify, write_safetensors
 from data.config import PUBLISHED, SHIPPED, Config, file_sums, meta_factor
 from data.tokenizer import load_tokenizer
+from kernels.packing import Packed
 from model import Transformer, load_model, open_checkpoint, save_model, shard_path
 from prompt import initial_prompt, load_prompt, owner, save_prompt
 
@@ -59,6 +61,9 @@ def test_transformers_gives_our_logits(family, format, grid, tmp_path, monkeypat
     monkeypatch.setattr(export, "SHARD", 30_000)                            # many shards
     export.to_hf(open_checkpoint(tmp_path / "packed"), tmp_path / "hf", torch.float32)
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
+    total = sum(t.nbytes for t in read_folder(tmp_path / "hf").values())
+    assert index["metadata"]["total_size"] == total
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert (logits(theirs, input_ids=TOKENS) - want).abs().max() < 1e-5
     assert torch.equal(load_model(tmp_path / "hf")(TOKENS), want)
@@ -83,6 +88,22 @@ def test_a_shipped_model_with_its_tokenizer(name, tmp_path):
     assert (logits(theirs, input_ids=ids) - load_model(name)(ids)).abs().max() < 1e-4
     assert theirs.config.eos_token_id == tokenizer.eos_id
     assert load_tokenizer(tmp_path / "out").encode(text) == ids[0].tolist()
+
+
+def test_weights_that_a_dtype_cannot_hold_are_refused(tmp_path):
+    model = models("llama", "dense", "uniform")[1]
+    model.blocks[0].mlp.up.weight[0, 0] = 1e6
+    save_model(model, tmp_path / "model", torch.float32)
+    with pytest.raises(ValueError, match="mlp.up.weight does not fit torch.float16: use --dtype"):
+        run(tmp_path / "model", "--to", "hf", tmp_path / "hf", "--dtype", "float16")
+
+
+def test_the_dtype_is_told(tmp_path):
+    save_model(models("llama", "dense", "uniform")[1], tmp_path / "model", torch.bfloat16)
+    for more, want in (((), "bfloat16"), (("--dtype", "float32"), "float32")):
+        run(tmp_path / "model", "--to", "hf", tmp_path / want, *more)
+        assert json.loads((tmp_path / want / "config.json").read_text())["torch_dtype"] == want
+        assert {t.dtype for t in read_folder(tmp_path / want).values()} == {getattr(torch, want)}
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -204,6 +225,7 @@ def test_gptq_holds_the_same_weights(family, format, bits, groupsize, shuffled, 
     assert (said["bits"], said["group_size"], said["desc_act"]) == (bits, groupsize, shuffled)
     assert said == json.loads((tmp_path / "gptq/quantize_config.json").read_text())
     assert said["checkpoint_format"] == "gptq"
+    assert said["sym"] is True                              # all zeros in the middle
     export.to_hf(open_checkpoint(tmp_path / "packed"), tmp_path / "hf", torch.float32)
     want = load_file(tmp_path / "hf/model.safetensors")
     got = read_gptq(tmp_path / "gptq")
@@ -243,6 +265,7 @@ def test_gptq_version_2_where_a_zero_is_0_and_errors(tmp_path):
     export.to_gptq(open_checkpoint(tmp_path / "packed"), tmp_path / "gptq")
     config = json.loads((tmp_path / "gptq/config.json").read_text())
     assert config["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    assert config["quantization_config"]["sym"] is False
     export.to_hf(open_checkpoint(tmp_path / "packed"), tmp_path / "hf", torch.float32)
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(read_gptq(tmp_path / "gptq")[name],
@@ -255,6 +278,20 @@ def test_gptq_version_2_where_a_zero_is_0_and_errors(tmp_path):
         save_model(packed, tmp_path / "tuned")
         with pytest.raises(ValueError, match="blocks.0.mlp.down has a zero that is no level"):
             export.to_gptq(open_checkpoint(tmp_path / "tuned"), tmp_path / "no")
+
+
+def test_what_gptq_files_have_no_room_for(tmp_path):
+    packed = models("llama", "dense", "uniform", groupsize=32)[0]
+    other = models("llama", "dense", "uniform", groupsize=16)[0]
+    packed.set_submodule("blocks.0.mlp.up", other.blocks[0].mlp.up)
+    save_model(packed, tmp_path / "mixed")
+    with pytest.raises(ValueError, match="its Linears differ in bits, grid or groupsize"):
+        export.to_gptq(open_checkpoint(tmp_path / "mixed"), tmp_path / "no")
+    for rows, cols in ((33, 64), (64, 33)):
+        meta = {**packed.blocks[0].mlp.down.meta, "shape": [rows, cols]}
+        with pytest.raises(ValueError, match=f"mine is {rows} x {cols}, .* multiples of 32"):
+            export.check_grid(Packed({}, meta), "mine")
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("family, format, bits, groupsize, shuffled, zero", [
@@ -333,6 +370,22 @@ def test_metas_file_has_the_fields_of_its_own(name, more):
                                                  "norm_eps", "multiple_of"}
 
 
+def test_a_context_that_metas_code_would_not_guess_is_said():
+    c = Config("llama", 100, 4096, 2, 32, 11008, norm_eps=1e-6, max_positions=2048)
+    assert "max_seq_len" not in export.meta_params(c)
+    longer = dataclasses.replace(c, max_positions=16384)
+    assert export.meta_params(longer)["max_seq_len"] == 16384
+
+
+def test_a_rotary_scaling_of_other_frequencies_is_refused(tmp_path):
+    model = models("llama", "dense", "uniform")[1]
+    scaling = {**export.LLAMA31, "factor": 8.0, "low_freq_factor": 2.0}
+    model.config = dataclasses.replace(model.config, rope_scaling=scaling)
+    save_model(model, tmp_path / "model")
+    with pytest.raises(ValueError, match="cannot say the rotary scaling"):
+        export.to_meta(open_checkpoint(tmp_path / "model"), tmp_path / "no")
+
+
 def test_packed_to_meta_and_what_meta_cannot_say(tmp_path):
     save_model(models("llama", "unstructured", "offset")[0], tmp_path / "packed")
     export.to_meta(open_checkpoint(tmp_path / "packed"), tmp_path / "meta", torch.float32)
@@ -395,6 +448,77 @@ def test_a_prompt_goes_to_peft_and_back(family, tmp_path):
         (tmp_path / "trained/adapter_config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(ValueError, match=message):
             export.from_peft(tmp_path / "trained")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """(a model's folder, an adapter for it, its prompt)."""
+    save_model(models("llama", "dense", "uniform")[1], tmp_path / "model")
+    prompt = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    config = open_checkpoint(tmp_path / "model").config
+    export.to_peft("some/name", config, prompt.half(), tmp_path / "adapter")
+    return tmp_path / "model", tmp_path / "adapter", prompt.half().float()
+
+
+def test_adapters_in_their_older_forms_are_read(adapter):
+    """As .bin, in half precision, without a number of submodules."""
+    _, folder, prompt = adapter
+    said = json.loads((folder / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == "some/name"
+    path = folder / "adapter_model.safetensors"
+    held = load_file(path)
+    assert held["prompt_embeddings"].dtype == torch.float32
+    torch.save({"prompt_embeddings": prompt + 1}, path.with_suffix(".bin"))
+    assert torch.equal(export.from_peft(folder), prompt)        # the newer file goes before
+    path.unlink()
+    torch.save({"prompt_embeddings": prompt.half()}, path.with_suffix(".bin"))
+    said["num_transformer_submodules"] = None
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    got = export.from_peft(folder)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, prompt)
+
+
+def test_adapters_that_hold_no_prompt_of_embeddings_are_refused(adapter):
+    _, folder, prompt = adapter
+    path = folder / "adapter_model.safetensors"
+    for odd in (prompt[None].expand(3, 3, 64), prompt.int()):
+        save_file({"prompt_embeddings": odd.contiguous()}, path)
+        with pytest.raises(ValueError, match="does not hold the prompt_embeddings of 3 tokens"):
+            export.from_peft(folder)
+    said = json.loads((folder / "adapter_config.json").read_text())
+    said["num_transformer_submodules"] = 2
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="PROMPT_TUNING with 2 submodules"):
+        export.from_peft(folder)
+    with pytest.raises(ValueError, match="knows embeddings only"):
+        export.to_peft("m", None, torch.zeros(2, 2, 3, 4, 5), folder)
+
+
+def test_an_adapter_goes_into_a_new_file_that_fits_the_model(adapter, tmp_path):
+    model, folder, prompt = adapter
+    common = model, "--to", "prompt", "--prompt", folder
+    run(*common, tmp_path / "p.safetensors")
+    before = (tmp_path / "p.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="p.safetensors exists: give a new file"):
+        run(*common, tmp_path / "p.safetensors")
+    with pytest.raises(ValueError, match="a prompt's file ends in .safetensors"):
+        run(*common, tmp_path / "p.pt")
+    save_file({"prompt_embeddings": prompt[:, :32].contiguous()},
+              folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="a prompt of width 32 does not fit a model"):
+        run(*common, tmp_path / "narrow.safetensors")
+    assert (tmp_path / "p.safetensors").read_bytes() == before
+    assert not (tmp_path / "narrow.safetensors").exists()
+
+
+def test_the_base_model_of_an_adapter_is_the_one_that_was_named(tmp_path, monkeypatch):
+    save_model(models("llama", "dense", "uniform")[1], tmp_path / "model")
+    save_prompt(tmp_path / "p.safetensors", torch.zeros(3, 64))
+    monkeypatch.chdir(tmp_path)
+    run("./model", "--to", "peft", "out", "--prompt", "p.safetensors")
+    said = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == "./model"
 
 
 # ---- the program
@@ -483,6 +607,39 @@ def test_an_eos_that_was_added_is_told(tmp_path):
     assert told["eos_token"] == "<|im_end|>"
 
 
+def test_tokens_that_were_added_to_sentencepiece_go_along(tmp_path):
+    """Special ones and words; in one text or two; with what else the settings say."""
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(SHIPPED["tiny-llama"] / "tokenizer.model", source)
+    size = load_tokenizer(SHIPPED["tiny-llama"]).vocab_size
+    plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    added = {str(size): {"content": "<|im_end|>", "special": True, **plain},
+             str(size + 1): {"content": "a word", "special": False, **plain}}
+    said = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>", "chat_template": "x",
+            "added_tokens_decoder": added}
+    (source / "tokenizer_config.json").write_text(json.dumps(said))
+    ours = load_tokenizer(source)
+    told = export.take_tokenizer(source, tmp_path / "out")
+    assert told == {"bos_token_id": ours.bos_id, "eos_token_id": size}
+    config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert config == {**said, "tokenizer_class": export.FAST}
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = ours.encode("one a word<|im_end|>two")
+    assert theirs("one a word<|im_end|>two")["input_ids"] == ids
+    assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+    assert theirs("a", "b")["input_ids"] == ours.encode("a") + ours.encode("b", bos=False)
+
+
+def test_a_tokenizer_json_that_is_there_is_kept(tmp_path):
+    shutil.copytree(SHIPPED["tiny-llama"], tmp_path / "model")
+    export.take_tokenizer(tmp_path / "model", tmp_path / "out")
+    text = (tmp_path / "out/tokenizer.json").read_text() + " "
+    (tmp_path / "model/tokenizer.json").write_text(text)
+    export.take_tokenizer(tmp_path / "model", tmp_path / "again")
+    assert (tmp_path / "again/tokenizer.json").read_text() == text
+
+
 def test_a_tokenizer_that_only_transformers_reads_is_copied(tmp_path, capsys):
     """And a rank file, which it would misread, is refused before anything is written."""
     peer("llama", tmp_path / "model")
@@ -569,6 +726,7 @@ def test_the_program_refuses_what_it_cannot_do(tmp_path):
     for args, message in (((), "say what to write"), (("--to", "hf"), "say what to write"),
                           (("--to", "hf", tmp_path / "full"), "not empty"),
                           (("--to", "hf", model), "not empty"),
+                          (("--to", "hf", tmp_path / "full/file"), "not empty"),
                           (("--to", "peft", new), "needs --prompt"),
                           (("--to", "hf", new, "--prompt", "x"), "takes no --prompt"),
                           (("--verify", "--to", "hf", new), "leave out"),

@@ -49,9 +49,13 @@ def test_reference_equals_unpack(bits, grid, format):
     for shape, groupsize in (((5, 4100), -1),
                              ((33, 130), 32),
                              ((3, 8), -1),
+                             ((4, 64), 32),
                              ((16, 576), 128)):
         packed = pack(*example(shape, bits, grid, groupsize, format), bits, grid, groupsize, format)
         assert torch.equal(dequantize(packed), unpack(packed))
+    order = torch.arange(96) % 3
+    packed = pack(*example((8, 96), bits, grid, 32, format), bits, grid, 32, format, order)
+    assert torch.equal(dequantize(packed), unpack(packed))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -85,6 +89,29 @@ def test_other_bit_widths_multiply_too(bits):
     x = torch.randn(2, 256)
     dense = F.linear(x, packed.weight_dequantized(torch.float32))
     assert torch.allclose(packed(x), dense, rtol=1e-4, atol=1e-5)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert packed(x.to(dtype)).dtype == dtype
+
+
+def test_one_token_in_float64_is_exact():
+    packed = layer(bias=True).double()
+    x = torch.randn(1, 256, dtype=torch.float64)
+    dense = F.linear(x, packed.weight_dequantized(torch.float64), packed.bias)
+    assert (packed(x) - dense).abs().max() < 1e-12
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed(x).dtype == torch.float64
+
+
+def test_decoding_with_groups_in_another_order():
+    parts = example((64, 256), 4, "uniform", 64, "dense")
+    packed = PackedLinear(pack(*parts, 4, "uniform", 64, g_idx=torch.arange(256) % 4))
+    x = torch.randn(1, 256).bfloat16()
+    dense = x.float() @ packed.weight_dequantized(torch.float32).T
+    assert (packed(x) - dense).norm() < 0.02 * dense.norm()
+
+
+def test_nothing_of_a_layer_asks_for_a_gradient():
+    assert not any(p.requires_grad for p in layer(bias=True).parameters())
 
 
 def test_gradients_of_the_input():
@@ -115,8 +142,10 @@ def test_any_batch_and_any_strides(dtype):
         assert torch.equal(packed(view), packed(view.contiguous()))
 
 
-def test_nothing_dense_is_saved_for_backward():
+@pytest.mark.parametrize("fused", [True, False])
+def test_nothing_dense_is_saved_for_backward(fused):
     packed = layer((64, 256))
+    packed.fused = fused
     kept = []
 
     def keep(tensor):
@@ -152,7 +181,11 @@ def test_decoding_makes_a_small_form_and_counts_it():
     eight = layer(bits=8)
     eight(x)
     assert eight.decode_bytes() == 64 * 256 * 4
-    packed.to(torch.float32)                                # moving drops it
+    eight.to(torch.float32)                                 # moving drops it
+    assert eight.decode_bytes() == 0
+    eight.fused = False
+    eight(x)
+    assert eight.decode_bytes() == 0
     packed.decode_cache = False
     packed(x.bfloat16())
     assert packed.decode_bytes() == 0
@@ -220,6 +253,10 @@ def test_autocast_multiplies_in_its_own_dtype():
         y.float().sum().backward()
     assert x.grad.dtype == torch.float32
     assert (y - dense).abs().max() < 2e-2 * dense.abs().max()
+    x = torch.randn(70, 256).half()
+    with torch.autocast("cpu", torch.float16):              # computed in fp32, as without
+        y = packed(x)
+    assert torch.equal(y, packed(x))
 
 
 def test_a_model_that_is_compiled_goes_around_packed_layers():
@@ -255,6 +292,18 @@ def test_other_weights_replace_the_decode_cache():
     buffers = {name: t * 2 if name == "scale" else t for name, t in packed.named_buffers()}
     assert torch.equal(torch.func.functional_call(packed, buffers, (x,)), 4 * before)
     assert torch.equal(packed(x), 2 * before)
+
+
+def test_layers_made_in_inference_mode_decode_and_take_other_weights():
+    """Their tensors count no versions."""
+    with torch.inference_mode():
+        packed, other = layer(format="nm"), layer(format="nm")
+        x = torch.randn(1, 256)
+        other.zero.fill_(100)
+        before = packed(x)
+        packed.load_state_dict(other.state_dict())
+        assert torch.equal(packed(x), other(x))
+        assert not torch.allclose(packed(x), before)
 
 
 def test_integers_are_not_multiplied():

@@ -5,12 +5,14 @@ and full rows.
 """
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kernels import unpacking
-from kernels.packing import bits_per_weight, check_packed, count_kept, nbytes, pack
+from kernels import packing, unpacking
+from kernels.packing import (bits_per_weight, check_packed, count_kept, nbytes, pack,
+                             pack_compressed)
 from kernels.unpacking import unpack, unpack_codes
 
 SHAPES = [(32, 576), (5, 4100), (1, 1), (3, 8), (33, 130)]
@@ -72,6 +74,7 @@ def test_round_trip(bits, grid, format):
             assert count_kept(packed) == (codes.numel() if mask is None else int((~mask).sum()))
             assert json.loads(json.dumps(packed.meta)) == packed.meta
             assert nbytes(packed) == sum(t.numpy().nbytes for t in packed.tensors.values())
+            assert all(t.is_contiguous() for t in packed.tensors.values())  # as files want them
 
 
 @pytest.mark.parametrize("format", ["dense", "nm", "unstructured"])
@@ -80,10 +83,11 @@ def test_many_blocks_on_two_threads_equal_one(bits, format, monkeypatch):
     packed = pack(*example((33, 130), bits, "offset", 32, format), bits, "offset", 32, format)
     whole = unpack(packed)
     codes = unpack_codes(packed)[0]
-    monkeypatch.setattr(unpacking, "BLOCK", 400)                              # 3 rows at a time
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert torch.equal(unpack(packed), whole)
-    assert torch.equal(unpack_codes(packed)[0], codes)
+    for block in (400, 100):                                # 3 rows at a time, or a long one
+        monkeypatch.setattr(unpacking, "BLOCK", block)
+        assert torch.equal(unpack(packed), whole)
+        assert torch.equal(unpack_codes(packed)[0], codes)
 
 
 def test_groups_in_another_order():
@@ -115,6 +119,15 @@ def test_auto_takes_the_smallest_format():
         sizes = {format: nbytes(pack(codes, mask, ones, ones, 4, format=format))
                  for format in ("nm", "unstructured")}
         assert auto(mask) == smallest == min(sizes, key=sizes.get)
+    for bits, every in ((2, 16), (2, 32), (8, 16), (8, 64)):    # other codes, another balance
+        mask = two_of_four | (torch.arange(512) % every == 2)
+        codes = torch.zeros(8, 512, dtype=torch.uint8)
+        sizes = [nbytes(pack(codes, mask, ones, ones, bits, format=format))
+                 for format in ("nm", "unstructured")]
+        assert nbytes(pack(codes, mask, ones, ones, bits)) == min(sizes)
+    eight_of_64 = torch.arange(64)[None] >= 8                   # the same size in both
+    packed = pack(torch.zeros(1, 64, dtype=torch.uint8), eight_of_64, ones[:1], ones[:1], 4)
+    assert packed.meta["format"] == "nm"
 
 
 @pytest.mark.parametrize("format, shape, limit", [
@@ -138,22 +151,28 @@ def test_clear_errors():
     keep_all = torch.zeros(2, 32, dtype=torch.bool)
     with pytest.raises(ValueError, match="at most 8 of every 16 columns, row 0 keeps 16"):
         pack(codes, keep_all, ones, ones, 4, format="nm")
+    nine = torch.arange(32).expand(2, -1) % 16 >= torch.tensor([[8], [9]])
+    with pytest.raises(ValueError, match="at most 8 of every 16 columns, row 1 keeps 9"):
+        pack(codes, nine, ones, ones, 4, format="nm")
     with pytest.raises(ValueError, match="'nm'"):
         pack(codes, None, ones, ones, 4, format="nm")
+    with pytest.raises(ValueError, match="mask .2, 16. and codes .2, 32. must have the same shape"):
+        pack(codes, keep_all[:, :16], ones, ones, 4)
     for scale, zero, name in ((ones * 0.1, ones, "scale"), (ones, ones * 0.1, "zero")):
         with pytest.raises(ValueError, match=f"{name} holds values that fp16 cannot"):
             pack(codes, None, scale, zero, 4)
     with pytest.raises(ValueError, match="code 9 does not fit in 3 bits"):
         pack(codes + 9, None, ones, ones, 3)
-    for code in (260, -250):                                # 4 and 6 in a byte
+    for code in (16, 260, -250):                            # 260 and -250: 4 and 6 in a byte
         with pytest.raises(ValueError, match=f"code {code} does not fit in 4 bits"):
             pack(codes.int() + code, None, ones, ones, 4)
     with pytest.raises(ValueError, match="bits=5"):
         pack(codes, None, ones, ones, 5)
     with pytest.raises(ValueError, match="one column per group"):
         pack(codes, None, ones, ones, 4, groupsize=16)
-    with pytest.raises(ValueError, match="scale holds values that fp16 cannot"):
-        pack(codes, None, ones * 1e6, ones, 4)
+    for scale in (ones * 1e6, ones * torch.inf):
+        with pytest.raises(ValueError, match="scale holds values that fp16 cannot"):
+            pack(codes, None, scale, ones, 4)
     with pytest.raises(ValueError, match="mask is of type torch.uint8"):
         pack(codes, keep_all.byte(), ones, ones, 4)
     two = torch.ones(2, 2)
@@ -165,11 +184,42 @@ def test_clear_errors():
 
 @pytest.mark.parametrize("format", ["nm", "unstructured"])
 def test_memory_order_does_not_matter(format):
-    codes, mask, scale, zero = example((32, 64), 4, "offset", -1, format)
-    want = pack(codes, mask, scale, zero, 4, "offset", format=format)
-    got = pack(codes.T.contiguous().T, mask.T.contiguous().T, scale, zero, 4, "offset",
-               format=format)
+    parts = example((32, 64), 4, "offset", 32, format)
+    want = pack(*parts, 4, "offset", 32, format)
+    got = pack(*(part.T.contiguous().T for part in parts), 4, "offset", 32, format)
     assert all(torch.equal(t, want.tensors[name]) for name, t in got.tensors.items())
+    assert all(t.is_contiguous() for t in got.tensors.values())
+
+
+def test_rows_of_whole_words_take_no_word_more():
+    mask = torch.arange(32).expand(3, -1) >= torch.tensor([[8], [0], [9]])
+    codes = torch.zeros(3, 32, dtype=torch.uint8)
+    ones = torch.ones(3, 1)
+    packed = pack(codes, mask, ones, ones, 4, format="unstructured")
+    assert packed.tensors["row_start"].tolist() == [0, 1, 1]
+    assert len(packed.tensors["codes"]) == 1 + 0 + 2 + 2                # readers look ahead
+
+
+def test_a_stream_too_long_to_count_is_refused(monkeypatch):
+    monkeypatch.setattr(packing, "MOST_WORDS", 4)
+    codes, mask, scale, zero = example((1, 64), 4, "uniform", -1, "unstructured")
+    with pytest.raises(ValueError, match="32 kept weights: .* counts to 32; split the layer"):
+        pack(codes, torch.arange(64)[None] >= 32, scale, zero, 4, format="unstructured")
+
+
+def test_groups_that_are_not_there_are_damage():
+    parts = example((8, 64), 4, "uniform", 16, "dense")
+    packed = pack(*parts, 4, "uniform", 16, g_idx=torch.arange(64) % 4)
+    check_packed(packed, (8, 64))
+    for group in (-1, 4):
+        packed.tensors["g_idx"][5] = group
+        with pytest.raises(ValueError, match="g_idx leaves the 4 groups"):
+            check_packed(packed, (8, 64))
+
+
+def test_what_was_not_quantized_cannot_be_packed():
+    with pytest.raises(ValueError, match="nothing was quantized .bits=None."):
+        pack_compressed(SimpleNamespace(codes=None))
 
 
 def test_a_mask_that_keeps_more_than_its_codes_is_damaged():

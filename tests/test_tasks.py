@@ -68,8 +68,8 @@ def test_texts_of_every_form(task, rows, contexts, continuations, gold):
         item = TASKS[task].read(row)
         assert item.pairs == list(zip(contexts, continuations))
         assert item.gold == gold
-        if task != "winogrande":
-            assert item.lengths == [len(text) - 1 for text in continuations]
+        choices = contexts if task == "winogrande" else [text[1:] for text in continuations]
+        assert item.lengths == [len(choice) for choice in choices]
 
 
 def test_labels_in_a_file_of_their_own(tmp_path):
@@ -96,6 +96,36 @@ def test_a_row_that_is_no_item_is_named(line, tmp_path):
     with pytest.raises(ValueError, match="piqa.jsonl line 2 is no item of piqa") as e:
         load_items("piqa", tmp_path)
     assert "\n" not in str(e.value)
+
+
+def test_empty_lines_count_for_labels_and_not_for_the_limit(tmp_path):
+    row = json.dumps({"goal": "g", "sol1": "a", "sol2": "b"})
+    (tmp_path / "piqa.jsonl").write_text(f"{row}\n\n{row}\n")
+    (tmp_path / "piqa-labels.lst").write_text("0\n\n1\n")
+    assert [item.gold for item in load_items("piqa", tmp_path, 2)] == [0, 1]
+
+
+def test_a_label_in_the_row_goes_before_a_file_of_labels(tmp_path):
+    (tmp_path / "piqa.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}')
+    (tmp_path / "piqa-labels.lst").write_text("1\n")
+    assert load_items("piqa", tmp_path)[0].gold == 0
+
+
+@pytest.mark.parametrize("task, row, gold", [
+    ("arc_easy", {"question": "Which?", "choices": ABCD, "answerKey": " C "}, 2),
+    ("winogrande", {"sentence": "a _ b", "option1": "x", "option2": "y", "answer": 2}, 1),
+    ("boolq", {"query": "q", "choices": ["No", "Yes"], "gold": 1}, 1)])
+def test_answers_in_another_spelling(task, row, gold):
+    assert TASKS[task].read(row).gold == gold
+
+
+@pytest.mark.parametrize("task, row, message", [
+    ("boolq", {"query": "q", "choices": ["yes", "no"], "gold": 0}, "are not no and yes"),
+    ("arc_easy", {"query": "q", "choices": ["a", "b"], "gold": -1}, "answer -1 of 2 choices")])
+def test_answers_that_would_be_counted_wrong_are_refused(task, row, message, tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        load_items(f"{task}={tmp_path / 'mine.jsonl'}")
 
 
 def test_a_sentence_without_a_gap(tmp_path):

@@ -4,6 +4,7 @@
 """
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import heal as heal_module
 import train
 from data.checkpoint import read_json, write_json
 from data.config import SHIPPED, Config
-from data.report import Report
+from data.report import Report, identity
 from data.tokenizer import copy_tokenizer
 from model import Transformer, load_model, open_checkpoint, save_model
 
@@ -413,6 +414,92 @@ def test_what_overwrite_left_half_cleared_is_no_run(tmp_path, monkeypatch):
     assert not (tmp_path / "compressed").exists()
     (tmp_path / "report.json").unlink()                 # killed between the two files of a save
     begin(resume=True).lock.close()
+
+
+RUN = {"settings": {"seed": 0, "rewrite": 0, "device": "cpu"}, "texts": {}}
+
+
+@pytest.fixture
+def done(tmp_path):
+    """A folder with a run of one row."""
+    report = Report(tmp_path / "done", RUN)
+    report.add("dense", 0.0, 1.0, perplexity=2.0, scored_tokens=9, prompt_tokens=0, megabytes=1.0,
+               bits_per_weight=16.0, linear_bits_per_weight=16.0, nominal=1.0)
+    report.lock.close()
+    return tmp_path / "done"
+
+
+def test_results_of_a_run_are_kept_unless_a_flag_says_more(done):
+    with pytest.raises(ValueError, match="holds the results of a run .report.json, seconds.json"):
+        Report(done, RUN)
+    (done / "compressed").mkdir()
+    (done / "report.json").unlink()
+    with pytest.raises(ValueError, match="holds seconds.json, compressed but no report.json"):
+        Report(done, RUN, resume=True)
+    (done / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file: name a folder"):
+        Report(done / "file", RUN)
+
+
+@pytest.mark.parametrize("file, change, message", [
+    ("report.json", {"settings": None}, "of another run: settings was None"),
+    ("report.json", {"settings": {**RUN["settings"], "bits": 4}}, "settings bits was 4, now None"),
+    ("report.json", {"rows": [{"name": "dense"}]}, "report.json is damaged"),
+    ("report.json", {"losses": []}, "report.json is damaged"),
+    ("seconds.json", {"dense": {"making": 0.0}}, "seconds.json is damaged"),
+    ("seconds.json", {"dense": {"making": 0.0, "measuring": 0.0, "x": "y"}}, "is damaged")])
+def test_what_this_run_has_not_written_is_not_gone_on_with(file, change, message, done):
+    held = {**read_json(done / file), **change}
+    write_json(done / file, {name: value for name, value in held.items() if value is not None})
+    with pytest.raises(ValueError, match=message):
+        Report(done, RUN, resume=True)
+
+
+def test_a_row_without_a_name_is_damage(done):
+    report = read_json(done / "report.json")
+    report["rows"][0]["name"] = None
+    write_json(done / "report.json", report)
+    with pytest.raises(ValueError, match="report.json is damaged"):
+        Report(done, RUN, resume=True)
+
+
+def test_seconds_are_written_before_the_row_they_belong_to(done, monkeypatch):
+    """A run that is killed between the two measures that row again."""
+    report = Report(done, RUN, resume=True)
+    written = []
+    monkeypatch.setattr("data.report.write_json", lambda path, held: written.append(path.name))
+    report.add("compressed", 1.0, 1.0)
+    assert written == ["seconds.json", "report.json"]
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(done):
+    for name in ("compressed", "healed", "teacher", "rewritten"):
+        (done / name).mkdir()
+        (done / name / "file").write_text("x")
+    for name in ("prompt.safetensors", "prompt-dense.state", "heal.state", "shares.json", "mine"):
+        (done / name).write_text("x")
+    Report(done, RUN, overwrite=True)
+    assert {path.name for path in done.iterdir()} == {".lock", "mine", "report.json",
+                                                      "seconds.json"}
+    assert read_json(done / "report.json")["rows"] == []
+
+
+def test_what_earlier_versions_left_out_is_no_other_run(done):
+    report = read_json(done / "report.json")
+    del report["settings"]["rewrite"], report["texts"]
+    write_json(done / "report.json", report)
+    (done / "seconds.json").unlink()
+    report = Report(done, RUN, resume=True)
+    assert report.has("dense")
+    assert report.seconds == {}
+    assert report.table().splitlines()[1].split()[-2:] == ["0.0", "0.0"]
+
+
+def test_a_model_whose_tokenizer_was_written_anew_is_another(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("same size")
+    before = identity(tmp_path)
+    os.utime(tmp_path / "tokenizer.model", ns=(0, 0))
+    assert identity(tmp_path) != before
 
 
 def test_half_written_files_of_others_stay(tmp_path):

@@ -57,7 +57,7 @@ RECIPES = {
     "plain": dict(mask="sparsegpt", refits=0, grid="minmax", act_order=False, descent=0,
                   percdamp=0.01, true_sequential=False, correct=0.0),
     "best": dict(mask="admm", refits=3, grid="auto", act_order=True, descent=2,
-                 percdamp=0.03, true_sequential=True, correct=0.5),
+                 percdamp=0.03, true_sequential=True, correct=1.0),
 }
 Solve = Callable[..., Compressed]
 
@@ -197,8 +197,8 @@ def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_out
 
         V = W + A H^-1,   A = mean of (W (x' - x) + r' - r) x^T.
 
-    On few windows that is noisy, as the stream's errors are partly chance. So H is damped, which
-    keeps V near W, and only a part of the change is made:
+    That is noisy, as the stream's errors are partly chance. So H is damped, which keeps V near W,
+    and only a part of the change is made, the smaller the less text there is (`trust`):
 
         W + strength A (H + damp diag H)^-1
 
@@ -226,6 +226,15 @@ def aim(W: torch.Tensor, moments: Moments, biased: bool, strength: float, of_out
     damped.diagonal().mul_(1 + damp).add_(1e-6 * H.diagonal().mean() + 1e-12)
     aimed = torch.addmm(W, A, invert_(damped), alpha=strength)
     return Target(aimed, H, mean if biased else None, wanted)
+
+
+TOKENS_A_DIMENSION = 30                 # of the stream, for half of the change
+
+
+def trust(tokens: int, d_model: int) -> float:
+    """How much of what `aim` would change to believe, found on so many tokens of a residual stream
+    so wide: 0.5 of 32 x 512 tokens of 576 dimensions, 0.7 of 128 x 2048 of 4096 (LLaMA-7B)."""
+    return tokens / (tokens + TOKENS_A_DIMENSION * d_model)
 
 
 class Stream:
@@ -282,6 +291,7 @@ class Walk:
         heldout (M, T): windows that no moment sees, for the first process's errors; judged: with
         the dense model alongside these as well."""
         self.dtype, self.device = dtype, device
+        self.trust = trust(windows.numel(), ends.config.d_model)
         check_batches(len(windows), batch_size)
         self.reconstructing = 0.0                               # seconds that `reconstruct` took
         self.rope = ends.rope(0, windows.shape[1], device)
@@ -336,7 +346,8 @@ class Settings(NamedTuple):
     # True: a group of Linears is solved behind the compressed ones before it; False: all four from
     # the dense block
     true_sequential: bool = True
-    correct: float = 0.5                # strength of `aim`; 0: at the dense weights
+    # of the strength of `aim` that the text allows (`trust`); 0: solve for the dense weights
+    correct: float = 1.0
     reconstruct: int = 0                # passes over the windows in `reconstruct`; 0: without
 
     def check(self) -> None:
@@ -479,7 +490,8 @@ def solve_linears(source: Block, stored: Block, work: Block, names: list[str], m
     W = torch.cat([linear.weight.to(walk.device, torch.float32) for linear in linears])
     moments.finish()
     if parallel.rank() == 0:
-        target = aim(W, moments, linears[0].bias is not None, settings.correct, of_outputs)
+        biased = linears[0].bias is not None
+        target = aim(W, moments, biased, settings.correct * walk.trust, of_outputs)
         moments.H = moments.E = None                            # the solver needs room
         out = solve(target.W, target.H, parts)
         error_dense = errors(W, out.weight, target.H, parts)
@@ -846,7 +858,8 @@ def move_weights(sublayer: Sublayer, stored: Sublayer, unrounded: dict, walk: Wa
         W = torch.cat([parts[name].weight for name in names])
         mask = torch.cat([parts[name].mask for name in names])
         biased = parts[names[0]].bias is not None
-        target = aim(W, moments.finish(), biased, settings.correct, of_outputs)
+        strength = settings.correct * walk.trust
+        target = aim(W, moments.finish(), biased, strength, of_outputs)
         rows = [parts[name].out_features for name in names]
         out = solve(target.W, target.H, rows, mask)
         put(stored.part, sublayer.part, names, rows, out, target.bias_gain(out.weight))

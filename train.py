@@ -77,7 +77,8 @@ def flags() -> Flags:
     a("--true-sequential", action=BooleanOptionalAction,
       help="groups of Linears inside a block one after the other")
     a("--correct", type=real(0, 1),
-      help="aim at the dense model's outputs; 0: at the dense weights, 1: fully")
+      help="aim at the dense model's outputs; 0: at its weights, 1: as far as the calibration "
+           "text is long enough to tell where they are")
     a("--allocation", choices=["uniform", "fisher"],
       help="uniform: all groups of Linears with one input, such as q, k and v, are pruned alike; "
            "fisher: more where the dense model's loss feels it less, --sparsity on average "

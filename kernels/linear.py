@@ -218,7 +218,8 @@ class PackedLinear(nn.Module):
             return False
         if not tokens or x.dtype == torch.float64:
             return False
-        # made anew where a buffer was written to, or replaced
+        # made anew where a buffer was replaced, or written to, which tensors that were made in
+        # inference mode do not tell
         held = [(t.data_ptr(), 0 if t.is_inference() else t._version)
                 for t in self._buffers.values() if t is not None]
         if self.decoder[0] != (x.dtype, held):

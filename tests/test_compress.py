@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from compress import (FISHER_TOKENS as TOLD, Moments, Settings, Stream, Walk, aim,
                       allocate_streamed, compress, compress_block, compress_model, learning_bytes,
-                      make_solver, plan, put)
+                      make_solver, plan, put, trust)
 from data.config import PUBLISHED, SHIPPED, Config
 from data.text import calibration, eval_tokens
 from data.tokenizer import load_tokenizer
@@ -519,6 +519,25 @@ def test_a_constant_input_stays_the_biass_after_many_tokens():
     target = aim(torch.randn(8, 64, generator=g), moments.finish(), True, 0.5, False)
     assert torch.isfinite(target.W).all()
     assert (target.H[:32] == 0).all()
+
+
+def test_more_text_is_believed_more(monkeypatch):
+    """Half of a correction of 30 tokens a dimension, nearly all of many; none where none is
+    wanted."""
+    assert trust(30 * 64, 64) == 0.5
+    assert trust(10**9, 64) > 0.999
+    strengths = []
+
+    def aim_and_tell(W, moments, biased, strength, of_outputs):
+        strengths.append(strength)
+        return aim(W, moments, biased, strength, of_outputs)
+
+    monkeypatch.setattr("compress.aim", aim_and_tell)
+    for correct in (1.0, 0.5, 0.0):
+        model = tiny()
+        strengths.clear()
+        compress_model(model, TOKENS[:96].view(6, 16), make_solver(4, 0.5), Settings(True, correct))
+        assert set(strengths) == {correct * trust(96, model.config.d_model)}
 
 
 def test_correcting_needs_the_walk_group_by_group():

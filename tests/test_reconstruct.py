@@ -200,7 +200,7 @@ def test_the_errors_told_are_those_of_the_sublayer_on_held_out_windows(family, c
         found.append(float(e.mean()))
     told = [stats["error_sublayer_before"], stats["error_sublayer"]]
     assert found == pytest.approx(told, rel=1e-3)
-    assert found[1] < found[0]
+    assert found[1] <= found[0]
 
 
 @pytest.mark.parametrize("family, changes", FAMILIES)

@@ -159,14 +159,19 @@ def calibration_table(out: Path) -> str:
 
 
 def side_by_side(family: Family, flag: str, heads: list[str]) -> Callable[[Path], str]:
-    """A row a model and text: dense, and compressed with each value of a flag."""
+    """A row a model and text: dense, and compressed with each value of a flag; means over seeds."""
     def table(out: Path) -> str:
         rows = []
         for model, data in itertools.product(*(family.values[k] for k in ("model", "data"))):
-            runs = [rows_of(out, fill(family.name, {"model": model, "data": data, flag: value}))
-                    for value in family.values[flag]]
-            rows.append([model, data, f"{runs[0]['dense']['perplexity']:.2f}",
-                         *(f"{run['compressed']['perplexity']:.2f}" for run in runs)])
+            row = [model, data]
+            for value in family.values[flag]:
+                members = [{"model": model, "data": data, flag: value, "seed": seed}
+                           for seed in family.values.get("seed", (0,))]
+                runs = [rows_of(out, fill(family.name, member)) for member in members]
+                if len(row) == 2:
+                    row.append(f"{runs[0]['dense']['perplexity']:.2f}")
+                row.append(several([run["compressed"]["perplexity"] for run in runs]))
+            rows.append(row)
         return markdown(["model", "text", "dense", *heads], rows)
     return table
 
@@ -343,6 +348,12 @@ REREAD = Family(
     "train.py --model {model} --data {data} --nsamples 32 --rewrite {rewrite} --steps 0 "
     "--max-tokens 16384 --dtype float32 --device cpu",
     {"model": ("tiny-llama", "tiny-opt"), "data": ("docs", "headers", "code"), "rewrite": (0, 4)})
+CORRECTED = Family(
+    "{model}-{data}-{correct}-{seed}-corrected",
+    "train.py --model {model} --data {data} --correct {correct} --seed {seed} --steps 0 "
+    "--max-tokens 16384 --dtype float32 --device cpu",
+    {"model": ("tiny-llama", "tiny-opt"), "data": ("docs", "headers", "code"),
+     "correct": (0, 0.6, 1), "seed": (0, 1)})
 SMOLLM2 = Family(
     "smollm2-{bits}bit-{sparsity}",
     f"train.py --model {{smollm2}} {CALIBRATED_32} {WIKI} --steps 0 --heal 0 --bits {{bits}} "
@@ -459,6 +470,8 @@ PARTS = {
     "tasks": studied("tasks", [ONE], names(ONE), " --limit 60"),
     "calibration": Part([CALIBRATION], calibration_table),
     "rewriting": Part([REREAD], side_by_side(REREAD, "rewrite", ["without", "4 times"])),
+    "correction": Part([CORRECTED],
+                       side_by_side(CORRECTED, "correct", ["not corrected", "0.6", "1"])),
     "allocation": Part([ALLOCATED], side_by_side(ALLOCATED, "allocation", ["uniform", "fisher"])),
     "reconstruction": Part([RECONSTRUCTED],
                            side_by_side(RECONSTRUCTED, "passes", ["without", "2 passes"])),

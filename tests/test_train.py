@@ -636,7 +636,7 @@ def test_near_the_defaults_compression_hurts_and_the_prompt_helps(tmp_path):
         "--out", tmp_path,
     )
     made = {name: row["perplexity"] for name, row in rows.items()}
-    assert made["compressed"] > 1.04 * made["dense"]
+    assert made["compressed"] > 1.02 * made["dense"]
     without = min(made["compressed"], made["compressed + initial prompt"])
     assert made["compressed + learned prompt"] < 0.95 * without
     assert made["dense + learned prompt"] < made["compressed + learned prompt"]

@@ -232,8 +232,8 @@ TOKENS_A_DIMENSION = 30                 # of the stream, for half of the change
 
 
 def trust(tokens: int, d_model: int) -> float:
-    """How much of what `aim` would change to believe, found on so many tokens of a residual stream
-    so wide: 0.5 of 32 x 512 tokens of 576 dimensions, 0.7 of 128 x 2048 of 4096 (LLaMA-7B)."""
+    """What part of the change that `aim` finds on so many tokens of a residual stream so wide to
+    make: 0.5 for 32 x 512 tokens and 576 dimensions, 0.7 for 128 x 2048 and 4096 (LLaMA-7B)."""
     return tokens / (tokens + TOKENS_A_DIMENSION * d_model)
 
 

@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -163,14 +162,13 @@ def side_by_side(family: Family, flag: str, heads: list[str]) -> Callable[[Path]
     def table(out: Path) -> str:
         rows = []
         for model, data in itertools.product(*(family.values[k] for k in ("model", "data"))):
-            row = [model, data]
-            for value in family.values[flag]:
-                members = [{"model": model, "data": data, flag: value, "seed": seed}
-                           for seed in family.values.get("seed", (0,))]
-                runs = [rows_of(out, fill(family.name, member)) for member in members]
-                if len(row) == 2:
-                    row.append(f"{runs[0]['dense']['perplexity']:.2f}")
-                row.append(several([run["compressed"]["perplexity"] for run in runs]))
+            runs = [[rows_of(out, fill(family.name, {"model": model, "data": data, flag: value,
+                                                     "seed": seed}))
+                     for seed in family.values.get("seed", (0,))]
+                    for value in family.values[flag]]
+            row = [model, data, f"{runs[0][0]['dense']['perplexity']:.2f}"]
+            for alike in runs:                                  # but for the seed
+                row.append(several([run["compressed"]["perplexity"] for run in alike]))
             rows.append(row)
         return markdown(["model", "text", "dense", *heads], rows)
     return table

@@ -627,7 +627,7 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path):
 def test_near_the_defaults_compression_hurts_and_the_prompt_helps(tmp_path):
     """With fewer steps and less text, to be quick."""
     rows = here(
-        "--nsamples", 16,
+        "--nsamples", 12,
         "--max-tokens", 4096,
         "--steps", 12,
         "--batch-size", 4,
@@ -636,7 +636,7 @@ def test_near_the_defaults_compression_hurts_and_the_prompt_helps(tmp_path):
         "--out", tmp_path,
     )
     made = {name: row["perplexity"] for name, row in rows.items()}
-    assert made["compressed"] > 1.02 * made["dense"]
+    assert made["compressed"] > 1.04 * made["dense"]
     without = min(made["compressed"], made["compressed + initial prompt"])
     assert made["compressed + learned prompt"] < 0.95 * without
     assert made["dense + learned prompt"] < made["compressed + learned prompt"]
